@@ -1,0 +1,29 @@
+"""minirank: how many LoRA ranks each linear layer gets. See the README for the order to read the files in."""
+
+from . import budget, curvature
+from .allocation import Allocation, Allocator, UniformRanks
+from .lora import LoRALinear
+from .resize import resize
+from .sensitivity import SensitivityLoRA
+from .targets import linear_targets
+from .wrap import disabled, lora_layers, merge, unmerge, unwrap, wrap
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Allocation",
+    "Allocator",
+    "LoRALinear",
+    "SensitivityLoRA",
+    "UniformRanks",
+    "budget",
+    "curvature",
+    "disabled",
+    "linear_targets",
+    "lora_layers",
+    "merge",
+    "resize",
+    "unmerge",
+    "unwrap",
+    "wrap",
+]

@@ -1,0 +1,126 @@
+"""Diagonals of the loss's Hessian with respect to the weights of linear layers, and their stand-ins.
+
+Every estimator has one call, f(model, loss_fn, batches, targets, …) -> {name: Tensor}, so that each can be the
+`curvature` of SensitivityLoRA. A tensor has the shape of the weight, (d_out, d_in); (d_in,) stands for a diagonal that
+all rows share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .measure import LossFn, measuring, scalar_loss
+from .targets import Targets, linear_targets
+
+Mask = str | Callable[[Any], Tensor] | None
+
+
+def input_second_moment(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    targets: Targets = None,
+    *,
+    mask: Mask = "attention_mask",
+) -> dict[str, Tensor]:
+    """h_j = mean over tokens of x_j², x being the input of the layer (Sensitivity-LoRA, appendix E).
+
+    Estimates: for z = W x, the Hessian over a row of W is E[(∂²L/∂z_i²) x xᵀ] where the output curvature and x are
+    independent. This is its diagonal for unit output curvature, the proxy of post-training quantisation (OBQ, GPTQ);
+    a constant factor per model cancels in Eqs 11–15, one per layer does not: that is its bias. As a mean over the
+    tokens of `batches` it is exact, without sampling error. Cost: the forward passes; no gradient is taken.
+
+    Args:
+        loss_fn: (model, batch) -> scalar; called for its forward pass, its value is not used.
+        batches: any iterable; it is streamed once. Every token weighs the same, whatever its batch's size.
+        targets: see `linear_targets`.
+        mask: which tokens count. A key, looked up in batches that are mappings and have it; or a function
+            batch -> tensor; nonzero means a real token. Its shape is that of a layer's input but for the last
+            dimension, flattened or not; layers with one row per sample (a pooler) count whole. None: every token.
+
+    Returns: {name: (d_in,)} on the module's device, float32 or better. Means are over all calls of a module.
+
+    Raises ValueError: no batch, a loss that is not a scalar, a mask that fits no input, an input that is not finite
+    (the first such layer is named), or a layer that no batch reached. The model is as before in any case.
+    """
+    modules = linear_targets(model, targets)
+    inputs = {name: _InputSquares(name) for name in modules}
+    hooks = []
+    batch_count = 0
+    try:
+        for name, module in modules.items():
+            hooks.append(module.register_forward_pre_hook(inputs[name].observe, with_kwargs=True))
+        with measuring(model), torch.no_grad():
+            for batch in batches:
+                batch_count += 1
+                tokens = _token_mask(mask, batch)
+                for squares in inputs.values():
+                    squares.tokens = tokens
+                scalar_loss(model, loss_fn, batch)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    if batch_count == 0:
+        raise ValueError("batches is empty: give at least one (a generator that was used up before gives none)")
+    return {name: squares.result(batch_count) for name, squares in inputs.items()}
+
+
+class _InputSquares:
+    """Running mean of x_j² over the tokens that reach one layer, by a forward pre-hook."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.count = 0
+        self.mean: Tensor | None = None  # (d_in,)
+        self.tokens: _Tokens | None = None  # of the batch at hand
+
+    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        x: Tensor = (args[0] if args else next(iter(kwargs.values()))).detach()
+        rows = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, x.shape[-1])
+        if self.tokens is not None and not self.tokens.fit(x.shape[:-1]):
+            raise ValueError(
+                f"the mask of shape {tuple(self.tokens.shape)} does not fit the input of {self.name!r}, of shape "
+                f"{tuple(x.shape)}: give a mask of its leading dimensions, or mask=None to count every row"
+            )
+        if self.tokens is not None and len(rows) == self.tokens.shape.numel():
+            rows = rows.index_select(0, self.tokens.positions.to(rows.device))
+        if len(rows) == 0:
+            return
+        self.count += len(rows)
+        mean = rows.square().sum(0) / len(rows)
+        self.mean = mean if self.mean is None else self.mean + (mean - self.mean) * (len(rows) / self.count)
+
+    def result(self, batch_count: int) -> Tensor:
+        if self.mean is None:
+            raise ValueError(
+                f"no token reached {self.name!r} in {batch_count} batches: leave it out of targets, or give more data"
+            )
+        if not torch.isfinite(self.mean).all():
+            raise ValueError(f"an input of {self.name!r} is not finite: check the data and the model's weights")
+        return self.mean
+
+
+class _Tokens(NamedTuple):
+    """Which positions of a batch are real."""
+
+    shape: torch.Size
+    positions: Tensor  # int64, positions in the flattened mask
+
+    def fit(self, leading: torch.Size) -> bool:
+        return leading in (self.shape, (self.shape.numel(),)) or leading.numel() == self.shape[0]
+
+
+def _token_mask(mask: Mask, batch: Any) -> _Tokens | None:
+    if callable(mask):
+        tokens = mask(batch)
+    elif mask is None or not isinstance(batch, Mapping) or mask not in batch:
+        return None
+    else:
+        tokens = batch[mask]
+    if not isinstance(tokens, Tensor) or tokens.ndim == 0:
+        raise ValueError(f"mask must give a tensor with one entry per token of the batch, got {tokens!r}")
+    return _Tokens(tokens.shape, (tokens != 0).flatten().nonzero().flatten())

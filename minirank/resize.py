@@ -1,0 +1,146 @@
+"""Change the ranks of LoRA layers in the middle of training, the optimizer's state with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .lora import RANK_DIM, LoRALinear, as_generator
+from .targets import all_names, close_names
+from .wrap import HasRanks, lora_layers, plain_ranks
+
+
+class Resized(NamedTuple):
+    """What `resize` did to one layer."""
+
+    old_rank: int
+    new_rank: int
+    keep: Tensor  # bool (old_rank,): the survivors, which now come first, in their old order
+    state_reset: tuple[str, ...]  # optimizer entries that could not be sliced, so that their parameter starts afresh
+
+
+def resize(
+    model: nn.Module,
+    ranks: Mapping[str, int] | HasRanks,
+    optimizer: Optimizer | None = None,
+    *,
+    generator: torch.Generator | int = 0,
+) -> dict[str, Resized]:
+    """Give LoRA layers the ranks of an Allocation or of {name: rank}; layers that are not named stay as they are.
+
+    Survivors are those of the Allocation's `keep` masks; without masks, the ranks that contribute most to ΔW
+    (`LoRALinear.contributions`; ties: the earlier). New ranks contribute exactly zero, so growing keeps the function,
+    and shrinking takes away the pruned ranks' own contribution. `scaling` does not change. At rank 0 the layer stays,
+    as the base function, and can grow again.
+
+    Parameters change shape, so each changed one is a new nn.Parameter. `optimizer` (required if one is in use) gets it
+    in the old one's place: moments and gradients of surviving ranks are carried over bit for bit, those of new ranks
+    are zero, scalars such as the step count stay. State that is neither (see `Resized.state_reset`) starts afresh.
+
+    Returns: what happened, for the layers that changed.
+
+    Raises ValueError: unknown name, a rank out of range, a merged layer, masks that do not fit, or an optimizer that
+    does not hold a layer's parameters. Nothing has changed then.
+    """
+    generator = as_generator(generator)
+    plan: dict[str, tuple[LoRALinear, Tensor, dict[str, nn.Parameter]]] = {}
+    for name, (layer, rank, keep) in _wanted(model, ranks).items():
+        if rank != layer.rank or not keep.all():
+            plan[name] = layer, keep, layer.resized(keep, rank - int(keep.sum()), generator=generator)
+
+    places = {
+        id(p): (group["params"], i)
+        for group in (optimizer.param_groups if optimizer else [])
+        for i, p in enumerate(group["params"])
+    }
+    report: dict[str, Resized] = {}
+    states: dict[nn.Parameter, dict[str, Any]] = {}
+    for name, (layer, keep, parameters) in plan.items():
+        reset: list[str] = []
+        for key, new in parameters.items():
+            old = layer.get_parameter(key)
+            if old.grad is not None:
+                new.grad = _carry(old.grad, RANK_DIM[key], keep, new.shape)
+            if optimizer is None:
+                continue
+            if id(old) not in places:
+                raise ValueError(
+                    f"the optimizer does not hold {name}.{key}: make it after wrap(), from model.parameters()"
+                )
+            states[new], lost = _carry_state(optimizer.state.get(old, {}), old, RANK_DIM[key], keep, new.shape)
+            reset += [f"{key}.{entry}" for entry in lost]
+        report[name] = Resized(layer.rank, next(iter(parameters.values())).shape[0], keep, tuple(reset))
+
+    for layer, _, parameters in plan.values():
+        for key, new in parameters.items():
+            old = layer.get_parameter(key)
+            setattr(layer, key, new)
+            if optimizer is not None:
+                group, index = places[id(old)]
+                group[index] = new
+                optimizer.state.pop(old, None)
+                if states[new]:
+                    optimizer.state[new] = states[new]
+    return report
+
+
+def _wanted(model: nn.Module, ranks: Mapping[str, int] | HasRanks) -> dict[str, tuple[LoRALinear, int, Tensor]]:
+    masks: Mapping[str, Tensor] = getattr(ranks, "keep", None) or {}
+    layers = lora_layers(model)
+    first = {alias: name for name, aliases in all_names(model).items() for alias in aliases}
+    wanted: dict[str, tuple[LoRALinear, int, Tensor]] = {}
+    for alias, rank in plain_ranks(ranks).items():
+        name = first.get(alias, alias)
+        layer = layers.get(name)
+        if layer is None:
+            if name in first and rank == 0:
+                continue  # wrap() left it plain
+            raise ValueError(f"{alias!r} has no adapter to resize: {close_names(alias, layers)} wrap() puts one in")
+        limit = min(layer.in_features, layer.out_features)
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= limit:
+            raise ValueError(f"rank of {alias!r}: expected an integer from 0 to {limit}, got {rank!r}")
+        if layer.merged:
+            raise ValueError(f"{alias!r} is merged: unmerge() the model before resizing it")
+        keep = masks[alias] if alias in masks else _largest(layer.contributions(), rank)
+        if keep.shape != (layer.rank,) or int(keep.sum()) > rank:
+            raise ValueError(
+                f"the keep mask of {alias!r} has shape {tuple(keep.shape)} and {int(keep.sum())} survivors; expected "
+                f"shape ({layer.rank},) and at most {rank}: score and allocate again after a resize"
+            )
+        wanted[name] = layer, rank, keep
+    return wanted
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    keep = torch.zeros(values.shape, dtype=torch.bool)
+    keep[torch.sort(values.cpu(), descending=True, stable=True).indices[:count]] = True
+    return keep
+
+
+def _carry(value: Tensor, dim: int, keep: Tensor, shape: torch.Size) -> Tensor:
+    """The survivors of `value` along `dim`, then zeros up to the new shape."""
+    result = value.new_zeros(shape)
+    survivors = value.index_select(dim, keep.nonzero().flatten().to(value.device))
+    result.narrow(dim, 0, survivors.shape[dim]).copy_(survivors)
+    return result
+
+
+def _carry_state(
+    state: Mapping[str, Any], old: Tensor, dim: int, keep: Tensor, shape: torch.Size
+) -> tuple[dict[str, Any], list[str]]:
+    """(new state, entries that could not be carried). An optimizer expects all of its entries or none, so one that
+    cannot be carried resets the parameter's state."""
+    carried: dict[str, Any] = {}
+    lost: list[str] = []
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            carried[key] = value
+        elif value.shape == old.shape:
+            carried[key] = _carry(value, dim, keep, shape)
+        else:
+            lost.append(key)
+    return ({}, lost) if lost else (carried, [])

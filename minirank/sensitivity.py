@@ -1,0 +1,174 @@
+"""Sensitivity-LoRA (arXiv 2509.09119): ranks from the diagonal of a Hessian, before training.
+
+At a minimum the loss changes by dE ≈ ½ Σ h_ii δw_i² (Eq 7): a matrix with a large diagonal is sensitive, and gets more
+ranks. For each weight matrix w, h is its diagonal, N entries; σ and μ² are taken over all matrices.
+
+    code                    paper    meaning
+    trace                   S_g      Eq 8    tr(H) = Σ h_ii
+    topk_mean               S_topk   Eq 9    mean of the k largest h_ii, k = N/2
+    effective_rank          S_er     Eq 10   smallest k whose k largest h_ii reach a share α of Σ h_ii
+    dispersion_weight       β, γ     Eq 11, 13   σ/μ² of a metric
+    local                   S_l      Eq 12   β1 S_topk + β2 S_er
+    theta                   θ        Eq 14   γ1 S_g + γ2 S_l
+    budget.proportional_ranks        Eq 15   r_w = θ_w / Σθ · R
+
+Departures: which H is an argument (the paper: the input proxy, here the default). An exact diagonal can be negative:
+the local metrics clamp its entries at zero, the trace keeps their sign, and a negative θ counts as zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .allocation import Allocator
+from .curvature import input_second_moment
+from .linear import linear_shape
+from .measure import LossFn
+from .targets import Targets, linear_targets
+
+
+def trace(h: Tensor) -> Tensor:
+    """Eq 8, S_g = Σ h_ii. h: any shape → ()."""
+    return h.sum()
+
+
+def topk_mean(h: Tensor, fraction: float = 0.5) -> Tensor:
+    """Eq 9, S_topk: the mean of the k = max(1, ⌊fraction · N⌋) largest entries, negative ones counting as 0. → ()."""
+    k = max(1, math.floor(fraction * h.numel()))
+    return h.flatten().clamp(min=0).topk(k).values.mean()
+
+
+def effective_rank(h: Tensor, share: float = 0.85) -> Tensor:
+    """Eq 10, S_er: the smallest k whose k largest entries sum to at least share · Σ h_ii, negative ones counting as 0.
+    A count, in h's dtype; 0 if nothing is positive. → ()."""
+    cumulative = h.flatten().clamp(min=0).sort(descending=True).values.cumsum(0)
+    if cumulative[-1] <= 0:
+        return h.new_zeros(())
+    return (cumulative < share * cumulative[-1]).sum().to(h.dtype) + 1
+
+
+def dispersion_weight(metric: Tensor) -> Tensor:
+    """Eqs 11 and 13: σ/μ² of a metric over all matrices, (n,) → (). σ is the population's; the sample's would scale
+    every θ alike. A metric that is equal everywhere weighs 0."""
+    sigma = metric.std(correction=0)
+    return sigma / metric.mean().square() if (metric != metric[0]).any() else sigma.new_zeros(())
+
+
+class Metrics(NamedTuple):
+    """The metrics of all matrices, float64, each of shape (n,) in module order; `theta` is what `score` returns."""
+
+    trace: Tensor
+    topk_mean: Tensor
+    effective_rank: Tensor
+    local: Tensor
+    theta: Tensor
+
+
+def sensitivity_metrics(
+    diagonals: Sequence[Tensor], *, topk_fraction: float = 0.5, effective_share: float = 0.85
+) -> Metrics:
+    """Eqs 8–14 from one Hessian diagonal per matrix, each of any shape. All metrics equal (θ = 0/0): uniform ones.
+
+    Raises ValueError: the mean trace is not positive, so that σ/μ² says nothing.
+    """
+    h = [diagonal.detach().double().cpu() for diagonal in diagonals]
+    S_g = torch.stack([trace(x) for x in h])
+    S_topk = torch.stack([topk_mean(x, topk_fraction) for x in h])
+    S_er = torch.stack([effective_rank(x, effective_share) for x in h])
+    if S_g.mean() <= 0:
+        raise ValueError(
+            f"the mean Hessian trace over {len(h)} matrices is {S_g.mean():.3g}, but Eq 7 needs a minimum, where it is "
+            "positive: train further, or use a curvature that cannot be negative, such as input_second_moment"
+        )
+    beta_1, beta_2 = dispersion_weight(S_topk), dispersion_weight(S_er)  # Eq 11
+    S_l = beta_1 * S_topk + beta_2 * S_er  # Eq 12
+    gamma_1, gamma_2 = dispersion_weight(S_g), dispersion_weight(S_l)  # Eq 13
+    theta = (gamma_1 * S_g + gamma_2 * S_l).clamp(min=0)  # Eq 14
+    return Metrics(S_g, S_topk, S_er, S_l, theta if theta.any() else torch.ones_like(theta))
+
+
+class Curvature(Protocol):
+    """Any estimator: {name: (d_out, d_in)}, or (d_in,) for a diagonal that all rows share."""
+
+    def __call__(
+        self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], targets: Targets, /
+    ) -> Mapping[str, Tensor]: ...
+
+
+class SensitivityLoRA(Allocator):
+    """Ranks before training: score() → {name: θ, shape ()}, then allocate(budget).
+
+    Args:
+        model: with plain linear layers, pretrained; not changed.
+        loss_fn: (model, batch) -> scalar mean loss.
+        batches: calibration data, iterated once by each `score()`.
+        targets: see `linear_targets`.
+        curvature: a function (model, loss_fn, batches, targets) -> {name: (d_out, d_in) or (d_in,)}. Default: the
+            paper's input second moment, which runs forward passes only. Bind options with functools.partial.
+        topk_fraction: k/N in Eq 9 (the paper: 1/2; also tried 1/3).
+        effective_share: α in Eq 10 (the paper: 0.85; also tried 0.80).
+        progress: show a bar over the batches.
+
+    After `score()`, `curvatures` holds the diagonals and `metrics` each matrix's S_g, S_topk, S_er, S_l and θ.
+
+    Raises ValueError: no target, an argument out of range; from `score()`, whatever the curvature raises, and a
+    curvature that lacks a target, is not finite or has a wrong shape.
+    """
+
+    method = "Sensitivity-LoRA"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batches: Iterable[Any],
+        *,
+        targets: Targets = None,
+        curvature: Curvature = input_second_moment,
+        topk_fraction: float = 0.5,
+        effective_share: float = 0.85,
+        progress: bool = True,
+    ) -> None:
+        super().__init__(model)
+        for name, value in (("topk_fraction", topk_fraction), ("effective_share", effective_share)):
+            if not 0 < value <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
+        self.loss_fn, self.batches, self.curvature = loss_fn, batches, curvature
+        self.targets = linear_targets(model, targets)
+        self.topk_fraction, self.effective_share, self.progress = topk_fraction, effective_share, progress
+        self.curvatures: dict[str, Tensor] = {}
+        self.metrics: dict[str, dict[str, float]] = {}
+
+    def _measure(self) -> dict[str, Tensor]:
+        bar = tqdm(self.batches, desc="calibration", unit="batch", disable=not self.progress, leave=False)
+        curvatures = self.curvature(self.model, self.loss_fn, bar, list(self.targets))
+        diagonals = {name: self._checked(name, curvatures.get(name)) for name in self.targets}
+        metrics = sensitivity_metrics(
+            list(diagonals.values()), topk_fraction=self.topk_fraction, effective_share=self.effective_share
+        )
+        self.curvatures = diagonals
+        self.metrics = {
+            name: {key: float(values[i]) for key, values in metrics._asdict().items()}
+            for i, name in enumerate(diagonals)
+        }
+        return dict(zip(diagonals, metrics.theta.unbind(), strict=True))
+
+    def _checked(self, name: str, diagonal: Tensor | None) -> Tensor:
+        shape = linear_shape(self.targets[name])
+        assert shape is not None  # linear_targets() selects by it
+        if diagonal is None:
+            raise ValueError(f"the curvature returned nothing for {name!r}: expected one tensor per target")
+        if diagonal.shape not in (shape, shape[1:]):
+            raise ValueError(
+                f"the curvature of {name!r} has shape {tuple(diagonal.shape)}: expected (d_out, d_in) = {shape}, "
+                f"or (d_in,) = {shape[1:]} for a diagonal that all rows share"
+            )
+        if not torch.isfinite(diagonal).all():
+            raise ValueError(f"the curvature of {name!r} is not finite: check the data, or the estimator")
+        return diagonal

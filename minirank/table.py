@@ -1,0 +1,89 @@
+"""Ranks as a table a person can read: layers down, kinds of module across."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+BAR = " ▏▎▍▌▋▊▉█"  # eighths of a cell
+BAR_WIDTH = 4
+
+
+class Grid(NamedTuple):
+    rows: list[str]  # layers, "encoder.layer.0"
+    columns: list[str]  # kinds, "attention.self.query"
+    ranks: dict[tuple[int, int], int]  # (row, column) -> rank, absent where the layer has no such module
+
+
+def arrange(ranks: Mapping[str, int]) -> Grid:
+    """Split each dotted name behind its first number: what comes before is the layer, the rest the kind. Names
+    without a number are kinds of their parent module."""
+    cells = {_split(name): rank for name, rank in ranks.items()}
+    rows, columns = list(dict.fromkeys(r for r, _ in cells)), list(dict.fromkeys(c for _, c in cells))
+    return Grid(rows, columns, {(rows.index(r), columns.index(c)): rank for (r, c), rank in cells.items()})
+
+
+def _split(name: str) -> tuple[str, str]:
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    end = numbers[0] + 1 if numbers else len(parts) - 1
+    return ".".join(parts[:end]), ".".join(parts[end:])
+
+
+def draw_table(ranks: Mapping[str, int]) -> str:
+    """One line per layer, one column per kind (headings are stacked at their dots); a bar's full length is the
+    largest rank; "·" is rank 0, blank means no such module. The last column and line are sums."""
+    grid = arrange(ranks)
+    top = max(ranks.values(), default=0) or 1
+    heads = [column.split(".") for column in grid.columns]
+    height = max(len(head) for head in heads)
+    number = len(str(top))
+    widths = [max(number + 1 + BAR_WIDTH, *(len(part) for part in head)) for head in heads]
+    left = max(len("sum"), *(len(row) for row in grid.rows))
+    lines = []
+    for level in range(height):
+        parts = [head[level - height + len(head)] if level >= height - len(head) else "" for head in heads]
+        last = f"  {'sum':>5}" if level == height - 1 else ""
+        lines.append(" " * left + "".join(f"  {p:<{w}}" for p, w in zip(parts, widths, strict=True)) + last)
+    for i, row in enumerate(grid.rows):
+        cells = [_cell(grid.ranks.get((i, j)), top, number) for j in range(len(grid.columns))]
+        total = sum(rank for (r, _), rank in grid.ranks.items() if r == i)
+        lines.append(
+            f"{row:<{left}}" + "".join(f"  {c:<{w}}" for c, w in zip(cells, widths, strict=True)) + f"  {total:>5}"
+        )
+    sums = [sum(rank for (_, c), rank in grid.ranks.items() if c == j) for j in range(len(grid.columns))]
+    lines.append(
+        f"{'sum':<{left}}" + "".join(f"  {s:<{w}}" for s, w in zip(sums, widths, strict=True)) + f"  {sum(sums):>5}"
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(rank: int | None, top: int, number: int) -> str:
+    if rank is None:
+        return ""
+    eighths = round(rank / top * BAR_WIDTH * 8)
+    bar = BAR[-1] * (eighths // 8) + (BAR[eighths % 8] if eighths % 8 else "")
+    return f"{rank:>{number}} {bar}" if rank else f"{'·':>{number}}"
+
+
+def draw_heat_map(ranks: Mapping[str, int], title: str, path: str | None = None) -> Any:
+    """The same grid as a matplotlib Figure."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plotting needs matplotlib: pip install 'minirank[plot]'") from error
+    grid = arrange(ranks)
+    top = max(ranks.values(), default=0) or 1
+    figure = Figure(figsize=(2.5 + 1.1 * len(grid.columns), 1.8 + 0.4 * len(grid.rows)), layout="constrained")
+    axes = figure.subplots()
+    values = [[grid.ranks.get((i, j), float("nan")) for j in range(len(grid.columns))] for i in range(len(grid.rows))]
+    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=top, aspect="auto")
+    for (i, j), rank in grid.ranks.items():
+        axes.text(j, i, str(rank), ha="center", va="center", color="white" if rank < 0.6 * top else "black")
+    axes.set_xticks(range(len(grid.columns)), [c.replace(".", "\n") for c in grid.columns])
+    axes.set_yticks(range(len(grid.rows)), grid.rows)
+    axes.set_title(title, fontsize=10)
+    figure.colorbar(image, label="rank")
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure

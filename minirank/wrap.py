@@ -1,0 +1,235 @@
+"""Put LoRA layers into any nn.Module, resize, merge and take them out again.
+
+Every function works in place and all or nothing: it plans and checks everything first, so a call that raises leaves
+the model (and the optimizer) as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .linear import linear_shape
+from .lora import LoRALinear, as_generator
+from .targets import all_names, close_names, no_match, walk
+
+
+class HasRanks(Protocol):
+    """What an Allocation offers (a plain {name: rank} does as well)."""
+
+    @property
+    def ranks(self) -> Mapping[str, int]: ...
+
+    @property
+    def keep(self) -> Mapping[str, Tensor] | None: ...
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The LoRA layers of `model` by name, each once, under its first name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def wrap(
+    model: nn.Module,
+    ranks: Mapping[str, int] | HasRanks,
+    *,
+    alpha: float | None = None,
+    reference_rank: float | None = None,
+    rank_stabilized: bool = False,
+    gate: float | None = None,
+    dropout: float = 0.0,
+    dtype: torch.dtype | None = None,
+    trainable: str | Sequence[str] | None = None,
+    generator: torch.Generator | int = 0,
+) -> dict[str, LoRALinear]:
+    """Put a LoRALinear around each named linear layer; the model computes the same function as before.
+
+    Args:
+        ranks: an Allocation, or {name: rank}. Rank 0 leaves the plain module. Any name of a shared module will do.
+        alpha, rank_stabilized, gate, dropout, dtype: see `LoRALinear`; the same for every layer.
+        reference_rank: fixes the scaling of every layer. None: the average rank asked for, zeros included.
+        trainable: None: the wrapped layers' own weights are frozen and every other `requires_grad` is left alone.
+            Names or globs of modules (an empty list for none): the adapters and the parameters of these modules
+            train, everything else in the model is frozen.
+        generator: a torch.Generator or a seed, for the new parameters.
+
+    Returns: the new layers by name. Changes: these slots of their parents, and `requires_grad` as said.
+
+    Raises:
+        ValueError: unknown or already wrapped name, rank out of range, meta device, two ranks for one module.
+        TypeError: the model itself is the linear layer, so there is no parent to put the new one into.
+    """
+    wanted = _plan(model, plain_ranks(ranks))
+    modules = dict(walk(model))
+    chosen = None if trainable is None else _parameters_of(model, trainable)
+    if reference_rank is None:
+        reference_rank = sum(wanted.values()) / len(wanted)
+    generator = as_generator(generator)
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    layers: dict[str, LoRALinear] = {}
+    try:
+        for name, rank in wanted.items():
+            if rank > 0:
+                layers[name] = LoRALinear(
+                    modules[name],
+                    rank,
+                    alpha=alpha,
+                    reference_rank=reference_rank,
+                    rank_stabilized=rank_stabilized,
+                    gate=gate,
+                    dropout=dropout,
+                    dtype=dtype,
+                    generator=generator,
+                )
+    except BaseException:
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+        raise
+    if chosen is not None:
+        chosen -= {id(parameter) for layer in layers.values() for parameter in layer.base.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in chosen)
+    _replace(model, {id(layer.base): layer for layer in layers.values()})
+    return layers
+
+
+def plain_ranks(ranks: Mapping[str, int] | HasRanks) -> Mapping[str, int]:
+    found = ranks if isinstance(ranks, Mapping) else getattr(ranks, "ranks", None)
+    if not isinstance(found, Mapping) or not found:
+        raise ValueError(f"expected an Allocation or a non-empty {{module name: rank}}, got {ranks!r}")
+    return found
+
+
+def _plan(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
+    """`ranks` in module order and under first names, checked."""
+    if linear_shape(model) is not None:
+        raise TypeError(f"the model itself is a {type(model).__name__}: wrap nn.Sequential(model), or use LoRALinear")
+    first = {alias: name for name, aliases in all_names(model).items() for alias in aliases}
+    modules = dict(walk(model))
+    wanted: dict[str, int] = {}
+    for name, rank in ranks.items():
+        module = modules.get(name)
+        shape = None if module is None or isinstance(module, LoRALinear) else linear_shape(module)
+        if module is None or shape is None:
+            raise ValueError(no_match(model, name))
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= min(shape):
+            raise ValueError(f"rank of {name!r}: expected an integer from 0 to min{shape}, got {rank!r}")
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise ValueError(f"{name!r} is on the meta device: load its weights (to_empty, load_state_dict), then wrap")
+        if wanted.setdefault(first[name], rank) != rank:
+            raise ValueError(
+                f"{name!r} and {first[name]!r} are one module, but got ranks {rank} and {wanted[first[name]]}"
+            )
+    if not any(wanted.values()):
+        raise ValueError("every rank is 0: there is nothing to wrap")
+    return {name: wanted[name] for name in all_names(model) if name in wanted}
+
+
+def _parameters_of(model: nn.Module, patterns: str | Sequence[str]) -> set[int]:
+    """The ids of the parameters in the modules that the names or globs match."""
+    chosen: set[int] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = [module for name, module in walk(model) if name == pattern or fnmatchcase(name, pattern)]
+        if not found:
+            raise ValueError(f"trainable={pattern!r} matches no module: {close_names(pattern, dict(walk(model)))}")
+        chosen |= {id(parameter) for module in found for parameter in module.parameters()}
+    return chosen
+
+
+def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """Put new[id(old)] into every slot of the model that holds `old`."""
+    for parent in [module for _, module in walk(model)]:
+        for key, child in parent._modules.items():
+            if id(child) in new:
+                parent._modules[key] = new[id(child)]
+
+
+def unwrap(model: nn.Module) -> list[str]:
+    """Take every LoRA layer out: the original modules are back in their places, under their old parameter names and
+    with the `requires_grad` their parameters had. Layers that are not merged lose their adapter; of those that are
+    merged the plain module keeps W + ΔW. Returns the names of the layers taken out."""
+    layers = lora_layers(model)
+    if model in layers.values():
+        raise TypeError("the model itself is a LoRALinear: take its .base")
+    for layer in layers.values():
+        layer.release_base()
+    _replace(model, {id(layer): layer.base for layer in layers.values()})
+    return list(layers)
+
+
+def merge(model: nn.Module, *, untie: bool = False) -> list[str]:
+    """Put W + ΔW, computed in float32 or better, into the weight of every LoRA layer that is not merged yet; the
+    forward pass then costs what the base model's does. `unmerge` restores W bit for bit.
+
+    A weight that is shared with another module (a head tied to an embedding) is refused, since the two would differ
+    from then on; untie=True accepts that, and leaves the other module's weight as it is. Until `unmerge` or `unwrap`,
+    a merged layer does not train, and its state_dict is refused.
+
+    Returns the names of the layers merged now.
+
+    Raises ValueError: tied weight, W + ΔW not finite, or a base that does not compute W x + b from its `weight`
+    parameter. Nothing is merged then.
+    """
+    layers = {name: layer for name, layer in lora_layers(model).items() if not layer.merged}
+    shared = _shared_storages(model)
+    weights = {}
+    for name, layer in layers.items():
+        weight = layer.base._parameters.get("weight")
+        if weight is None:
+            raise ValueError(
+                f"the weight of {name!r} is computed (a parametrization?), not a parameter: cannot merge it"
+            )
+        others = shared.get(weight.untyped_storage().data_ptr(), set()) - {f"{name}.base.weight"}
+        if others and not untie:
+            raise ValueError(
+                f"the weight of {name!r} is tied to {', '.join(sorted(others))}, which merging would leave behind: "
+                "merge(model, untie=True) accepts that the two differ, or keep the adapter unmerged"
+            )
+        with torch.no_grad():
+            merged = layer.merged_weight()
+            if not torch.isfinite(torch.stack(torch.aminmax(merged))).all():
+                raise ValueError(
+                    f"W + ΔW of {name!r} is not finite in {merged.dtype}: was the adapter's training stable?"
+                )
+        weights[name] = merged
+    for name, layer in layers.items():
+        layer.merge(weights[name])
+    return list(layers)
+
+
+def _shared_storages(model: nn.Module) -> dict[int, set[str]]:
+    """{storage address: names of the parameters and buffers in it}."""
+    owners: dict[int, set[str]] = {}
+    for module_name, module in model.named_modules():
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and tensor.numel() > 0 and not tensor.is_meta:
+                name = f"{module_name}.{key}" if module_name else key
+                owners.setdefault(tensor.untyped_storage().data_ptr(), set()).add(name)
+    return owners
+
+
+def unmerge(model: nn.Module) -> list[str]:
+    """Put the original weights back, bit for bit (and tied again, where they were). Returns the names of the layers."""
+    layers = {name: layer for name, layer in lora_layers(model).items() if layer.merged}
+    for layer in layers.values():
+        layer.unmerge()
+    return list(layers)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The base model's function inside the block: `with disabled(model): reference = model(x)`."""
+    layers = list(lora_layers(model).values())
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
