@@ -149,7 +149,7 @@ def _check(
     high: Sequence[int],
     unit: str,
 ) -> None:
-    if not scores:
+    if not cost:
         raise ValueError("there is no module to give ranks to: the scores are empty")
     if isinstance(budget, bool) or not isinstance(budget, int):
         raise ValueError(f"budget must be an integer number of {'ranks' if unit == 'rank' else unit}, got {budget!r}")

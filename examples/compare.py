@@ -1,0 +1,217 @@
+"""Which ranks train best? Each method gets the same pretrained model, the same budget and the same data order.
+
+    python examples/compare.py --quick                 # under 2 minutes on 2 cores
+    python examples/compare.py --seeds 0 1 2 3 4       # the figures of the README
+
+The task is tagging.py's: MiniLM learns part-of-speech tags of the Brown corpus. Methods that need calibration or
+validation data get the development split; the test split is used for the final figures alone. Everything is printed
+with its standard error over seeds, and differences from the first method are paired by seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tagging import Data, Tagger, batches, build_model, evaluate, load_data, loss_fn, train
+
+from minirank import Allocation, Allocator, SensitivityLoRA, UniformRanks, wrap
+from minirank.table import fill_heat_map
+
+SCALING = 2.0  # of every LoRA layer, whatever its rank
+
+
+@dataclass(frozen=True)
+class Options:
+    budget: int
+    unit: str
+    targets: list[str]
+    steps: int
+    device: str
+
+
+@dataclass
+class Run:
+    """One method, one seed."""
+
+    method: str
+    seed: int
+    allocation: Allocation
+    scoring_seconds: float
+    training_seconds: float
+    training_loss: float
+    dev: dict[str, float]
+    test: dict[str, float]
+
+
+Method = Callable[[Tagger, Data, Options, int], tuple[Allocation, float, dict[str, float]]]
+
+
+# A method takes the plain model, allocates, wraps and trains it in place, and returns the allocation, the seconds it
+# spent on finding it, and what train() returned. To add one, write such a function and name it in METHODS.
+
+
+def uniform(model: Tagger, data: Data, options: Options, seed: int) -> tuple[Allocation, float, dict[str, float]]:
+    return allocate_then_train(UniformRanks(model, options.targets), model, data, options, seed)
+
+
+def sensitivity(model: Tagger, data: Data, options: Options, seed: int) -> tuple[Allocation, float, dict[str, float]]:
+    calibration = list(batches(data.dev, 24, device=options.device))
+    allocator = SensitivityLoRA(model, loss_fn, calibration, targets=options.targets)
+    return allocate_then_train(allocator, model, data, options, seed)
+
+
+METHODS: dict[str, Method] = {"uniform": uniform, "sensitivity": sensitivity}
+
+
+def allocate_then_train(
+    allocator: Allocator, model: Tagger, data: Data, options: Options, seed: int
+) -> tuple[Allocation, float, dict[str, float]]:
+    start = time.perf_counter()
+    allocator.score()
+    allocation = allocator.allocate(options.budget, unit=options.unit)  # type: ignore[arg-type]  # argparse checks it
+    seconds = time.perf_counter() - start
+    wrap(model, allocation, alpha=SCALING, reference_rank=1, trainable=["head"], generator=seed)
+    return allocation, seconds, train(model, data.train, steps=options.steps, seed=seed)
+
+
+def run(name: str, data: Data, options: Options, seed: int) -> Run:
+    model = build_model(seed, len(data.tags), options.device)
+    allocation, seconds, result = METHODS[name](model, data, options, seed)
+    dev, test = evaluate(model, data.dev), evaluate(model, data.test)
+    return Run(name, seed, allocation, seconds, result["seconds"], result["loss"], dev, test)
+
+
+# ---- printing ------------------------------------------------------------------------------------------------------
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error (nan for one value)."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
+
+
+FIGURES: dict[str, Callable[[Run], float]] = {
+    "test accuracy %": lambda r: r.test["accuracy"],
+    "test loss": lambda r: r.test["loss"],
+    "dev loss": lambda r: r.dev["loss"],
+    "training loss": lambda r: r.training_loss,
+    "parameters": lambda r: float(r.allocation.parameters),
+    "scoring s": lambda r: r.scoring_seconds,
+    "training s": lambda r: r.training_seconds,
+}
+
+
+def summarise(runs: list[Run], methods: list[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """{figure: {method: mean, standard error, and the same of the paired difference from the first method}}."""
+    summary: dict[str, dict[str, dict[str, float]]] = {}
+    for figure, value in FIGURES.items():
+        by_method = {m: {r.seed: value(r) for r in runs if r.method == m} for m in methods}
+        summary[figure] = {}
+        for method, by_seed in by_method.items():
+            mean, error = mean_and_error(list(by_seed.values()))
+            difference, difference_error = mean_and_error([v - by_method[methods[0]][s] for s, v in by_seed.items()])
+            summary[figure][method] = {
+                "mean": mean,
+                "standard_error": error,
+                "difference": difference,
+                "difference_standard_error": difference_error,
+            }
+    return summary
+
+
+def report(summary: dict[str, dict[str, dict[str, float]]], methods: list[str], seeds: list[int]) -> str:
+    def pm(mean: float, error: float, digits: int, sign: str = "") -> str:
+        return f"{mean:{sign}.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+
+    lines = [f"{len(seeds)} seed(s), mean ± standard error; differences are paired by seed", ""]
+    lines.append(
+        f"{'':<16}"
+        + "".join(f"  {m:>18}" for m in methods)
+        + "".join(f"  {m + ' - ' + methods[0]:>26}" for m in methods[1:])
+    )
+    for figure, cells in summary.items():
+        digits = 0 if figure == "parameters" else 1 if figure.endswith(" s") else 2 if "%" in figure else 4
+        row = [f"  {pm(c['mean'], c['standard_error'], digits):>18}" for c in cells.values()]
+        row += [
+            f"  {pm(cells[m]['difference'], cells[m]['difference_standard_error'], digits, '+'):>26}"
+            for m in methods[1:]
+        ]
+        lines.append(f"{figure:<16}" + "".join(row))
+    return "\n".join(lines)
+
+
+def save_json(path: str, options: Options, runs: list[Run], summary: dict[str, Any]) -> None:
+    records = [
+        {**{k: v for k, v in vars(r).items() if k != "allocation"}, "ranks": dict(r.allocation.ranks)} for r in runs
+    ]
+    environment = {"torch": torch.__version__, "threads": torch.get_num_threads(), "python": sys.version.split()[0]}
+    content = {"options": vars(options), "environment": environment, "summary": summary, "runs": records}
+    Path(path).write_text(json.dumps(content, indent=1).replace("NaN", "null") + "\n")
+
+
+def save_plot(path: str, runs: list[Run], methods: list[str]) -> None:
+    """The first seed's ranks of every method, side by side on one colour scale."""
+    from matplotlib.figure import Figure
+
+    first = {m: next(r.allocation for r in runs if r.method == m) for m in methods}
+    top = max(max(allocation.ranks.values()) for allocation in first.values())
+    figure = Figure(figsize=(6.2 * len(methods), 4), layout="constrained")
+    panels = figure.subplots(1, len(methods), squeeze=False)[0]
+    for axes, (method, allocation) in zip(panels, first.items(), strict=True):
+        image = fill_heat_map(axes, allocation.ranks, top)
+        axes.set_title(f"{method}: {allocation.total_rank} ranks, {allocation.parameters:,} parameters", fontsize=10)
+    figure.colorbar(image, ax=list(panels), label="rank")
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="2 seeds of 80 steps")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
+                        help=f"of {', '.join(METHODS)}; the first is what the others are compared with")  # fmt: skip
+    parser.add_argument("--budget", type=int, default=72, help="total over all targets (default 72: 36 layers at 2)")
+    parser.add_argument("--unit", choices=["rank", "parameters"], default="rank", help="what the budget counts")
+    parser.add_argument("--targets", nargs="+", default=["encoder.*"], help="names or globs of linear layers")
+    parser.add_argument("--steps", type=int, help="training steps of 24 sentences (default 250)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="one training per method and seed (default 0 1 2)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", help="write every figure to this JSON file")
+    parser.add_argument("--plot", help="write a heat map of the ranks to this image file")
+    arguments = parser.parse_args()
+    steps = arguments.steps or (80 if arguments.quick else 250)
+    seeds = arguments.seeds or ([0, 1] if arguments.quick else [0, 1, 2])
+    options = Options(arguments.budget, arguments.unit, arguments.targets, steps, arguments.device)
+
+    data = load_data()
+    sizes = f"{len(data.train)} training, {len(data.dev)} dev, {len(data.test)} test sentences, {len(data.tags)} tags"
+    print(f"{sizes}; {options}")
+    runs = []
+    for seed in seeds:
+        for name in arguments.methods:
+            result = run(name, data, options, seed)
+            if seed == seeds[0]:
+                print(f"\n{result.allocation}")
+            figures = f"test accuracy {result.test['accuracy']:.2f} %, loss {result.test['loss']:.4f}"
+            times = f"{result.scoring_seconds:.1f} s scoring, {result.training_seconds:.0f} s training"
+            print(f"seed {seed}, {name}: {figures}, {times}", flush=True)
+            runs.append(result)
+    summary = summarise(runs, arguments.methods)
+    print(f"\n{report(summary, arguments.methods, seeds)}")
+    if arguments.out:
+        save_json(arguments.out, options, runs, summary)
+    if arguments.plot:
+        save_plot(arguments.plot, runs, arguments.methods)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""curvature.py: the input second moment against plain formulas; masks, errors, and that the model is left alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from minirank.curvature import input_second_moment
+
+
+class Encoder(nn.Module):
+    """Embedding, a shared projection called twice, attention, dropout and BatchNorm, a pooled head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.project = nn.Linear(6, 6)
+        self.drop = nn.Dropout(0.5)
+        self.norm = nn.BatchNorm1d(6)
+        self.pool = nn.Linear(6, 3)
+
+    def forward(self, input_ids, **_):
+        x = self.project(self.drop(self.embed(input_ids)))
+        x = self.project(x.tanh())
+        return self.pool(self.norm(x[:, 0]))
+
+
+def loss_fn(model, batch):
+    return model(**batch).square().mean()
+
+
+def mlp_loss(model, batch):
+    return model(batch).square().mean()
+
+
+def token_batches():
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for n, length, real in ((2, 5, (5, 3)), (3, 7, (7, 2, 4))):
+        mask = (torch.arange(length) < torch.tensor(real)[:, None]).long()
+        batches.append({"input_ids": torch.randint(0, 11, (n, length), generator=generator), "attention_mask": mask})
+    return batches
+
+
+def test_equals_the_mean_square_over_all_rows_of_unequal_batches():
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(n, 4, dtype=torch.float64, generator=generator) for n in (1, 9, 30)]
+    h = input_second_moment(model, mlp_loss, batches)
+    x = torch.cat(batches)
+    assert torch.allclose(h["0"], x.square().mean(0), rtol=1e-14)
+    assert torch.allclose(h["2"], model[0](x).relu().square().mean(0), rtol=1e-14)
+
+
+def test_is_the_hessian_diagonal_of_a_linear_layer_under_squared_error():
+    """½‖W x‖² per sample has the Hessian x xᵀ over every row of W: the proxy is exact there."""
+    model = nn.Sequential(nn.Linear(4, 3, bias=False)).double()
+    x = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    hessian = torch.autograd.functional.hessian(
+        lambda W: 0.5 * (x @ W.t()).square().sum() / len(x), model[0].weight.detach()
+    )
+    diagonal = hessian.reshape(12, 12).diagonal().reshape(3, 4)
+    h = input_second_moment(model, mlp_loss, [x])["0"]
+    assert torch.allclose(diagonal, h.expand(3, 4), rtol=1e-13)
+
+
+def test_padding_is_left_out_and_a_module_called_twice_counts_both():
+    model, batches = Encoder().double(), token_batches()
+    h = input_second_moment(model, loss_fn, batches)
+    model.eval()
+    rows, pooled = [], []
+    for batch in batches:
+        first = model.embed(batch["input_ids"])
+        second = model.project(first).tanh()
+        rows += [first[batch["attention_mask"] == 1], second[batch["attention_mask"] == 1]]
+        pooled.append(model.norm(model.project(second)[:, 0]))
+    assert torch.allclose(h["project"], torch.cat(rows).square().mean(0), rtol=1e-13)
+    assert torch.allclose(h["pool"], torch.cat(pooled).square().mean(0), rtol=1e-13)  # one row per sample: all count
+
+
+def test_masks_by_function_by_key_and_none():
+    model, batches = Encoder().double(), token_batches()
+    renamed = [{"input_ids": b["input_ids"], "real": b["attention_mask"].bool()} for b in batches]
+    by_default = input_second_moment(model, loss_fn, batches)["project"]
+    assert torch.equal(input_second_moment(model, loss_fn, renamed, mask="real")["project"], by_default)
+    assert torch.equal(input_second_moment(model, loss_fn, renamed, mask=lambda b: b["real"])["project"], by_default)
+    everything = input_second_moment(model, loss_fn, batches, mask=None)["project"]
+    assert not torch.allclose(everything, by_default)
+
+
+def test_padding_may_hold_nan():
+    class Passes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.fc(x)
+
+    x = torch.tensor([[[1.0, 2.0], [float("nan")] * 2]])
+    h = input_second_moment(
+        Passes(), lambda m, b: m(b["x"])[0, 0].sum(), [{"x": x, "attention_mask": torch.tensor([[1, 0]])}]
+    )
+    assert h["fc"].tolist() == [1, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_accumulated_in_float32(dtype):
+    model = nn.Sequential(nn.Linear(4, 3)).to(dtype)
+    x = (300 + torch.rand(50, 4, generator=torch.Generator().manual_seed(0))).to(dtype)  # 300² overflows float16
+    h = input_second_moment(model, lambda m, b: m(b * 0.01).float().mean(), [x * 100])
+    assert h["0"].dtype == torch.float32
+    h = input_second_moment(model, lambda m, b: m(b).float().mean(), [x])
+    assert torch.allclose(h["0"], x.float().square().mean(0), rtol=1e-6)
+
+
+def test_any_kind_of_batch_and_keyword_inputs():
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.fc(input=x)
+
+    x = torch.ones(4, 3)
+    for batch, unpack in (
+        (x, lambda b: b),
+        ((x, 1), lambda b: b[0]),
+        ({"x": x}, lambda b: b["x"]),
+        ([x], lambda b: b[0]),
+    ):
+        h = input_second_moment(Keyword(), lambda m, b, unpack=unpack: m(unpack(b)).sum(), [batch])
+        assert h["fc"].tolist() == [1, 1, 1]
+
+
+def snapshot(model):
+    hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+    modes = [m.training for m in model.modules()]
+    flags = [(p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    return copy.deepcopy(model.state_dict()), hooks, modes, flags, torch.get_rng_state()
+
+
+def assert_untouched(model, before):
+    after = snapshot(model)
+    assert all(torch.equal(after[0][k], v) for k, v in before[0].items())
+    assert after[1:3] == before[1:3]
+    for (flag, grad), (old_flag, old_grad) in zip(after[3], before[3], strict=True):
+        assert flag == old_flag
+        assert (grad is None) == (old_grad is None)
+        assert grad is None or torch.equal(grad, old_grad)
+    assert torch.equal(after[4], before[4])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_and_the_rng_are_as_before_also_after_an_exception(fails):
+    model = Encoder()
+    model.train()
+    model.pool.eval()  # a mixed state
+    model.embed.weight.requires_grad_(False)
+    loss_fn(model, token_batches()[0]).backward()
+
+    def noisy(model, batch):
+        torch.rand(3)  # user code may draw
+        if fails and batch["input_ids"].shape[0] == 3:
+            raise KeyError("in the middle")
+        return loss_fn(model, batch)
+
+    before = snapshot(model)
+    if fails:
+        with pytest.raises(KeyError):
+            input_second_moment(model, noisy, token_batches())
+    else:
+        input_second_moment(model, noisy, token_batches())
+    assert_untouched(model, before)
+
+
+def test_dropout_is_off():
+    model, batches = Encoder().train(), token_batches()
+    one, two = (input_second_moment(model, loss_fn, batches) for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_transformer_fast_path_does_not_hide_the_layers():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    h = input_second_moment(layer, mlp_loss, [x])
+    assert set(h) == {"linear1", "linear2"}
+    layer.eval()
+    first = layer.norm1(x + layer.self_attn(x, x, x, need_weights=False)[0])
+    assert torch.allclose(h["linear1"], first.flatten(0, 1).square().mean(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("batches", "options", "match"),
+    [
+        ([], {}, "batches is empty"),
+        (iter([]), {}, "batches is empty"),
+        ([torch.full((2, 4), float("inf"))], {}, "input of '0' is not finite"),
+        ([torch.ones(2, 4)], {"targets": "nope"}, "'nope' matches no linear layer"),
+        ([torch.ones(2, 4)], {"mask": lambda b: torch.ones(5)}, r"mask of shape \(5,\) does not fit the input of '0'"),
+        ([torch.ones(2, 4)], {"mask": lambda b: None}, "mask must give a tensor"),
+        ([torch.ones(2, 4)], {"mask": lambda b: torch.zeros(2)}, "no token reached '0'"),
+    ],
+)
+def test_bad_input_is_named(batches, options, match):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=match):
+        input_second_moment(model, mlp_loss, batches, **options)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("loss", [torch.ones(2), torch.tensor(1), 1.0, None])
+def test_a_loss_that_is_not_a_scalar_tensor_is_an_error(loss):
+    with pytest.raises(ValueError, match="scalar floating-point tensor"):
+        input_second_moment(nn.Sequential(nn.Linear(4, 3)), lambda m, b: loss, [torch.ones(2, 4)])
+
+
+def test_a_layer_that_no_batch_reaches_is_named():
+    model = Encoder()
+    model.unused = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match=r"no token reached 'unused' in 2 batches"):
+        input_second_moment(model, loss_fn, token_batches())
+
+
+def test_a_model_without_linear_layers_and_one_on_the_meta_device():
+    with pytest.raises(ValueError, match="has 0 linear-like modules"):
+        input_second_moment(nn.Sequential(nn.ReLU()), mlp_loss, [torch.ones(2, 4)])
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="meta device"):
+        input_second_moment(model, mlp_loss, [torch.ones(2, 4)])

@@ -1,0 +1,197 @@
+"""sensitivity.py: each equation against an independent NumPy transcription of the paper, then the allocator."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from minirank import SensitivityLoRA, curvature
+from minirank.sensitivity import (
+    dispersion_weight,
+    effective_rank,
+    sensitivity_metrics,
+    topk_mean,
+    trace,
+)
+
+
+def paper_theta(diagonals, topk=0.5, share=0.85):
+    """Eqs 8–14 transcribed a second time, with NumPy and loops. Diagonals are nonnegative."""
+    S_g, S_topk, S_er = [], [], []
+    for h in diagonals:
+        h = sorted(np.asarray(h, dtype=np.float64).ravel().tolist(), reverse=True)
+        S_g.append(math.fsum(h))
+        k = max(1, int(len(h) * topk))
+        S_topk.append(math.fsum(h[:k]) / k)
+        total, running, count = math.fsum(h), 0.0, 0
+        while count < len(h) and running < share * total:
+            running += h[count]
+            count += 1
+        S_er.append(count)
+
+    def weight(values):
+        return np.std(values) / np.mean(values) ** 2
+
+    S_l = weight(S_topk) * np.array(S_topk) + weight(S_er) * np.array(S_er)
+    return weight(S_g) * np.array(S_g) + weight(S_l) * S_l
+
+
+# ---- the equations -------------------------------------------------------------------------------------------------
+
+
+def test_metrics_of_a_diagonal_worked_by_hand():
+    h = torch.tensor([1.0, 8.0, 2.0, 5.0], dtype=torch.float64)
+    assert trace(h) == 16  # Eq 8
+    assert topk_mean(h) == 6.5  # Eq 9, k = 2: (8 + 5) / 2
+    assert topk_mean(h, 1 / 3) == 8  # k = 1
+    assert effective_rank(h) == 3  # Eq 10: 13 < 13.6 ≤ 15
+    assert effective_rank(h, 0.8) == 2  # 13 ≥ 12.8
+    assert dispersion_weight(torch.tensor([1.0, 3.0])) == 0.25  # Eq 11: σ = 1, μ = 2
+
+
+@pytest.mark.parametrize(("topk", "share"), [(0.5, 0.85), (1 / 3, 0.8), (1.0, 1.0)])
+@pytest.mark.parametrize("seed", range(5))
+def test_theta_equals_an_independent_transcription(seed, topk, share):
+    rng = np.random.default_rng(seed)
+    diagonals = [rng.exponential(10.0 ** rng.integers(-3, 3), size=n) for n in rng.integers(1, 200, size=7)]
+    ours = sensitivity_metrics([torch.tensor(h) for h in diagonals], topk_fraction=topk, effective_share=share)
+    np.testing.assert_allclose(ours.theta.numpy(), paper_theta(diagonals, topk, share), rtol=1e-12)
+
+
+def test_the_shape_of_a_diagonal_does_not_matter():
+    h = [torch.rand(6, 4, dtype=torch.float64) for _ in range(3)]
+    flat = sensitivity_metrics([x.flatten().flip(0) for x in h])
+    assert torch.allclose(sensitivity_metrics(h).theta, flat.theta, rtol=1e-14)
+
+
+def test_constant_factors_cancel_in_the_shares():
+    h = [torch.rand(9, dtype=torch.float64) for _ in range(4)]
+    theta, scaled = sensitivity_metrics(h).theta, sensitivity_metrics([1e-6 * x for x in h]).theta
+    assert torch.allclose(theta / theta.sum(), scaled / scaled.sum(), rtol=1e-12)
+
+
+def test_equal_metrics_everywhere_are_uniform_not_nan():
+    assert sensitivity_metrics([torch.ones(5)] * 3).theta.tolist() == [1, 1, 1]
+    assert sensitivity_metrics([torch.rand(5)]).theta.tolist() == [1]
+
+
+def test_negative_entries_are_clamped_in_local_metrics_and_signed_in_the_trace():
+    h = torch.tensor([4.0, -3.0, 2.0, -1.0])
+    assert trace(h) == 2
+    assert topk_mean(h, 0.75) == 2  # (4 + 2 + 0) / 3
+    assert effective_rank(h) == 2  # 4 < 5.1 ≤ 6
+    assert effective_rank(-h.abs()) == 0
+
+
+def test_a_negative_theta_counts_as_zero():
+    metrics = sensitivity_metrics([torch.tensor([9.0, 1.0]), torch.tensor([-3.0, -2.0]), torch.tensor([5.0, 5.0])])
+    assert metrics.trace.tolist() == [10, -5, 10]
+    assert metrics.theta[1] == 0
+    assert (metrics.theta[[0, 2]] > 0).all()
+
+
+@pytest.mark.parametrize("h", [torch.zeros(4), -torch.ones(4), torch.tensor([1.0, -2.0])])
+def test_a_mean_trace_that_is_not_positive_is_an_error(h):
+    with pytest.raises(ValueError, match=r"mean Hessian trace .* Eq 7 needs a minimum"):
+        sensitivity_metrics([h, h])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=9), min_size=1, max_size=6))
+def test_theta_is_never_nan_or_negative(diagonals):
+    h = [torch.tensor(d, dtype=torch.float64) for d in diagonals]
+    if torch.stack([x.sum() for x in h]).mean() <= 0:
+        with pytest.raises(ValueError, match="mean Hessian trace"):
+            sensitivity_metrics(h)
+    else:
+        theta = sensitivity_metrics(h).theta
+        assert torch.isfinite(theta).all()
+        assert (theta >= 0).all()
+        assert theta.any()
+
+
+# ---- the allocator -------------------------------------------------------------------------------------------------
+
+
+def model_and_batches():
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+    batches = [torch.randn(n, 6, dtype=torch.float64, generator=generator) for n in (3, 7)]
+    return model, batches
+
+
+def loss_fn(model, batch):
+    return model(batch).square().mean()
+
+
+def test_score_is_theta_of_the_input_second_moment():
+    model, batches = model_and_batches()
+    allocator = SensitivityLoRA(model, loss_fn, batches, progress=False)
+    scores = allocator.score()
+    x = torch.cat(batches)
+    expected = paper_theta([x.square().mean(0), model[1](model[0](x)).detach().square().mean(0)])
+    assert list(scores) == ["0", "2"]
+    assert all(score.shape == () for score in scores.values())
+    np.testing.assert_allclose([float(s) for s in scores.values()], expected, rtol=1e-12)
+    assert set(allocator.metrics["0"]) == {"trace", "topk_mean", "effective_rank", "local", "theta"}
+    assert allocator.metrics["2"]["theta"] == float(scores["2"])
+    assert torch.allclose(allocator.curvatures["0"], x.square().mean(0), rtol=1e-14)
+
+
+def test_ranks_are_the_shares_of_theta():
+    model, batches = model_and_batches()
+    weight = {"0": torch.full((8, 6), 3.0), "2": torch.full((5, 8), 1.0)}  # per Eqs 8–14, unequal by hand
+    allocator = SensitivityLoRA(model, loss_fn, batches, curvature=lambda *_: weight, progress=False)
+    theta = allocator.score()
+    share = float(theta["0"] / (theta["0"] + theta["2"]))
+    assert allocator.allocate(7).ranks == {"0": round(7 * share), "2": 7 - round(7 * share)}
+
+
+def test_the_curvature_gets_model_loss_batches_and_exact_names():
+    model, batches = model_and_batches()
+    seen = {}
+
+    def spy(model, loss_fn, batches, targets):
+        seen.update(model=model, loss_fn=loss_fn, batches=list(batches), targets=targets)
+        return curvature.input_second_moment(model, loss_fn, seen["batches"], targets)
+
+    SensitivityLoRA(model, loss_fn, batches, targets="2", curvature=spy, progress=False).score()
+    assert seen["model"] is model
+    assert seen["loss_fn"] is loss_fn
+    assert seen["targets"] == ["2"]
+    assert all(a is b for a, b in zip(seen["batches"], batches, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("result", "match"),
+    [
+        ({"0": torch.ones(6)}, "returned nothing for '2'"),
+        ({"0": torch.ones(6), "2": torch.ones(5)}, r"has shape \(5,\): expected \(d_out, d_in\) = \(5, 8\)"),
+        ({"0": torch.ones(6), "2": torch.full((8,), math.nan)}, "'2' is not finite"),
+    ],
+)
+def test_a_curvature_that_returns_nonsense_is_told_so(result, match):
+    model, batches = model_and_batches()
+    with pytest.raises(ValueError, match=match):
+        SensitivityLoRA(model, loss_fn, batches, curvature=lambda *_: result, progress=False).score()
+
+
+@pytest.mark.parametrize("option", [{"topk_fraction": 0.0}, {"topk_fraction": 1.5}, {"effective_share": math.nan}])
+def test_options_out_of_range_are_errors(option):
+    model, batches = model_and_batches()
+    with pytest.raises(ValueError, match=next(iter(option))):
+        SensitivityLoRA(model, loss_fn, batches, **option)
+
+
+def test_progress_shows_a_bar_and_can_be_switched_off(capsys):
+    model, batches = model_and_batches()
+    SensitivityLoRA(model, loss_fn, batches, progress=False).score()
+    assert capsys.readouterr().err == ""
+    SensitivityLoRA(model, loss_fn, batches).score()
+    assert "calibration" in capsys.readouterr().err
