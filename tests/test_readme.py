@@ -1,0 +1,35 @@
+"""The README's Python blocks run as they stand, top to bottom, and its commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_there_are_blocks():
+    assert len(BLOCKS) >= 3
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[f"block {i + 1}" for i in range(len(BLOCKS))])
+def test_block_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_every_script_and_file_that_the_readme_names_exists():
+    names = set(re.findall(r"\b(?:examples|tests|minirank)/[\w/]+\.(?:py|txt|json|png)", README))
+    assert names
+    assert not [name for name in names if not (ROOT / name).exists()]
+
+
+def test_every_option_of_the_comparison_that_the_readme_names_exists():
+    source = (ROOT / "examples" / "compare.py").read_text(encoding="utf-8")
+    options = {o for line in re.findall(r"compare\.py(.*)", README) for o in re.findall(r"--[a-z]+", line)}
+    assert options
+    assert not [option for option in options if f'"{option}"' not in source]
