@@ -25,7 +25,7 @@ import torch
 from tagging import Data, Tagger, batches, build_model, evaluate, load_data, loss_fn, train
 
 from minirank import Allocation, Allocator, SensitivityLoRA, UniformRanks, wrap
-from minirank.table import fill_heat_map
+from minirank.table import fill_heat_map, whole_ticks
 
 SCALING = 2.0  # of every LoRA layer, whatever its rank
 
@@ -168,12 +168,12 @@ def save_plot(path: str, runs: list[Run], methods: list[str]) -> None:
 
     first = {m: next(r.allocation for r in runs if r.method == m) for m in methods}
     top = max(max(allocation.ranks.values()) for allocation in first.values())
-    figure = Figure(figsize=(6.2 * len(methods), 4), layout="constrained")
+    figure = Figure(figsize=(7.2 * len(methods), 4), layout="constrained")
     panels = figure.subplots(1, len(methods), squeeze=False)[0]
     for axes, (method, allocation) in zip(panels, first.items(), strict=True):
         image = fill_heat_map(axes, allocation.ranks, top)
         axes.set_title(f"{method}: {allocation.total_rank} ranks, {allocation.parameters:,} parameters", fontsize=10)
-    figure.colorbar(image, ax=list(panels), label="rank")
+    figure.colorbar(image, ax=list(panels), label="rank", ticks=whole_ticks(top))
     figure.savefig(path, dpi=130)
 
 

@@ -39,7 +39,7 @@ def draw_table(ranks: Mapping[str, int]) -> str:
     height = max((len(head) for head in heads), default=1)
     number = len(str(top))
     widths = [max(number + 1 + BAR_WIDTH, *(len(part) for part in head)) for head in heads]
-    left = max(len("sum"), *(len(row) for row in grid.rows))
+    left = max([len("sum"), *(len(row) for row in grid.rows)])
     lines = []
     for level in range(height):
         parts = [head[level - height + len(head)] if level >= height - len(head) else "" for head in heads]
@@ -78,10 +78,15 @@ def draw_heat_map(ranks: Mapping[str, int], title: str, path: str | None = None)
     axes = figure.subplots()
     image = fill_heat_map(axes, ranks, max(ranks.values(), default=0))
     axes.set_title(title, fontsize=10)
-    figure.colorbar(image, label="rank")
+    figure.colorbar(image, label="rank", ticks=whole_ticks(image.norm.vmax))
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
+
+
+def whole_ticks(top: float) -> list[int]:
+    """At most about eight whole numbers from 0 to `top`: there is no rank 2.5."""
+    return list(range(0, int(top) + 1, max(1, round(top / 7))))
 
 
 def fill_heat_map(axes: Any, ranks: Mapping[str, int], top: int) -> Any:
