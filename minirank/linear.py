@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -13,10 +14,12 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
       nn.Linear, its subclasses and look-alikes;
     - or of shape (d_in, nf), `nf` being an attribute: transformers' Conv1D, which stores the transpose.
 
-    Quantised (integer) and lazy weights are not linear-like.
+    Quantised (integer or 8-bit floating-point) and lazy weights are not linear-like.
     """
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or is_lazy(weight) or weight.ndim != 2 or not weight.is_floating_point():
+    weight = read_weight(module)
+    if weight is None or is_lazy(weight) or weight.ndim != 2:
+        return None
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         return None
     rows, columns = weight.shape
     if is_transposed(module):
@@ -27,4 +30,22 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether the weight is (d_in, d_out), as in transformers' Conv1D."""
-    return isinstance(getattr(module, "nf", None), int)
+    return isinstance(getattr(module, "nf", None), int) and not hasattr(module, "out_features")
+
+
+def read_weight(module: nn.Module) -> Tensor | None:
+    """`module.weight`, if a tensor, read without side effects: a parametrized weight is computed at every reading,
+    and in training mode spectral_norm then steps its estimate; others draw random numbers."""
+    parametrizations = getattr(module, "parametrizations", None)
+    if isinstance(parametrizations, nn.ModuleDict):
+        modes = [(inner, inner.training) for inner in parametrizations.modules()]
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            try:
+                parametrizations.eval()
+                weight = getattr(module, "weight", None)
+            finally:
+                for inner, training in modes:
+                    inner.training = training
+    else:
+        weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, Tensor) else None

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import is_transposed, linear_shape
+from .linear import is_transposed, linear_shape, read_weight
 
 RANK_DIM = {"lora_A": 0, "lora_B": 1, "gate": 0}  # the axis of each parameter that counts ranks
 
@@ -91,11 +91,13 @@ class LoRALinear(nn.Module):
         self.dropout = float(dropout)
         self.enabled = True  # False: the base function, the adapter being kept
         self.base = base
-        for name, value in self._new_ranks(rank, dtype or self._base_weight.dtype, as_generator(generator)).items():
+        weight = read_weight(base)
+        assert weight is not None  # linear_shape() has seen it
+        for name, value in self._new_ranks(rank, dtype or weight.dtype, weight.device, as_generator(generator)).items():
             self.register_parameter(name, nn.Parameter(value))
         if gate is None:
             self.register_parameter("gate", None)
-        self.train(base.training)
+        self.training = base.training
         # A tuple, so that nn.Module does not list the parameter a second time.
         self._unmerged: tuple[nn.Parameter] | None = None
         self._base_requires_grad = {name: p.requires_grad for name, p in base.named_parameters()}
@@ -113,7 +115,7 @@ class LoRALinear(nn.Module):
         h = F.linear(F.dropout(x, self.dropout, self.training) if self.dropout else x, self.lora_A)  # (…, r)
         if self.gate is not None:
             h = h * self.gate
-        if h.dtype != y.dtype:
+        if h.dtype != y.dtype or y.is_nested:
             return y + (self.scaling * F.linear(h, self.lora_B)).to(y.dtype)
         # y + s h Bᵀ as one fused multiply-add: no scaled copy of h Bᵀ, and no second pass over y.
         fused = torch.addmm(
@@ -156,13 +158,12 @@ class LoRALinear(nn.Module):
     def contributions(self) -> Tensor:
         """‖s · gate_i · B[:, i] A[i, :]‖_F of every rank: (r,), float32 or better."""
         work = torch.promote_types(self.lora_A.dtype, torch.float32)
-        norms = self.lora_A.detach().to(work).norm(dim=1) * self.lora_B.detach().to(work).norm(dim=0)
-        return (
-            norms * abs(self.scaling) if self.gate is None else norms * self.gate.detach().to(work).abs() * self.scaling
-        )
+        norms: Tensor = self.lora_A.detach().to(work).norm(dim=1) * self.lora_B.detach().to(work).norm(dim=0)
+        norms = norms if self.gate is None else norms * self.gate.detach().to(work).abs()
+        return norms * self.scaling
 
     def resized(self, keep: Tensor, add: int = 0, *, generator: torch.Generator | int = 0) -> dict[str, nn.Parameter]:
-        """The parameters of this layer with other ranks; the layer itself is not changed (`resize` in wrap.py does).
+        """The parameters of this layer with other ranks; the layer itself is not changed (resize.py does that).
 
         keep: (r,) bool, the ranks that survive, in their order; `add` new ones follow, drawn as at the start, whose
         contribution is exactly zero (B or the gate is), so that growing leaves the function as it is.
@@ -171,11 +172,10 @@ class LoRALinear(nn.Module):
             raise ValueError(
                 f"keep must be bool of shape ({self.rank},), got {keep.dtype} of shape {tuple(keep.shape)}"
             )
-        new_rank = int(keep.sum()) + add
-        if add < 0 or new_rank > min(self.in_features, self.out_features):
-            limit = min(self.in_features, self.out_features)
+        new_rank, limit = int(keep.sum()) + add, min(self.in_features, self.out_features)
+        if add < 0 or new_rank > limit:
             raise ValueError(f"add={add} would give rank {new_rank}; expected add ≥ 0 and a rank of at most {limit}")
-        fresh = self._new_ranks(add, self.lora_A.dtype, as_generator(generator))
+        fresh = self._new_ranks(add, self.lora_A.dtype, self.lora_A.device, as_generator(generator))
         result = {}
         for name, new in fresh.items():
             old = self.get_parameter(name)
@@ -184,24 +184,23 @@ class LoRALinear(nn.Module):
             result[name] = nn.Parameter(torch.cat([survivors, new], dim), requires_grad=old.requires_grad)
         return result
 
-    def _new_ranks(self, rank: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
-        device = self._base_weight.device
-
-        def normal(shape: torch.Size, std: float) -> Tensor:
-            return torch.randn(shape, generator=generator, device=generator.device) * std
-
-        A, B = torch.zeros(rank, self.in_features), torch.zeros(self.out_features, rank)
+    def _new_ranks(
+        self, rank: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        # Drawn in float32 on the generator's device, so that a seed gives one result for every dtype and device.
+        draw: dict[str, Any] = {"generator": generator, "device": generator.device, "dtype": torch.float32}
+        A_shape, B_shape = (rank, self.in_features), (self.out_features, rank)
+        B = torch.zeros(B_shape, device=device, dtype=dtype)
         if self.initial_gate is None:
-            uniform = torch.rand(A.shape, generator=generator, device=generator.device)
-            A = (2 * uniform - 1) / math.sqrt(self.in_features)
+            A = (2 * torch.rand(A_shape, **draw) - 1) / math.sqrt(self.in_features)
         elif self.initial_gate == 0:
-            A, B = normal(A.shape, 0.02), normal(B.shape, 0.02)
+            A, B = 0.02 * torch.randn(A_shape, **draw), 0.02 * torch.randn(B_shape, **draw)
         else:
-            A = normal(A.shape, 1 / self.reference_rank)
-        new = {"lora_A": A, "lora_B": B}
+            A = torch.randn(A_shape, **draw) / self.reference_rank
+        new = {"lora_A": A.to(device, dtype), "lora_B": B.to(device, dtype)}
         if self.initial_gate is not None:
-            new["gate"] = torch.full((rank,), self.initial_gate)
-        return {name: value.to(device, dtype) for name, value in new.items()}
+            new["gate"] = torch.full((rank,), self.initial_gate, device=device, dtype=dtype)
+        return new
 
     # ---- merging ------------------------------------------------------------------------------------------
 
@@ -226,10 +225,13 @@ class LoRALinear(nn.Module):
             self._unmerged = None
 
     def release_base(self) -> nn.Module:
-        """The base with the `requires_grad` that its parameters had; it keeps W + ΔW if merged. This layer is done."""
+        """The base, with those parameters trainable again that were; it keeps W + ΔW if merged. This layer is done."""
+        # The weight put aside by a merge may go on living in another module, which it was tied to.
+        parameters = [*self.base.named_parameters(), *(("weight", p) for p in self._unmerged or ())]
         self._unmerged = None
-        for name, parameter in self.base.named_parameters():
-            parameter.requires_grad_(self._base_requires_grad.get(name, False))
+        for name, parameter in parameters:
+            if self._base_requires_grad.get(name, False):
+                parameter.requires_grad_(True)
         return self.base
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
@@ -245,6 +247,11 @@ class LoRALinear(nn.Module):
                 "unmerge() the model first, or unwrap() it to save a plain model with ΔW in its weights"
             )
         super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.merged:
+            raise RuntimeError("loading a state into a merged layer would be undone by unmerge(): unmerge() first")
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         state = f"{', gated' if self.gate is not None else ''}{', merged' if self.merged else ''}"

@@ -68,6 +68,8 @@ def resize(
             if optimizer is None:
                 continue
             if id(old) not in places:
+                if not old.requires_grad:
+                    continue  # frozen by the user, who need not have given it to the optimizer
                 raise ValueError(
                     f"the optimizer does not hold {name}.{key}: make it after wrap(), from model.parameters()"
                 )
@@ -79,7 +81,7 @@ def resize(
         for key, new in parameters.items():
             old = layer.get_parameter(key)
             setattr(layer, key, new)
-            if optimizer is not None:
+            if optimizer is not None and new in states:
                 group, index = places[id(old)]
                 group[index] = new
                 optimizer.state.pop(old, None)
@@ -111,6 +113,8 @@ def _wanted(model: nn.Module, ranks: Mapping[str, int] | HasRanks) -> dict[str, 
                 f"the keep mask of {alias!r} has shape {tuple(keep.shape)} and {int(keep.sum())} survivors; expected "
                 f"shape ({layer.rank},) and at most {rank}: score and allocate again after a resize"
             )
+        if name in wanted and wanted[name][1] != rank:
+            raise ValueError(f"{alias!r} and {name!r} are one module, but got ranks {rank} and {wanted[name][1]}")
         wanted[name] = layer, rank, keep
     return wanted
 

@@ -37,7 +37,7 @@ def linear_targets(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mo
     elif isinstance(targets, type):
         selected = {name for name, module in ordinary.items() if isinstance(module, targets)}
     elif callable(targets):
-        selected = {name for name, module in ordinary.items() if targets(name, module)}
+        selected = {name for name, module in ordinary.items() if any(targets(alias, module) for alias in names[name])}
     else:
         selected = set()
         for pattern in [targets] if isinstance(targets, str) else targets:
@@ -89,8 +89,10 @@ def no_match(model: nn.Module, pattern: str) -> str:
         return f"{pattern!r} is a {type(module).__name__}, not a linear layer; for those inside it: '{pattern}.*'"
     if module is not None:
         return f"{pattern!r} is a {type(module).__name__}, not a linear layer with a 2-D floating-point weight"
-    if any(fnmatchcase(name, pattern) for name in linear):
-        return f"{pattern!r} matches only an nn.MultiheadAttention's out_proj: give its exact name to adapt it"
+    if found := [name for name in linear if fnmatchcase(name, pattern)]:
+        if all(isinstance(linear[name], NonDynamicallyQuantizableLinear) for name in found):
+            return f"{pattern!r} matches only an nn.MultiheadAttention's out_proj: give its exact name to adapt it"
+        return f"{pattern!r} is a glob, where exact names are expected: it matches {', '.join(map(repr, found[:4]))}"
     return f"{pattern!r} matches no linear layer of the model: {close_names(pattern, linear)}"
 
 

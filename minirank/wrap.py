@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .linear import linear_shape
 from .lora import LoRALinear, as_generator
@@ -91,7 +92,9 @@ def wrap(
             parameter.requires_grad_(requires_grad)
         raise
     if chosen is not None:
-        chosen -= {id(parameter) for layer in layers.values() for parameter in layer.base.parameters()}
+        every = [*lora_layers(model).values(), *layers.values()]  # an earlier call's adapters keep training
+        chosen |= {id(parameter) for layer in every for parameter in layer.parameters(recurse=False)}
+        chosen -= {id(parameter) for layer in every for parameter in layer.base.parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
     _replace(model, {id(layer.base): layer for layer in layers.values()})
@@ -121,6 +124,10 @@ def _plan(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
             raise ValueError(f"rank of {name!r}: expected an integer from 0 to min{shape}, got {rank!r}")
         if any(parameter.is_meta for parameter in module.parameters()):
             raise ValueError(f"{name!r} is on the meta device: load its weights (to_empty, load_state_dict), then wrap")
+        taken = {id(modules[other]) for other in ranks if other in modules} - {id(module)}
+        for key, inner in module.named_modules():
+            if id(inner) in taken or isinstance(inner, LoRALinear):
+                raise ValueError(f"{name!r} contains '{name}.{key}': adapt one of the two, not both")
         if wanted.setdefault(first[name], rank) != rank:
             raise ValueError(
                 f"{name!r} and {first[name]!r} are one module, but got ranks {rank} and {wanted[first[name]]}"
@@ -137,7 +144,7 @@ def _parameters_of(model: nn.Module, patterns: str | Sequence[str]) -> set[int]:
         found = [module for name, module in walk(model) if name == pattern or fnmatchcase(name, pattern)]
         if not found:
             raise ValueError(f"trainable={pattern!r} matches no module: {close_names(pattern, dict(walk(model)))}")
-        chosen |= {id(parameter) for module in found for parameter in module.parameters()}
+        chosen |= {id(p) for module in found for p in module.parameters() if p.is_floating_point() or p.is_complex()}
     return chosen
 
 
@@ -157,6 +164,8 @@ def unwrap(model: nn.Module) -> list[str]:
     if model in layers.values():
         raise TypeError("the model itself is a LoRALinear: take its .base")
     for layer in layers.values():
+        layer.base.requires_grad_(False)
+    for layer in layers.values():  # after that: of layers with a tied weight only the first saw it trainable
         layer.release_base()
     _replace(model, {id(layer): layer.base for layer in layers.values()})
     return list(layers)
@@ -184,7 +193,8 @@ def merge(model: nn.Module, *, untie: bool = False) -> list[str]:
             raise ValueError(
                 f"the weight of {name!r} is computed (a parametrization?), not a parameter: cannot merge it"
             )
-        others = shared.get(weight.untyped_storage().data_ptr(), set()) - {f"{name}.base.weight"}
+        own = f"{name}.base.weight" if name else "base.weight"
+        others = shared.get(weight.untyped_storage().data_ptr(), set()) - {own}
         if others and not untie:
             raise ValueError(
                 f"the weight of {name!r} is tied to {', '.join(sorted(others))}, which merging would leave behind: "
@@ -207,7 +217,9 @@ def _shared_storages(model: nn.Module) -> dict[int, set[str]]:
     owners: dict[int, set[str]] = {}
     for module_name, module in model.named_modules():
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and tensor.numel() > 0 and not tensor.is_meta:
+            if tensor is None or is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided:
+                continue
+            if tensor.numel() > 0:
                 name = f"{module_name}.{key}" if module_name else key
                 owners.setdefault(tensor.untyped_storage().data_ptr(), set()).add(name)
     return owners
@@ -223,8 +235,10 @@ def unmerge(model: nn.Module) -> list[str]:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The base model's function inside the block: `with disabled(model): reference = model(x)`."""
+    """The base model's function inside the block: `with disabled(model): reference = model(x)`. Refused when merged."""
     layers = list(lora_layers(model).values())
+    if any(layer.merged for layer in layers):
+        raise ValueError("the weight of a merged layer holds its adapter, which cannot be disabled: unmerge() first")
     before = [layer.enabled for layer in layers]
     try:
         for layer in layers:

@@ -1,0 +1,177 @@
+"""wrap.py, merging and the way out: W + ΔW by hand on a deep copy, and every bit of the base back afterwards."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from models import RANKS, TOKENS, ZOO_LINEAR, assert_unchanged, randomize, snapshot, with_deltas_by_hand, wrapped, zoo
+from torch import nn
+
+from minirank import LoRALinear, disabled, lora_layers, merge, unmerge, unwrap, wrap
+
+
+def test_unwrap_restores_modules_bits_and_flags():
+    model = zoo()
+    model.like.weight.requires_grad_(False)
+    before, keys = snapshot(model), list(model.state_dict())
+    randomize(wrap(model, RANKS, gate=1.0))
+    merge(model, untie=True)
+    unmerge(model)
+    assert unwrap(model) == [name for name in ZOO_LINEAR if name in RANKS]
+    assert_unchanged(model, before)
+    assert list(model.state_dict()) == keys
+    assert unwrap(model) == []
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_unwrap_makes_a_weight_trainable_again_that_two_layers_share(calls):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    model[2].requires_grad_(False)
+    before = snapshot(model)
+    for ranks in [{"0": 1, "1": 1, "2": 1}] if calls == 1 else [{"0": 1}, {"1": 1, "2": 1}]:
+        wrap(model, ranks)
+    model[2].requires_grad_(True)
+    unwrap(model)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_merging_puts_the_sum_into_the_weight_and_unmerging_takes_it_out_bit_for_bit(dtype):
+    plain, model, layers = wrapped(dtype)
+    before, expected = snapshot(model), with_deltas_by_hand(plain, layers)
+    for _ in range(20):
+        assert merge(model, untie=True) == list(layers)
+        assert merge(model, untie=True) == []
+        for name, layer in layers.items():
+            W = layer.base.weight
+            assert W.dtype == dtype
+            assert not W.requires_grad
+            # A sum in float32 or better, then one rounding to W's own precision.
+            work = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+            torch.testing.assert_close(
+                W, expected.get_submodule(name).weight, rtol=torch.finfo(dtype).eps, atol=20 * work
+            )
+            assert torch.equal(layer.weight, W)
+        if dtype == torch.float64:
+            torch.testing.assert_close(model(TOKENS), expected(TOKENS), rtol=1e-12, atol=1e-12)
+        assert unmerge(model) == list(layers)
+        assert unmerge(model) == []
+        assert_unchanged(model, before)
+
+
+def test_training_and_evaluating_do_not_merge():
+    _, model, layers = wrapped()
+    before = [layer.base.weight.clone() for layer in layers.values()]
+    for switch in (model.eval, model.train, model.eval):
+        switch()
+        assert not any(layer.merged for layer in layers.values())
+        assert all(torch.equal(x.base.weight, w) for x, w in zip(layers.values(), before, strict=True))
+
+
+def test_merging_a_tied_weight_is_refused_or_unties_it():
+    plain, model, layers = wrapped()
+    before, expected = snapshot(model), with_deltas_by_hand(plain, layers)(TOKENS)
+    with pytest.raises(ValueError, match=r"'head' is tied to emb\.weight.*untie=True"):
+        merge(model)
+    assert_unchanged(model, before)
+    merge(model, untie=True)
+    assert torch.equal(model.emb.weight, plain.emb.weight)
+    torch.testing.assert_close(model(TOKENS), expected, rtol=1e-12, atol=1e-12)
+    unmerge(model)
+    assert model.head.base.weight is model.emb.weight
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["lora_A", "lora_B", "gate"])
+def test_an_adapter_that_is_not_finite_refuses_to_merge_and_nothing_is_merged(name, value):
+    _, model, layers = wrapped(gate=1.0)
+    with torch.no_grad():
+        layers["like"].get_parameter(name).view(-1)[-1] = value
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"'like' is not finite"):
+        merge(model, untie=True)
+    assert_unchanged(model, before)
+
+
+def test_a_sum_that_overflows_in_half_precision_refuses_to_merge():
+    model = nn.Sequential(nn.Linear(3, 3, dtype=torch.float16), nn.Linear(3, 3, dtype=torch.float16))
+    layer = wrap(model, {"0": 1, "1": 1})["1"]
+    nn.init.constant_(layer.lora_A, 300.0)
+    nn.init.constant_(layer.lora_B, 300.0)  # finite each, but 90,000 > 65,504
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"'1' is not finite in torch\.float16"):
+        merge(model)
+    assert_unchanged(model, before)
+
+
+def test_a_computed_weight_is_adapted_but_not_merged():
+    model = nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))).double()
+    W, b, x = model[1].weight.detach(), model[1].bias.detach(), torch.randn(3, 4, dtype=torch.float64)
+    layers = wrap(model, {"0": 2, "1": 2})
+    randomize(layers)
+    delta = layers["1"].delta_weight()
+    torch.testing.assert_close(layers["1"](x), x @ (W + delta).T + b, rtol=1e-12, atol=1e-12)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="parametrization"):
+        merge(model)
+    assert_unchanged(model, before)
+    unwrap(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_merging_passes_over_tensors_without_a_plain_storage():
+    model = nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(2), nn.Linear(3, 3, device="meta"))
+    model.register_buffer("graph", torch.eye(3).to_sparse())
+    wrap(model, {"0": 1})
+    assert merge(model) == ["0"]
+
+
+def test_the_functions_take_a_single_layer_as_the_model():
+    layer = LoRALinear(nn.Linear(3, 3), 1)
+    assert lora_layers(layer) == {"": layer}
+    assert merge(layer) == unmerge(layer) == [""]
+
+
+def test_unwrapping_a_merged_model_leaves_a_plain_one_with_the_sum():
+    plain, model, layers = wrapped()
+    expected = with_deltas_by_hand(plain, layers)
+    merge(model, untie=True)
+    unwrap(model)
+    assert not lora_layers(model)
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-13, atol=1e-13)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_changing_the_dtype_while_merged_changes_the_weight_that_comes_back():
+    plain, model, layers = wrapped(torch.float32)
+    merge(model, untie=True)
+    model.to(torch.float64)
+    unmerge(model)
+    assert model.head.base.weight is model.emb.weight
+    assert torch.equal(layers["body.up"].base.weight, plain.body["up"].weight.double())
+    expected = with_deltas_by_hand(plain.double(), layers)
+    torch.testing.assert_close(model(TOKENS), expected(TOKENS), rtol=1e-12, atol=1e-12)
+
+
+def test_disabled_is_the_base_model_inside_the_block_only():
+    plain, model, layers = wrapped()
+    y = model(TOKENS)
+    layers["like"].enabled = False
+    partly = model(TOKENS)
+    with disabled(model):
+        assert torch.equal(model(TOKENS), plain(TOKENS))
+    with pytest.raises(ZeroDivisionError), disabled(model):
+        raise ZeroDivisionError
+    assert torch.equal(model(TOKENS), partly)
+    layers["like"].enabled = True
+    assert torch.equal(model(TOKENS), y)
+    merge(model, untie=True)
+    with pytest.raises(ValueError, match=r"unmerge\(\)"), disabled(model):
+        pass
+    assert torch.equal(model(TOKENS), model(TOKENS))
+    assert all(layer.enabled for layer in layers.values())

@@ -1,0 +1,236 @@
+"""Faults found in other LoRA libraries, and the invariants that the serious ones pass: one test for each.
+
+    adapters: the fault elsewhere                   the test here
+    ----------------------------------------------  ----------------------------------------------------------------
+    a live layer is re-initialised by a new rank    test_peft_reinitialises_a_live_layer_and_forgets_the_optimizer,
+      and the optimizer does not get its tensors      test_resize: ..._survivors_keep_values_gradients_and_moments_...
+    AdaLoRA masks ranks, but never really shrinks   test_shrinking_frees_parameters_and_optimizer_state
+    AdaLoRA: ties keep no rank at all               test_resize: test_equal_contributions_keep_the_earlier_ranks
+    AdaLoRA: init_r == target_r crashes             test_resize: test_nothing_to_do_changes_nothing
+    L1RA: broken merge                              test_merge: test_merging_puts_the_sum_into_the_weight_...
+    L1RA: lost moments, lost ranks                  test_resize: ..._survivors_keep_values_gradients_and_moments_...,
+                                                      test_rank_zero_is_the_base_function_and_grows_again
+    merging an attention's out_proj twice, unseen   test_merging_an_attention_output_applies_its_delta_once
+      by a merged == unmerged test
+    merging a tied weight changes the other module  test_merge: test_merging_a_tied_weight_is_refused_or_unties_it,
+                                                      test_peft_merges_into_a_tied_embedding
+    one module under two names is wrapped twice     test_a_shared_module_is_adapted_once_and_applied_once_per_use
+    wrapping twice stacks adapters                  test_wrap: test_a_refused_wrap_changes_nothing[already adapted],
+                                                      test_wrapping_twice_is_refused_and_adds_no_second_adapter
+    bf16 merge and unmerge drift                    test_a_hundred_half_precision_merges_do_not_drift
+    eval() calls train(False), which merges         test_merge: test_training_and_evaluating_do_not_merge
+    suffix and substring matching                   test_targets: test_names_are_exact_and_globs_cover_the_whole_name
+    a pattern that matches nothing is ignored       test_targets: ..._finds_nothing_is_an_error_that_helps
+    alpha / r rescales silently when ranks change   test_the_trained_function_is_not_rescaled_when_ranks_change
+
+    invariant                                       the test here
+    ----------------------------------------------  ----------------------------------------------------------------
+    identity at init                                test_wrap: test_the_wrapped_model_computes_the_same_function_...
+    only adapters change, and every one in 3 steps  test_only_adapter_parameters_train_and_every_one_does
+    disabled adapter = base model                   test_merge: test_disabled_is_the_base_model_inside_the_block_only
+    merged = unmerged = W + ΔW built by hand        test_merge: test_merging_puts_the_sum_into_the_weight_...,
+                                                      test_lifecycle
+    merging twice is a no-op; unmerge is bitwise    test_merge: test_merging_puts_the_sum_into_the_weight_...
+    non-finite adapters refuse to merge             test_merge: test_an_adapter_that_is_not_finite_refuses_...
+    no stray keys                                   test_mechanisms: test_state_dict_has_the_expected_keys_...
+    bf16 and fp16 forward, merge                    test_mechanisms: test_half_precision_models, test_merge
+    gradient checkpointing, torch.compile           test_mechanisms: ..._checkpointing_..., test_torch_compile_...
+    deepcopy and pickle                             test_mechanisms: test_copies_are_equal_and_independent
+    rank 0 and rank = min(d_in, d_out)              test_lora: test_rank_zero_is_the_base, test_every_rank_up_to_...
+    shrink then grow keeps function and moments     test_shrinking_and_growing_back_keeps_the_function_and_the_moments
+    requires_grad of untouched parameters           test_wrap: test_only_the_wrapped_weights_are_frozen
+    meta-device models load                         test_a_model_from_the_meta_device_is_adapted_once_it_is_loaded
+
+Saving and loading, PEFT's format, curvature, budgets and L1RA's own schedule are tested with the files they live in.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from models import TOKENS, delta_by_hand, inputs, randomize, with_deltas_by_hand, wrapped, zoo
+from torch import nn
+
+from minirank import lora_layers, merge, resize, unmerge, unwrap, wrap
+
+
+def test_the_table_names_tests_that_exist():
+    files = list(Path(__file__).parent.glob("test_*.py"))
+    known = {path.stem for path in files} | set(re.findall(r"def (test_\w+)", "".join(map(Path.read_text, files))))
+    for name in re.findall(r"test_\w+|(?<=\.\.\.)_\w+", __doc__):
+        assert any(name in full for full in known), name
+
+
+def small(**options):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    layers = wrap(model, {"0": 4, "2": 3}, **options)
+    return model, layers
+
+
+def test_peft_reinitialises_a_live_layer_and_forgets_the_optimizer():
+    """The fault in PEFT, then the same change of rank here."""
+    peft = pytest.importorskip("peft")
+    with torch.random.fork_rng():
+        theirs = peft.get_peft_model(
+            small()[0][0:0].append(nn.Linear(6, 6)), peft.LoraConfig(target_modules=["0"], r=4)
+        )
+        layer = theirs.base_model.model[0]
+        nn.init.normal_(layer.lora_B["default"].weight)
+        x = torch.randn(3, 6)
+        optimizer, y = torch.optim.Adam(layer.parameters()), theirs(x)
+        layer.update_layer("default", 5, lora_alpha=8, config=peft.LoraConfig(r=5))
+        assert not torch.allclose(theirs(x), y)
+        held = {id(p) for p in optimizer.param_groups[0]["params"]}
+        assert id(layer.lora_A["default"].weight) not in held
+    model, layers = small()
+    randomize(layers)
+    optimizer, x = torch.optim.Adam(p for p in model.parameters() if p.requires_grad), inputs(3, 6)
+    y = model(x)
+    resize(model, {"0": 5}, optimizer)
+    torch.testing.assert_close(model(x), y, rtol=1e-13, atol=1e-13)
+    assert id(layers["0"].lora_A) in {id(p) for p in optimizer.param_groups[0]["params"]}
+
+
+def test_peft_merges_into_a_tied_embedding():
+    """The fault in PEFT; test_merge has the refusal here."""
+    peft = pytest.importorskip("peft")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plain = zoo(torch.float32)
+        theirs = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(target_modules=["head"], r=2))
+        nn.init.normal_(theirs.base_model.model.head.lora_B["default"].weight)
+        merged = theirs.merge_and_unload()
+    assert not torch.allclose(merged.emb.weight, plain.emb.weight)
+
+
+def test_shrinking_frees_parameters_and_optimizer_state():
+    model, layers = small(gate=1.0)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    model(inputs(3, 6)).sum().backward()
+    optimizer.step()
+    resize(model, {"0": 1, "2": 0}, optimizer)
+    assert sum(p.numel() for layer in layers.values() for p in layer.parameters(recurse=False)) == 6 + 5 + 1
+    moments = [state["exp_avg"].numel() for state in optimizer.state.values()]
+    assert sum(moments) == 6 + 5 + 1
+    assert len(moments) == 6
+
+
+def test_merging_an_attention_output_applies_its_delta_once():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.MultiheadAttention(6, 2, batch_first=True, dtype=torch.float64)
+    plain, x = copy.deepcopy(model), inputs(2, 3, 6)
+    layers = wrap(model, {"out_proj": 3}, alpha=2.0)
+    randomize(layers)
+    expected = with_deltas_by_hand(plain, layers)(x, x, x)[0]
+    assert not torch.allclose(expected, plain(x, x, x)[0])
+    for change in (lambda _: None, merge, lambda m: m(x, x, x), unmerge, merge, unwrap):
+        change(model)
+        for mode in (True, False):
+            torch.testing.assert_close(model.train(mode)(x, x, x)[0], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        model.out_proj.weight, plain.out_proj.weight + delta_by_hand(layers["out_proj"]), rtol=1e-13, atol=1e-13
+    )
+
+
+def test_a_shared_module_is_adapted_once_and_applied_once_per_use():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        linear = nn.Linear(4, 4).double()
+    model = nn.ModuleDict({"first": linear, "more": nn.ModuleList([nn.Tanh(), linear])})
+    layers = wrap(model, {"first": 2, "more.1": 2})
+    randomize(layers)
+    assert list(layers) == ["first"]
+    assert model["first"] is model["more"][1] is layers["first"]
+    W, b, x = linear.weight + delta_by_hand(layers["first"]), linear.bias, inputs(3, 4)
+    y = x @ W.T + b
+    torch.testing.assert_close(model["more"][1](model["first"](x)), y @ W.T + b, rtol=1e-13, atol=1e-13)
+    unwrap(model)
+    assert model["first"] is model["more"][1] is linear
+
+
+def test_wrapping_twice_is_refused_and_adds_no_second_adapter():
+    model, layers = small()
+    modules = dict(model.named_modules())
+    for name in ("0", "0.base"):
+        with pytest.raises(ValueError, match=f"'{name}'"):
+            wrap(model, {name: 1})
+    assert dict(model.named_modules()) == modules
+    assert lora_layers(model) == layers
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_hundred_half_precision_merges_do_not_drift(dtype):
+    plain, model, layers = wrapped(dtype, ranks={"body.up": 3, "like": 2})
+    for _ in range(100):
+        merge(model)
+        assert not torch.equal(layers["like"].base.weight, plain.like.weight)
+        unmerge(model)
+    for name, layer in layers.items():
+        assert torch.equal(layer.base.weight, plain.get_submodule(name).weight)
+
+
+def test_the_trained_function_is_not_rescaled_when_ranks_change():
+    """Pruning the half of the ranks that are zero must change nothing; alpha / r would double the rest."""
+    for stabilized in (False, True):
+        model, layers = small(alpha=4, rank_stabilized=stabilized)
+        randomize(layers)
+        with torch.no_grad():
+            layers["0"].lora_B[:, 1::2] = 0
+        x = inputs(3, 6)
+        y, scaling = model(x), layers["0"].scaling
+        resize(model, {"0": 2})
+        assert layers["0"].scaling == scaling
+        torch.testing.assert_close(model(x), y, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("gate", [None, 1.0, 0.0])
+def test_only_adapter_parameters_train_and_every_one_does(gate):
+    _, model, _ = wrapped(ranks={"body.up": 2, "head": 3}, gate=None)
+    unwrap(model)
+    layers = wrap(model, {"body.up": 2, "head": 3}, gate=gate, trainable=[])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(TOKENS).square().sum().backward()
+        optimizer.step()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    adapters = {f"{n}.{k}" for n, layer in layers.items() for k, _ in layer.named_parameters(recurse=False)}
+    assert changed == adapters
+    assert len(adapters) == (4 if gate is None else 6)
+
+
+def test_shrinking_and_growing_back_keeps_the_function_and_the_moments():
+    model, layers = small(gate=1.0)
+    randomize(layers)
+    optimizer, x = torch.optim.Adam([p for p in model.parameters() if p.requires_grad]), inputs(3, 6)
+    model(x).square().sum().backward()
+    optimizer.step()
+    moments = optimizer.state[layers["0"].lora_A]["exp_avg"].clone()
+    kept = resize(model, {"0": 2}, optimizer)["0"].keep
+    y = model(x)
+    resize(model, {"0": 4}, optimizer)
+    torch.testing.assert_close(model(x), y, rtol=1e-13, atol=1e-13)
+    now = optimizer.state[layers["0"].lora_A]["exp_avg"]
+    assert torch.equal(now, torch.cat([moments[kept], torch.zeros(2, 6, dtype=torch.float64)]))
+    assert moments[kept].ne(0).all()
+
+
+def test_a_model_from_the_meta_device_is_adapted_once_it_is_loaded():
+    state = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).state_dict()
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="meta device"):
+        wrap(model, {"0": 1, "2": 1})
+    model.load_state_dict(state, assign=True)
+    x = torch.randn(3, 4)
+    y = model(x)
+    wrap(model, {"0": 1, "2": 1})
+    assert torch.equal(model(x), y)

@@ -1,0 +1,201 @@
+"""linear.py and targets.py: what counts as a linear layer, and which ones a user's `targets` selects."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import ZOO_LINEAR, Conv1DLike, LinearLike, assert_unchanged, snapshot, zoo
+from torch import nn
+
+from minirank import LoRALinear, linear_targets, wrap
+from minirank.linear import is_transposed, linear_shape, read_weight
+from minirank.targets import all_names
+
+
+def nested():
+    """ "fc" is a suffix of "enc.fc" and a prefix of "fc2"."""
+    enc = nn.ModuleDict({"fc": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "0": nn.Linear(4, 4)})
+    return nn.ModuleDict({"fc": nn.Linear(4, 4), "enc": enc, "fc2": nn.Linear(4, 4)})
+
+
+# ---- what is linear ------------------------------------------------------------------------------------------------
+
+
+def test_linear_modules_their_subclasses_and_look_alikes():
+    class Sub(nn.Linear):
+        nf = 3  # some other meaning
+
+    for module in (nn.Linear(3, 5), nn.Linear(3, 5, bias=False), LinearLike(3, 5), Conv1DLike(5, 3), Sub(3, 5)):
+        assert linear_shape(module) == (5, 3), module
+        assert is_transposed(module) == isinstance(module, Conv1DLike)
+    assert linear_shape(nn.Linear(3, 5, dtype=torch.bfloat16)) == (5, 3)
+    assert linear_shape(nn.Linear(3, 5, device="meta")) == (5, 3)
+    assert linear_shape(nn.MultiheadAttention(4, 2).out_proj) == (4, 4)
+
+
+def test_square_weights_are_told_apart_by_their_attributes():
+    assert not is_transposed(nn.Linear(4, 4))
+    assert is_transposed(Conv1DLike(4, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.complex64], ids=str)
+def test_quantised_and_complex_weights_are_not_linear(dtype):
+    module = nn.Linear(3, 5)
+    module.weight = nn.Parameter(torch.ones(5, 3).to(dtype), requires_grad=False)
+    assert linear_shape(module) is None
+
+
+def test_other_modules_are_not_linear():
+    wrong = LinearLike(3, 5)
+    wrong.in_features = 4
+    wrong_conv = Conv1DLike(5, 3)
+    wrong_conv.nf = 4
+    packed = nn.Linear(3, 5)
+    del packed.weight
+    packed.weight = "packed"
+    others = [nn.Embedding(5, 3), nn.Conv2d(3, 5, 1), nn.LayerNorm(3), nn.Bilinear(3, 3, 5), nn.LazyLinear(3)]
+    for module in [*others, nn.ReLU(), nn.Sequential(nn.Linear(3, 5)), wrong, wrong_conv, packed]:
+        assert linear_shape(module) is None, module
+
+
+def test_looking_at_a_parametrized_weight_changes_nothing():
+    """spectral_norm steps its estimate whenever its weight is read in training mode."""
+
+    class Noise(nn.Module):
+        def forward(self, weight):
+            return weight + torch.randn_like(weight)
+
+    for name, register in {
+        "spectral": nn.utils.parametrizations.spectral_norm,
+        "noise": lambda m: nn.utils.parametrize.register_parametrization(m, "weight", Noise()),
+    }.items():
+        model = nn.Sequential(nn.Linear(5, 3)).train()
+        register(model[0])
+        with torch.no_grad():
+            model[0].parametrizations.weight.original.normal_()  # off the estimate's fixed point
+        before, state = snapshot(model), torch.get_rng_state()
+        assert linear_targets(model) == {"0": model[0]}, name
+        wrap(copy.deepcopy(model), {"0": 1})
+        assert_unchanged(model, before)
+        assert torch.equal(torch.get_rng_state(), state)
+        twin = copy.deepcopy(model)
+        layer = wrap(twin, {"0": 1})["0"]
+        for name, buffer in model.named_buffers():
+            assert torch.equal(layer.base.get_buffer(name.removeprefix("0.")), buffer), name
+    assert torch.equal(read_weight(nn.utils.parametrizations.weight_norm(linear := nn.Linear(3, 2))), linear.weight)
+
+
+# ---- which are selected --------------------------------------------------------------------------------------------
+
+
+def test_none_selects_every_linear_module_once_in_module_order():
+    model = zoo()
+    found = linear_targets(model)
+    assert list(found) == ZOO_LINEAR
+    assert all(module is model.get_submodule(name) for name, module in found.items())
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("fc", ["fc"]),
+        (["fc2", "fc"], ["fc", "fc2"]),
+        ("*fc", ["fc", "enc.fc"]),
+        ("fc*", ["fc", "fc2"]),
+        ("*.fc", ["enc.fc"]),
+        ("enc.*", ["enc.fc", "enc.0"]),
+        ("*", ["fc", "enc.fc", "enc.0", "fc2"]),
+        ("f[c]2", ["fc2"]),
+        (["enc.fc", "enc.*"], ["enc.fc", "enc.0"]),
+        (nn.Linear, ["fc", "enc.fc", "enc.0", "fc2"]),
+        (lambda name, module: name.endswith("fc") and module.in_features == 4, ["fc", "enc.fc"]),
+    ],
+)
+def test_names_are_exact_and_globs_cover_the_whole_name(targets, expected):
+    assert list(linear_targets(nested(), targets)) == expected
+
+
+def test_a_type_selects_its_instances():
+    assert list(linear_targets(zoo(), Conv1DLike)) == ["body.conv"]
+    assert list(linear_targets(zoo(), nn.Linear)) == ["body.up", "blocks.0.0", "blocks.1.0", "head"]
+
+
+def test_a_predicate_sees_no_module_that_is_not_linear():
+    seen = []
+    linear_targets(nested(), lambda name, module: seen.append((name, module)) or True)
+    assert [name for name, _ in seen] == ["fc", "enc.fc", "enc.0", "fc2"]
+    assert all(isinstance(module, nn.Linear) for _, module in seen)
+
+
+@pytest.mark.parametrize("targets", ["alias", ["alias", "blocks.0.0"], "al*", lambda name, _: name == "alias"])
+def test_any_name_of_a_shared_module_selects_it_under_its_first(targets):
+    model = zoo()
+    assert list(linear_targets(model, targets)) == ["blocks.0.0"]
+    assert all_names(model)["blocks.0.0"] == ("blocks.0.0", "alias")
+
+
+def test_tied_weights_do_not_make_two_modules_one():
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    second.weight = first.weight
+    assert list(linear_targets(nn.Sequential(first, second))) == ["0", "1"]
+
+
+def test_an_attention_output_is_selected_by_its_exact_name_alone():
+    model = nn.TransformerEncoderLayer(4, 2, 8)
+    assert list(linear_targets(model)) == ["linear1", "linear2"]
+    for targets in ("*", nn.Linear, lambda name, module: True):
+        assert list(linear_targets(model, targets)) == ["linear1", "linear2"]
+    assert list(linear_targets(model, ["self_attn.out_proj"])) == ["self_attn.out_proj"]
+    with pytest.raises(ValueError, match="give its exact name"):
+        linear_targets(model, "*out_proj")
+
+
+def test_adapted_layers_and_what_is_inside_them_are_not_listed():
+    model = nested()
+    wrap(model, {"enc.fc": 1})
+    assert list(linear_targets(model)) == ["fc", "enc.0", "fc2"]
+    with pytest.raises(ValueError, match="already has an adapter"):
+        linear_targets(model, "enc.fc")
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        linear_targets(model, "enc.fc.base")
+
+
+def test_the_model_itself_may_be_the_linear_layer():
+    model = nn.Linear(2, 2)
+    assert linear_targets(model) == {"": model}
+    assert list(linear_targets(model, "")) == [""]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("enc.fd", r"'enc.fd' matches no linear layer.*did you mean 'enc\.fc'"),
+        ("decoder.fc2", "did you mean.*'fc2'"),
+        (["fc", "nothing"], r"'nothing' matches no linear layer.*known names start \['fc', 'enc\.fc', 'enc\.0'\]"),
+        ("c", "matches no linear layer"),
+        ("enc", r"is a ModuleDict, not a linear layer; for those inside it: 'enc\.\*'"),
+        ("enc.norm", "is a LayerNorm, not a linear layer"),
+        (nn.Conv2d, "selects none in ModuleDict: it has 4 linear-like modules and 0 with an adapter"),
+        (lambda name, module: False, "selects none"),
+        ([], "selects none"),
+    ],
+)
+def test_a_selection_that_finds_nothing_is_an_error_that_helps(targets, message):
+    with pytest.raises(ValueError, match=message):
+        linear_targets(nested(), targets)
+
+
+def test_a_model_without_linear_layers_is_an_error():
+    with pytest.raises(ValueError, match="has 0 linear-like modules and 1 with an adapter"):
+        linear_targets(nn.Sequential(LoRALinear(nn.Linear(2, 2), 1)))
+
+
+def test_selecting_changes_nothing():
+    model, state = zoo().train(), torch.get_rng_state()
+    before = snapshot(model)
+    for targets in (None, "*", nn.Linear, lambda name, module: True):
+        linear_targets(model, targets)
+    assert_unchanged(model, before)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,216 @@
+"""wrap.py, the way in: what wrap changes, what it leaves alone, and that a refused call changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import RANKS, TOKENS, ZOO_LINEAR, assert_unchanged, randomize, snapshot, with_deltas_by_hand, wrapped, zoo
+from torch import nn
+
+from minirank import LoRALinear, lora_layers, merge, unwrap, wrap
+
+# ---- wrap ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate", [None, 1.0, 0.0])
+def test_the_wrapped_model_computes_the_same_function_bit_for_bit(gate):
+    plain, model = zoo(), zoo()
+    state = torch.get_rng_state()
+    layers = wrap(model, RANKS, gate=gate)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(model(TOKENS), plain(TOKENS))
+    assert {name: layer.rank for name, layer in layers.items()} == RANKS
+    assert layers == lora_layers(model)
+    assert list(layers) == [name for name in ZOO_LINEAR if name in RANKS]
+
+
+@pytest.mark.parametrize("gate", [None, 1.0, 0.0])
+def test_a_trained_model_is_the_plain_one_with_w_plus_delta_w(gate):
+    plain, model, layers = wrapped(gate=gate, alpha=3.0)
+    expected = with_deltas_by_hand(plain, layers)(TOKENS)
+    assert not torch.allclose(expected, plain(TOKENS))
+    torch.testing.assert_close(model(TOKENS), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_only_the_named_slots_change_and_the_bases_are_the_original_modules():
+    model = zoo()
+    before = dict(model.named_modules(remove_duplicate=False))
+    layers = wrap(model, {"alias": 2, "like": 0, "head": 1})
+    for name, module in before.items():
+        if name in ("blocks.0.0", "alias"):
+            assert model.get_submodule(name) is layers["blocks.0.0"]
+            assert layers["blocks.0.0"].base is module
+        elif name == "head":
+            assert model.head.base is module
+        else:
+            assert model.get_submodule(name) is module
+    assert model.head.base.weight is model.emb.weight
+
+
+def test_only_the_wrapped_weights_are_frozen():
+    model = zoo()
+    model.body["up"].bias.requires_grad_(False)
+    model.like.weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in zoo().named_parameters()} | {"like.weight": False}
+    wrap(model, {"body.up": 1, "head": 1})
+    frozen = {"body.up.weight", "body.up.bias", "emb.weight", "head.weight"}
+    for name, parameter in model.named_parameters():
+        plain_name = name.replace(".base.", ".")
+        assert parameter.requires_grad == (".lora_" in name or (plain_name not in frozen and before[plain_name])), name
+    unwrap(model)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (before[name] and name != "body.up.bias"), name
+
+
+@pytest.mark.parametrize(
+    ("trainable", "expected"),
+    [
+        ([], set()),
+        ("body.norm", {"body.norm.weight", "body.norm.bias"}),
+        (["*norm", "like"], {"body.norm.weight", "body.norm.bias", "like.weight"}),
+        ("blocks.1.0", {"blocks.1.0.weight", "blocks.1.0.bias"}),
+        ("body.up", set()),  # adapted itself: its own weight stays frozen
+    ],
+)
+def test_trainable_names_what_trains_beside_the_adapters(trainable, expected):
+    model = zoo()
+    model.register_parameter("table", nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False))
+    wrap(model, {"body.up": 1, "head": 1}, trainable=trainable)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
+    assert trained == expected
+    assert all(p.requires_grad for name, p in model.named_parameters() if ".lora_" in name)
+    wrap(model, {"body.conv": 1}, trainable="*")  # earlier adapters keep training, adapted weights stay frozen
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".base." not in name and name not in ("emb.weight", "table")), name
+
+
+def test_options_reach_every_layer_and_the_reference_rank_is_the_average():
+    for layer in wrapped(alpha=8, gate=0.5, dropout=0.25, dtype=torch.float32)[2].values():
+        assert layer.scaling == 8 / (16 / 5)
+        assert layer.lora_A.dtype == torch.float32
+        assert (layer.gate is not None, layer.dropout, layer.initial_gate) == (True, 0.25, 0.5)
+    layers = wrapped(ranks={"body.up": 4, "alias": 2, "blocks.0.0": 2, "like": 0}, alpha=6)[2]  # three modules
+    assert [layer.scaling for layer in layers.values()] == [3, 3]
+    layers = wrapped(alpha=6, reference_rank=4, rank_stabilized=True)[2]
+    assert {layer.scaling for layer in layers.values()} == {3}
+    assert {layer.scaling for layer in wrapped()[2].values()} == {1}
+
+
+def test_anything_with_ranks_serves_as_an_allocation():
+    model = zoo()
+    layers = wrap(model, SimpleNamespace(ranks={"head": 2, "like": 0}, keep=None))
+    assert {name: layer.rank for name, layer in layers.items()} == {"head": 2}
+
+
+def test_a_seed_reproduces_every_layer_and_layers_differ():
+    def draws(generator, ranks=RANKS):
+        return {name: layer.lora_A for name, layer in wrap(zoo(), ranks, generator=generator).items()}
+
+    reverse = dict(reversed(RANKS.items()))  # the order of the request does not matter
+    first = draws(3)
+    for same in (draws(torch.Generator().manual_seed(3)), draws(3, reverse)):
+        assert list(same) == list(first)
+        assert all(torch.equal(same[name], first[name]) for name in first)
+    assert not torch.equal(draws(4)["head"], first["head"])
+    first, second = wrap(zoo(), {"blocks.0.0": 2, "blocks.1.0": 2}).values()
+    assert not torch.equal(first.lora_A, second.lora_A)
+
+
+class Container(nn.Module):
+    """Linear-like itself, with a linear layer inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.in_features, self.out_features = nn.Linear(6, 6), 6, 6
+
+    weight = property(lambda self: self.inner.weight)
+
+
+BAD = {
+    "unknown name": ({"nothing": 1}, {}, "matches no linear layer"),
+    "one bad name among good ones": ({"body.up": 1, "head": 1, "hea": 1}, {}, "did you mean 'head'"),
+    "a suffix only": ({"up": 1}, {}, r"did you mean 'body\.up'"),
+    "a glob": ({"body.*": 1}, {}, r"'body\.\*' is a glob.*exact names.*'body\.up'"),
+    "not linear": ({"body.up": 1, "body.norm": 1}, {}, "LayerNorm"),
+    "rank too high": ({"body.up": 1, "head": 7}, {}, r"from 0 to min\(11, 6\), got 7"),
+    "negative rank": ({"body.up": 1, "head": -1}, {}, "got -1"),
+    "rank is a float": ({"body.up": 1, "head": 1.0}, {}, r"got 1\.0"),
+    "rank is a bool": ({"body.up": True}, {}, "got True"),
+    "every rank is 0": ({"body.up": 0}, {}, "every rank is 0"),
+    "no ranks": ({}, {}, "non-empty"),
+    "no mapping": (["body.up"], {}, "non-empty"),
+    "two ranks for one module": ({"alias": 1, "blocks.0.0": 2}, {}, "are one module"),
+    "meta device": ({"body.up": 1, "meta": 1}, {}, "meta device"),
+    "already adapted": ({"body.up": 1, "done": 1}, {}, r"use resize\(\)"),
+    "one inside another": ({"body.up": 1, "box.inner": 1, "box": 1}, {}, r"contains 'box\.inner'"),
+    "one inside another, adapted before": ({"body.up": 1, "full": 1}, {}, r"contains 'full\.inner'"),
+    "bad alpha": ({"body.up": 1}, {"alpha": -1.0}, "alpha"),
+    "bad gate": ({"body.up": 1}, {"gate": 2.0}, "gate"),
+    "bad dropout": ({"body.up": 1}, {"dropout": 1.0}, "dropout"),
+    "bad dtype": ({"body.up": 1}, {"dtype": torch.int32}, "dtype"),
+    "trainable matches nothing": ({"body.up": 1}, {"trainable": ["like", "lik"]}, "did you mean 'like'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_refused_wrap_changes_nothing(case):
+    ranks, options, message = BAD[case]
+    model = zoo()
+    model.meta, model.done, model.box = nn.Linear(6, 6, device="meta"), LoRALinear(nn.Linear(6, 6), 1), Container()
+    model.full = Container()
+    wrap(model, {"full.inner": 1})
+    model.like.weight.requires_grad_(False)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        wrap(model, ranks, **options)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_halfway_changes_nothing(error, monkeypatch):
+    calls, new_ranks = [], LoRALinear._new_ranks
+
+    def fail_at_the_third(self, *args):
+        calls.append(self)
+        if len(calls) == 3:
+            raise error
+        return new_ranks(self, *args)
+
+    monkeypatch.setattr(LoRALinear, "_new_ranks", fail_at_the_third)
+    model = zoo()
+    before = snapshot(model)
+    with pytest.raises(error):
+        wrap(model, RANKS, trainable=[])
+    assert_unchanged(model, before)
+
+
+def test_a_model_that_is_the_layer_itself_is_refused():
+    with pytest.raises(TypeError, match=r"nn\.Sequential\(model\)"):
+        wrap(nn.Linear(3, 3), {"": 1})
+    with pytest.raises(TypeError, match=r"take its \.base"):
+        unwrap(LoRALinear(nn.Linear(3, 3), 1))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "no_grad"])  # eval without gradients takes PyTorch's fast path
+@pytest.mark.parametrize("merged", [False, True])
+def test_transformer_layers_that_read_weights_see_the_adapter(mode, merged):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True, dtype=torch.float64)
+    model.train(mode == "train")
+    plain, x = copy.deepcopy(model), torch.randn(2, 3, 8, dtype=torch.float64)
+    layers = wrap(model, {"self_attn.out_proj": 2, "linear1": 3, "linear2": 3}, gate=1.0)
+    with torch.set_grad_enabled(mode != "no_grad"):
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-12, atol=1e-12)
+        randomize(layers)
+        if merged:
+            merge(model)
+        expected = with_deltas_by_hand(plain, layers)
+        torch.testing.assert_close(model(x), expected(x), rtol=1e-11, atol=1e-11)
+        assert not torch.allclose(model(x), plain(x))
+    if mode == "train" and not merged:
+        model(x).square().sum().backward()
+        assert all(p.grad.ne(0).any() for layer in layers.values() for p in layer.parameters(recurse=False))
