@@ -49,3 +49,24 @@ def read_weight(module: nn.Module) -> Tensor | None:
     else:
         weight = getattr(module, "weight", None)
     return weight if isinstance(weight, Tensor) else None
+
+
+def applies_weight(module: nn.Module) -> bool:
+    """Whether module(x) = W x + b with W = `module.weight`. True of nn.Linear's own forward; another one (a masked or
+    normalised layer) is tried on a few vectors, around the module's hooks."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    weight, shape = read_weight(module), linear_shape(module)
+    if weight is None or shape is None:
+        return False
+    W = weight.detach().t() if is_transposed(module) else weight.detach()
+    x = torch.randn(4, shape[1], generator=torch.Generator().manual_seed(0)).to(W.device, W.dtype)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            offset = module.forward(torch.zeros_like(x))
+            difference = module.forward(x) - offset - x @ W.t()
+    except Exception:  # user code, of any kind, that does not take a plain (n, d_in) input
+        return False
+    # Each entry of W x is a sum of d_in products, and rounds like one.
+    scale = x.abs() @ W.abs().t() + offset.abs() + torch.finfo(W.dtype).tiny
+    return bool((difference.abs() <= 32 * torch.finfo(W.dtype).eps * scale).all())

@@ -83,7 +83,13 @@ class LoRALinear(nn.Module):
                 + (", which already has an adapter: resize it instead" if isinstance(base, LoRALinear) else "")
             )
         self.out_features, self.in_features = shape
-        _check_numbers(rank, min(shape), alpha, reference_rank, gate, dropout, dtype)
+        is_rank = isinstance(rank, int) and not isinstance(rank, bool) and 0 <= rank <= min(shape)
+        _require(is_rank, "rank", rank, f"an integer from 0 to min(d_in, d_out) = {min(shape)}")
+        for key, number in (("alpha", alpha), ("reference_rank", reference_rank)):
+            _require(number is None or 0 < number < math.inf, key, number, "a positive number")
+        _require(gate is None or 0 <= gate <= 1, "gate", gate, "None (no gate) or a start value from 0 to 1")
+        _require(0 <= dropout < 1, "dropout", dropout, "at least 0 and below 1")
+        _require(dtype is None or dtype.is_floating_point, "dtype", dtype, "a floating-point type")
         self.reference_rank = float(reference_rank if reference_rank is not None else max(rank, 1))
         self.alpha = float(alpha if alpha is not None else self.reference_rank)
         self.scaling = self.alpha / (math.sqrt(self.reference_rank) if rank_stabilized else self.reference_rank)
@@ -125,9 +131,14 @@ class LoRALinear(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """ΔW = s · B diag(gate) A: (d_out, d_in), float32 or better, differentiable."""
-        work = torch.promote_types(self.lora_A.dtype, torch.float32)
+        B, A = self._factors()
+        return B @ A
+
+    def _factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """s · B diag(gate) and A, in `dtype`, the adapter's dtype or float32, whichever is the widest."""
+        work = torch.promote_types(torch.promote_types(self.lora_A.dtype, dtype), torch.float32)
         B = self.lora_B.to(work) * self.scaling
-        return (B if self.gate is None else B * self.gate.to(work)) @ self.lora_A.to(work)
+        return B if self.gate is None else B * self.gate.to(work), self.lora_A.to(work)
 
     @property
     def weight(self) -> Tensor:
@@ -140,8 +151,9 @@ class LoRALinear(nn.Module):
 
     def merged_weight(self) -> Tensor:
         """W + ΔW in W's layout and dtype, computed in float32 or better, differentiable."""
-        W, delta = self._base_weight, self.delta_weight()
-        return (W.to(delta.dtype) + (delta.t() if is_transposed(self.base) else delta)).to(W.dtype)
+        W = self._base_weight
+        B, A = self._factors(W.dtype)
+        return torch.addmm(W.to(A.dtype), *((A.t(), B.t()) if is_transposed(self.base) else (B, A))).to(W.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -157,10 +169,9 @@ class LoRALinear(nn.Module):
 
     def contributions(self) -> Tensor:
         """‖s · gate_i · B[:, i] A[i, :]‖_F of every rank: (r,), float32 or better."""
-        work = torch.promote_types(self.lora_A.dtype, torch.float32)
-        norms: Tensor = self.lora_A.detach().to(work).norm(dim=1) * self.lora_B.detach().to(work).norm(dim=0)
-        norms = norms if self.gate is None else norms * self.gate.detach().to(work).abs()
-        return norms * self.scaling
+        B, A = self._factors()
+        norms: Tensor = B.detach().norm(dim=0) * A.detach().norm(dim=1)
+        return norms
 
     def resized(self, keep: Tensor, add: int = 0, *, generator: torch.Generator | int = 0) -> dict[str, nn.Parameter]:
         """The parameters of this layer with other ranks; the layer itself is not changed (resize.py does that).
@@ -258,23 +269,6 @@ class LoRALinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, scaling={self.scaling:g}{state}"
 
 
-def _check_numbers(
-    rank: int,
-    max_rank: int,
-    alpha: float | None,
-    reference_rank: float | None,
-    gate: float | None,
-    dropout: float,
-    dtype: torch.dtype | None,
-) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= max_rank:
-        raise ValueError(f"rank must be an integer from 0 to min(d_in, d_out) = {max_rank}, got {rank!r}")
-    for name, value in (("alpha", alpha), ("reference_rank", reference_rank)):
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be a positive number, got {value!r}")
-    if gate is not None and not 0 <= gate <= 1:
-        raise ValueError(f"gate must be None (no gate) or a start value from 0 to 1, got {gate!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout!r}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")

@@ -23,6 +23,7 @@ class Resized(NamedTuple):
     state_reset: tuple[str, ...]  # optimizer entries that could not be sliced, so that their parameter starts afresh
 
 
+@torch.inference_mode(False)
 def resize(
     model: nn.Module,
     ranks: Mapping[str, int] | HasRanks,
@@ -121,7 +122,8 @@ def _wanted(model: nn.Module, ranks: Mapping[str, int] | HasRanks) -> dict[str, 
 
 def _largest(values: Tensor, count: int) -> Tensor:
     keep = torch.zeros(values.shape, dtype=torch.bool)
-    keep[torch.sort(values.cpu(), descending=True, stable=True).indices[:count]] = True
+    broken_last = values.cpu().nan_to_num(nan=-1.0)
+    keep[torch.sort(broken_last, descending=True, stable=True).indices[:count]] = True
     return keep
 
 

@@ -7,7 +7,7 @@ ranks. For each weight matrix w, h is its diagonal, N entries; σ and μ² are t
     trace                   S_g      Eq 8    tr(H) = Σ h_ii
     topk_mean               S_topk   Eq 9    mean of the k largest h_ii, k = N/2
     effective_rank          S_er     Eq 10   smallest k whose k largest h_ii reach a share α of Σ h_ii
-    dispersion_weight       β, γ     Eq 11, 13   σ/μ² of a metric
+    weighted                β·S, γ·S Eq 11, 13   a metric times its own coefficient σ/μ²
     local                   S_l      Eq 12   β1 S_topk + β2 S_er
     theta                   θ        Eq 14   γ1 S_g + γ2 S_l
     budget.proportional_ranks        Eq 15   r_w = θ_w / Σθ · R
@@ -53,11 +53,13 @@ def effective_rank(h: Tensor, share: float = 0.85) -> Tensor:
     return (cumulative < share * cumulative[-1]).sum().to(h.dtype) + 1
 
 
-def dispersion_weight(metric: Tensor) -> Tensor:
-    """Eqs 11 and 13: σ/μ² of a metric over all matrices, (n,) → (). σ is the population's; the sample's would scale
-    every θ alike. A metric that is equal everywhere weighs 0."""
-    sigma = metric.std(correction=0)
-    return sigma / metric.mean().square() if (metric != metric[0]).any() else sigma.new_zeros(())
+def weighted(metric: Tensor) -> Tensor:
+    """Eqs 11 and 13: a metric times its σ/μ² over all matrices, (n,) → (n,). σ is the population's; the sample's would
+    scale every θ alike. Computed as (σ/μ)(S/μ), which does not underflow; a metric equal everywhere gives 0."""
+    mean = metric.mean()
+    if mean == 0 or (metric == metric[0]).all():
+        return torch.zeros_like(metric)
+    return metric.std(correction=0) / mean * (metric / mean)
 
 
 class Metrics(NamedTuple):
@@ -86,10 +88,8 @@ def sensitivity_metrics(
             f"the mean Hessian trace over {len(h)} matrices is {S_g.mean():.3g}, but Eq 7 needs a minimum, where it is "
             "positive: train further, or use a curvature that cannot be negative, such as input_second_moment"
         )
-    beta_1, beta_2 = dispersion_weight(S_topk), dispersion_weight(S_er)  # Eq 11
-    S_l = beta_1 * S_topk + beta_2 * S_er  # Eq 12
-    gamma_1, gamma_2 = dispersion_weight(S_g), dispersion_weight(S_l)  # Eq 13
-    theta = (gamma_1 * S_g + gamma_2 * S_l).clamp(min=0)  # Eq 14
+    S_l = weighted(S_topk) + weighted(S_er)  # Eqs 11, 12
+    theta = (weighted(S_g) + weighted(S_l)).clamp(min=0)  # Eqs 13, 14
     return Metrics(S_g, S_topk, S_er, S_l, theta if theta.any() else torch.ones_like(theta))
 
 

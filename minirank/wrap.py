@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .linear import linear_shape
+from .linear import applies_weight, linear_shape
 from .lora import LoRALinear, as_generator
 from .targets import all_names, close_names, no_match, walk
 
@@ -35,6 +35,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
+@torch.inference_mode(False)  # parameters made in inference mode could not train
 def wrap(
     model: nn.Module,
     ranks: Mapping[str, int] | HasRanks,
@@ -171,6 +172,7 @@ def unwrap(model: nn.Module) -> list[str]:
     return list(layers)
 
 
+@torch.inference_mode(False)
 def merge(model: nn.Module, *, untie: bool = False) -> list[str]:
     """Put W + ΔW, computed in float32 or better, into the weight of every LoRA layer that is not merged yet; the
     forward pass then costs what the base model's does. `unmerge` restores W bit for bit.
@@ -192,6 +194,11 @@ def merge(model: nn.Module, *, untie: bool = False) -> list[str]:
         if weight is None:
             raise ValueError(
                 f"the weight of {name!r} is computed (a parametrization?), not a parameter: cannot merge it"
+            )
+        if not applies_weight(layer.base):
+            raise ValueError(
+                f"{name!r} is a {type(layer.base).__name__} that does not compute W x + b from its weight: merging "
+                "would change its function; keep the adapter unmerged"
             )
         own = f"{name}.base.weight" if name else "base.weight"
         others = shared.get(weight.untyped_storage().data_ptr(), set()) - {own}

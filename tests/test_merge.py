@@ -175,3 +175,64 @@ def test_disabled_is_the_base_model_inside_the_block_only():
         pass
     assert torch.equal(model(TOKENS), model(TOKENS))
     assert all(layer.enabled for layer in layers.values())
+
+
+class Masked(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * (self.weight > self.weight.min()), self.bias)
+
+
+class Cosine(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(nn.functional.normalize(x, dim=-1), self.weight)
+
+
+class TwoInputs(nn.Linear):
+    def forward(self, x, scale):
+        return super().forward(x) * scale
+
+
+class Renamed(nn.Linear):
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Masked, Cosine, TwoInputs])
+def test_a_layer_that_does_not_apply_its_weight_as_it_is_does_not_merge(kind):
+    model = nn.Sequential(nn.Linear(4, 4), kind(4, 4))
+    randomize(wrap(model, {"0": 1, "1": 1}))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"'1' is a {kind.__name__} that does not compute W x \+ b"):
+        merge(model)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_subclass_that_applies_its_weight_merges_whatever_its_bias(dtype):
+    model = nn.Sequential(Renamed(4, 4)).to(dtype)
+    nn.init.constant_(model[0].bias, 1e3)
+    randomize(wrap(model, {"0": 1}))
+    assert merge(model) == ["0"]
+
+
+def test_a_float32_adapter_beside_a_float64_weight_merges_in_float64():
+    model = nn.Sequential(nn.Linear(4, 4)).double()
+    W = model[0].weight.detach().clone()
+    layer = wrap(model, {"0": 2}, dtype=torch.float32)["0"]
+    assert torch.equal(layer.merged_weight(), W)  # B = 0; a detour by float32 would round W
+    randomize(layer)
+    expected = W + layer.lora_B.double() @ layer.lora_A.double()
+    merge(model)
+    torch.testing.assert_close(layer.base.weight, expected, rtol=1e-15, atol=1e-15)
+
+
+def test_wrapping_merging_and_unwrapping_work_under_inference_mode():
+    model = nn.Sequential(nn.Linear(4, 4))
+    with torch.inference_mode():
+        layer = wrap(model, {"0": 2})["0"]
+        randomize(layer)
+        merge(model)
+        unwrap(model)
+    assert not layer.lora_A.is_inference()
+    assert not model[0].weight.is_inference()
+    assert model[0].weight.requires_grad

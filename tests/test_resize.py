@@ -333,3 +333,12 @@ def test_an_exception_halfway_changes_nothing(monkeypatch):
         resize(model, NEW, optimizer)
     assert_unchanged(model, before)
     assert pickle.dumps(optimizer.state_dict()) == state
+
+
+def test_a_rank_that_is_not_finite_goes_first():
+    model = nn.Sequential(nn.Linear(4, 4))
+    layer = wrap(model, {"0": 3})["0"]
+    randomize(layer)
+    with torch.no_grad():
+        layer.lora_B[0, 1] = float("nan")
+    assert resize(model, {"0": 2})["0"].keep.tolist() == [True, False, True]

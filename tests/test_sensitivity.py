@@ -13,11 +13,11 @@ from torch import nn
 
 from minirank import SensitivityLoRA, curvature
 from minirank.sensitivity import (
-    dispersion_weight,
     effective_rank,
     sensitivity_metrics,
     topk_mean,
     trace,
+    weighted,
 )
 
 
@@ -52,7 +52,7 @@ def test_metrics_of_a_diagonal_worked_by_hand():
     assert topk_mean(h, 1 / 3) == 8  # k = 1
     assert effective_rank(h) == 3  # Eq 10: 13 < 13.6 ≤ 15
     assert effective_rank(h, 0.8) == 2  # 13 ≥ 12.8
-    assert dispersion_weight(torch.tensor([1.0, 3.0])) == 0.25  # Eq 11: σ = 1, μ = 2
+    assert weighted(torch.tensor([1.0, 3.0])).tolist() == [0.25, 0.75]  # Eq 11: σ = 1, μ = 2
 
 
 @pytest.mark.parametrize(("topk", "share"), [(0.5, 0.85), (1 / 3, 0.8), (1.0, 1.0)])
