@@ -14,17 +14,21 @@ LossFn = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar mean los
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block (dropout off, BatchNorm fixed); afterwards, also after an exception, every module's
-    own mode and the state of the random generators are as before."""
+    """Eval mode inside the block (dropout off, BatchNorm fixed), without the fused kernels by which nn.Transformer's
+    layers then bypass their linear layers and their hooks. Afterwards, also after an exception, every module's own
+    mode, the state of the random generators and the choice of kernels are as before."""
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the meta device, where nothing can be measured: load its weights first")
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    fused = torch.backends.mha.get_fastpath_enabled()
     with torch.random.fork_rng(devices=sorted(devices)):
         try:
+            torch.backends.mha.set_fastpath_enabled(False)
             model.eval()
             yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
             for module, training in modes:
                 module.training = training
 

@@ -20,8 +20,9 @@ OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, 0.01, foreach=False),
     "amsgrad": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True),
     "adagrad": lambda p: torch.optim.Adagrad(p, 0.01),
-    "adafactor": lambda p: torch.optim.Adafactor(p, 0.01),
 }
+if hasattr(torch.optim, "Adafactor"):  # from torch 2.5
+    OPTIMIZERS["adafactor"] = lambda p: torch.optim.Adafactor(p, 0.01)
 RANKS = {"body.up": 4, "body.conv": 3, "blocks.0.0": 3, "head": 4}
 NEW = {"body.up": 2, "body.conv": 5, "blocks.0.0": 3, "head": 0}  # fewer, more, as before, none
 AXIS = {"lora_A": 0, "lora_B": 1, "gate": 0}
