@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 
 import pytest
 import torch
 from torch import nn
 
+from minirank import testing
 from minirank.curvature import input_second_moment
 
 
@@ -137,24 +138,6 @@ def test_any_kind_of_batch_and_keyword_inputs():
         assert h["fc"].tolist() == [1, 1, 1]
 
 
-def snapshot(model):
-    hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
-    modes = [m.training for m in model.modules()]
-    flags = [(p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
-    return copy.deepcopy(model.state_dict()), hooks, modes, flags, torch.get_rng_state()
-
-
-def assert_untouched(model, before):
-    after = snapshot(model)
-    assert all(torch.equal(after[0][k], v) for k, v in before[0].items())
-    assert after[1:3] == before[1:3]
-    for (flag, grad), (old_flag, old_grad) in zip(after[3], before[3], strict=True):
-        assert flag == old_flag
-        assert (grad is None) == (old_grad is None)
-        assert grad is None or torch.equal(grad, old_grad)
-    assert torch.equal(after[4], before[4])
-
-
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_and_the_rng_are_as_before_also_after_an_exception(fails):
     model = Encoder()
@@ -169,13 +152,8 @@ def test_the_model_and_the_rng_are_as_before_also_after_an_exception(fails):
             raise KeyError("in the middle")
         return loss_fn(model, batch)
 
-    before = snapshot(model)
-    if fails:
-        with pytest.raises(KeyError):
-            input_second_moment(model, noisy, token_batches())
-    else:
+    with testing.unchanged(model), pytest.raises(KeyError) if fails else contextlib.nullcontext():
         input_second_moment(model, noisy, token_batches())
-    assert_untouched(model, before)
 
 
 def test_dropout_is_off():
@@ -209,10 +187,8 @@ def test_the_transformer_fast_path_does_not_hide_the_layers():
 )
 def test_bad_input_is_named(batches, options, match):
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=match):
+    with testing.unchanged(model), pytest.raises(ValueError, match=match):
         input_second_moment(model, mlp_loss, batches, **options)
-    assert_untouched(model, before)
 
 
 @pytest.mark.parametrize("loss", [torch.ones(2), torch.tensor(1), 1.0, None])
