@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .hessian import exact_hessian_diagonal, hessian_diagonal_reference
 from .measure import LossFn, measuring, scalar_loss
 from .targets import Targets, linear_targets
+
+__all__ = ["exact_hessian_diagonal", "hessian_diagonal_reference", "input_second_moment"]
 
 Mask = str | Callable[[Any], Tensor] | None
 

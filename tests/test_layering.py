@@ -19,6 +19,7 @@ ORDER = [
     "table",
     "allocation",
     "measure",
+    "hessian",
     "curvature",
     "sensitivity",
     "testing",

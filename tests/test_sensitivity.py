@@ -169,6 +169,17 @@ def test_the_curvature_gets_model_loss_batches_and_exact_names():
     assert all(a is b for a, b in zip(seen["batches"], batches, strict=True))
 
 
+def test_the_exact_hessian_diagonal_is_a_curvature():
+    model, batches = model_and_batches()
+    allocator = SensitivityLoRA(model, loss_fn, batches, curvature=curvature.exact_hessian_diagonal, progress=False)
+    scores = allocator.score()
+    diagonals = curvature.hessian_diagonal_reference(model, loss_fn, batches)
+    expected = sensitivity_metrics(list(diagonals.values())).theta
+    torch.testing.assert_close(torch.stack(list(scores.values())), expected, rtol=1e-10, atol=0)
+    assert expected.unique().numel() == 2
+    assert allocator.allocate(5).total_rank == 5
+
+
 @pytest.mark.parametrize(
     ("result", "match"),
     [

@@ -1,0 +1,244 @@
+"""Exact diagonals of the Hessian of the mean loss, with respect to the weights of linear layers.
+
+Two ways to the same numbers. `hessian_diagonal_reference` takes one Hessian-vector product per weight: slow, and so
+plain that nobody doubts it. `exact_hessian_diagonal` goes through the outputs z = W x + b of each layer: W acts only
+through z, linearly, so by the chain rule
+
+    h(W_ij) = Σ over samples, positions t, t' of  ∂²L / ∂z_ti ∂z_t'i · x_tj x_t'j
+
+and d_out × positions products per batch give the whole diagonal, however large d_in is. One product serves all samples
+of a batch at once, as long as samples do not interact: the Hessian over z is then block-diagonal, and the blocks of a
+sum of columns can be read apart. A layer that is called again on its own outputs adds the curvature of that path,
+
+    2 Σ over t, t' of  ∂L / ∂z_t'i · ∂x_t'j / ∂z_ti · x_tj
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .linear import linear_shape
+from .measure import LossFn, WeightedMean, batch_length, differentiable_twice, scalar_loss
+from .targets import Targets, linear_targets
+
+
+def exact_hessian_diagonal(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    targets: Targets = None,
+    *,
+    chunk_size: int = 64,
+    batch_weight: Callable[[Any], float] = batch_length,
+    independent: bool = True,
+) -> dict[str, Tensor]:
+    """The exact diagonal through the layers' outputs (see the top of the file).
+
+    Cost per batch: one forward and one backward pass with its graph kept, and d_out · positions Hessian-vector
+    products per layer, `chunk_size` of them at a time. Memory: `chunk_size` times that of one backward pass.
+
+    Args:
+        targets: see `linear_targets`.
+        chunk_size: products taken together. 1 takes them one by one, for models that torch.vmap cannot handle.
+        batch_weight: what a batch's mean loss weighs in the total; the number of its samples. For a loss that is a
+            mean over tokens, give their number.
+        independent: the first dimension of every layer's input counts samples, and no sample's loss depends on
+            another sample. It is checked on each batch. False: no such assumption (a loss across samples, BatchNorm's
+            batch statistics, inputs that come flattened), at positions = all rows of the batch.
+
+    Returns: {name: (d_out, d_in)} on the module's device, in the dtype of its output. Entries can be negative.
+
+    Raises ValueError: samples interact, no batch, a loss that is not a scalar, a layer that no batch reaches.
+    """
+    modules = linear_targets(model, targets)
+    total = WeightedMean(modules)
+    with differentiable_twice(model):
+        for batch in batches:
+            calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}
+            with _shifted_outputs(modules, calls):
+                loss = scalar_loss(model, loss_fn, batch)
+            _check_reached(calls)
+            shifts = {name: [shift for _, shift in found] for name, found in calls.items()}
+            flat = [shift for found in shifts.values() for shift in found]
+            gradients = iter(torch.autograd.grad(loss, flat, create_graph=True, materialize_grads=True))
+            slopes = {name: [next(gradients) for _ in found] for name, found in shifts.items()}
+            if independent:
+                _check_independent(flat, [g for found in slopes.values() for g in found])
+            for name, found in calls.items():
+                h = _diagonal([x for x, _ in found], shifts[name], slopes[name], chunk_size, independent)
+                total.add(name, h, batch_weight(batch))
+    return total.result()
+
+
+def _diagonal(
+    inputs: list[Tensor], shifts: list[Tensor], slopes: list[Tensor], chunk_size: int, independent: bool
+) -> Tensor:
+    """One layer, one batch, from each call's x, shift and ∂L/∂z. → (d_out, d_in)."""
+    x = _rows([x.detach() for x in inputs], independent)  # (n, T, d_in), the T positions being those of all calls
+    g = _rows(slopes, independent)  # (n, T, d_out)
+    h = x.new_zeros(g.shape[2], x.shape[2], dtype=g.dtype)
+    # The gradient of a sum over samples holds one column of each sample's block.
+    for index, columns in _columns(g.sum(0), shifts, chunk_size):
+        t, i = index // len(h), index % len(h)
+        every = _rows(columns, independent, products=len(index))  # (K, n, T, d_out)
+        block = every[torch.arange(len(index)), :, :, i]  # (K, n, T): ∂²L / ∂z_ti ∂z_t'i over t'
+        mixed = torch.einsum("knt,ntj->knj", block, x)
+        h.index_add_(0, i, (mixed * x[:, t].transpose(0, 1)).sum(1))
+    if len(inputs) > 1:
+        # ∂x/∂z · v by differentiating twice: its transpose times w is linear in w.
+        w = [torch.zeros_like(x, requires_grad=True) for x in inputs]
+        live = [(x, weight) for x, weight in zip(inputs, w, strict=True) if x.requires_grad]
+        back = torch.autograd.grad(
+            [x for x, _ in live], shifts, [weight for _, weight in live], create_graph=True, materialize_grads=True
+        )
+        for index, columns in _columns(_rows(back, independent).sum(0), w, chunk_size):
+            t, i = index // len(h), index % len(h)
+            moved = _rows(columns, independent, products=len(index))  # (K, n, T, d_in)
+            path = torch.einsum("knt,kntj->knj", g.detach()[:, :, i].permute(2, 0, 1), moved)  # (K, n, d_in)
+            h.index_add_(0, i, 2 * (path * x[:, t].transpose(0, 1)).sum(1))
+    return h
+
+
+def _columns(slope: Tensor, inputs: list[Tensor], chunk_size: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """∂ slope_k / ∂ inputs for every entry k of `slope`, (T, d_out): chunks of (indices k, (K, *input.shape) each)."""
+    if not slope.requires_grad:  # everything is linear here: no second derivative
+        return
+    for start in range(0, slope.numel(), chunk_size):
+        index = torch.arange(start, min(start + chunk_size, slope.numel()), device=slope.device)
+        vectors = slope.new_zeros(len(index), slope.numel())
+        vectors[torch.arange(len(index)), index] = 1
+        yield index, _products(slope, inputs, vectors.view(-1, *slope.shape))
+
+
+def hessian_diagonal_reference(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    targets: Targets = None,
+    *,
+    chunk_size: int = 64,
+    batch_weight: Callable[[Any], float] = batch_length,
+) -> dict[str, Tensor]:
+    """The exact diagonal, entry by entry: e_kᵀ H e_k for each weight k, W being replaced by W + E at E = 0.
+
+    Cost per batch: d_out · d_in Hessian-vector products per layer. Makes no assumption on the samples. Arguments,
+    result and errors as for `exact_hessian_diagonal`.
+    """
+    modules = linear_targets(model, targets)
+    total = WeightedMean(modules)
+    with differentiable_twice(model):
+        for batch in batches:
+            for name, module in modules.items():
+                d_out, d_in = _shape(module)
+                weight = next(module.parameters())
+                E = torch.zeros(d_out, d_in, dtype=weight.dtype, device=weight.device, requires_grad=True)
+                calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: []}
+                with _shifted_outputs({name: module}, calls, E):
+                    loss = scalar_loss(model, loss_fn, batch)
+                _check_reached(calls)
+                (slope,) = torch.autograd.grad(loss, E, create_graph=True, materialize_grads=True)
+                h = torch.zeros_like(slope).flatten()
+                for start in range(0, h.numel() if slope.requires_grad else 0, chunk_size):
+                    stop = min(start + chunk_size, h.numel())
+                    basis = torch.eye(h.numel(), dtype=h.dtype, device=h.device)[start:stop]
+                    (columns,) = _products(slope, [E], basis.view(-1, d_out, d_in))
+                    h[start:stop] = columns.flatten(1)[:, start:stop].diagonal()
+                total.add(name, h.detach().view(d_out, d_in), batch_weight(batch))
+    return total.result()
+
+
+def _products(slope: Tensor, inputs: list[Tensor], vectors: Tensor) -> list[Tensor]:
+    """Hessian-vector products, (K, *input.shape) for each input; one by one if K = 1, without torch.vmap."""
+    batched = len(vectors) > 1
+    results = torch.autograd.grad(
+        slope,
+        inputs,
+        vectors if batched else vectors[0],
+        retain_graph=True,
+        allow_unused=True,
+        is_grads_batched=batched,
+    )
+    filled = []
+    for result, given in zip(results, inputs, strict=True):
+        zeros = given.new_zeros(len(vectors), *given.shape)
+        filled.append(zeros if result is None else result if batched else result[None])
+    return filled
+
+
+def _rows(tensors: Sequence[Tensor], independent: bool, products: int | None = None) -> Tensor:
+    """Every call's (n, …, d) as one (n, T, d); (1, rows, d) if samples may interact. With `products`, each tensor has
+    that leading dimension besides, and so has the result."""
+    first = 0 if products is None else 1
+    parts = []
+    for x in tensors:
+        n = x.shape[first] if independent and x.ndim > first + 1 else 1
+        parts.append(x.reshape(*x.shape[:first], n, -1, x.shape[-1]))
+    return torch.cat(parts, -2)
+
+
+@contextmanager
+def _shifted_outputs(
+    modules: Mapping[str, nn.Module], calls: dict[str, list[tuple[Tensor, Tensor]]], E: Tensor | None = None
+) -> Iterator[None]:
+    """Record each call's (input, shift) and add to its output the shift: zeros that require gradients, or x Eᵀ."""
+
+    def hook_of(name: str) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            x: Tensor = args[0] if args else next(iter(kwargs.values()))
+            shift = torch.zeros_like(output, requires_grad=True) if E is None else x @ E.t()
+            calls[name].append((x, shift))
+            return output + shift
+
+        return hook
+
+    handles = [m.register_forward_hook(hook_of(name), with_kwargs=True) for name, m in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_independent(shifts: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
+    """If samples do not interact, a product with ±v, one sign per sample, is ± the product with v."""
+    lengths = {shift.shape[0] if shift.ndim > 1 else 1 for shift in shifts}
+    generator = torch.Generator().manual_seed(0)
+    n = max(lengths)
+    signs = torch.where(torch.arange(n) % 2 == 0, 1.0, -1.0)[torch.randperm(n, generator=generator)]
+    pairs = [(g, torch.randn(g.shape[1:], generator=generator).to(g)) for g in slopes if g.requires_grad]
+    if len(lengths) == 1 and pairs and n > 1:
+        results = []
+        for sign in (torch.ones(n), signs):
+            vectors = [sign.to(v).view(-1, *[1] * v.ndim) * v for _, v in pairs]
+            products = torch.autograd.grad(
+                [g for g, _ in pairs], shifts, vectors, retain_graph=True, materialize_grads=True
+            )
+            results.append(torch.cat([(p * sign.to(p).view(-1, *[1] * (p.ndim - 1))).flatten() for p in products]))
+        plain, signed = results
+        tolerance = torch.finfo(plain.dtype).eps ** 0.5 * float(plain.abs().max())
+        if float((plain - signed).abs().max()) <= tolerance:
+            return
+    elif len(lengths) == 1:
+        return
+    raise ValueError(
+        "the samples of a batch interact (a loss across samples, batch statistics, or layer inputs whose first "
+        f"dimension does not count samples; first dimensions seen: {sorted(lengths)}): pass independent=False, which "
+        "assumes nothing, or use hessian_diagonal_reference"
+    )
+
+
+def _check_reached(calls: Mapping[str, list[tuple[Tensor, Tensor]]]) -> None:
+    for name, found in calls.items():
+        if not found:
+            raise ValueError(f"a batch did not reach {name!r}: leave it out of targets, or give other data")
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    shape = linear_shape(module)
+    assert shape is not None  # linear_targets() selects by it
+    return shape
