@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from minirank import UniformRanks, lora_layers, merge, unmerge, wrap
 
+SCALING = 3  # no power of two, whose rounding would be exact
+
 
 def forward(model: nn.Module, x: Tensor) -> Work:
     def work() -> None:
@@ -60,7 +62,7 @@ def main() -> None:
         model = copy.deepcopy(bare)
         allocator = UniformRanks(model)
         allocator.score()
-        wrap(model, allocator.allocate(arguments.rank * arguments.layers))
+        wrap(model, allocator.allocate(arguments.rank * arguments.layers), alpha=SCALING * arguments.rank)
         return model
 
     ours = wrapped()
@@ -78,7 +80,7 @@ def main() -> None:
     else:
 
         def wrapped_by_peft() -> nn.Module:
-            config = LoraConfig(r=arguments.rank, lora_alpha=arguments.rank, target_modules=r"\d+")
+            config = LoraConfig(r=arguments.rank, lora_alpha=SCALING * arguments.rank, target_modules=r"\d+")
             model: nn.Module = get_peft_model(copy.deepcopy(bare), config)
             return model
 

@@ -51,7 +51,8 @@ def input_second_moment(
     (the first such layer is named), or a layer that no batch reached. The model is as before in any case.
     """
     modules = linear_targets(model, targets)
-    inputs = {name: _InputSquares(name) for name in modules}
+    rows = _MeanSquares()
+    inputs = {name: _RunningMean(name, rows) for name in modules}
     hooks = []
     batch_count = 0
     try:
@@ -60,42 +61,60 @@ def input_second_moment(
         with measuring(model), torch.no_grad():
             for batch in batches:
                 batch_count += 1
-                tokens = _token_mask(mask, batch)
-                for squares in inputs.values():
-                    squares.tokens = tokens
+                rows.start(_token_mask(mask, batch))
                 scalar_loss(model, loss_fn, batch)
     finally:
         for handle in hooks:
             handle.remove()
     if batch_count == 0:
         raise ValueError("batches is empty: give at least one (a generator that was used up before gives none)")
-    return {name: squares.result(batch_count) for name, squares in inputs.items()}
+    return {name: running.result(batch_count) for name, running in inputs.items()}
 
 
-class _InputSquares:
-    """Running mean of x_j² over the tokens that reach one layer, by a forward pre-hook."""
+class _MeanSquares:
+    """Mean of x_j² over the real tokens of a layer's input; computed once for layers that get the same tensor, as
+    query, key and value projections do."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.count = 0
-        self.mean: Tensor | None = None  # (d_in,)
-        self.tokens: _Tokens | None = None  # of the batch at hand
+    def start(self, tokens: _Tokens | None) -> None:
+        self.tokens = tokens  # of the batch at hand
+        self.last: tuple[Tensor, int] | None = None  # an input, held so that no other takes its place, and its version
+        self.result = 0, torch.empty(0)
 
-    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        x: Tensor = (args[0] if args else next(iter(kwargs.values()))).detach()
+    def of(self, x: Tensor, name: str) -> tuple[int, Tensor]:
+        """(number of tokens, mean: (d_in,))"""
+        version = -1 if x.is_inference() else x._version
+        if self.last is None or self.last[0] is not x or self.last[1] != version or version < 0:
+            self.last, self.result = (x, version), self._compute(x.detach(), name)
+        return self.result
+
+    def _compute(self, x: Tensor, name: str) -> tuple[int, Tensor]:
         rows = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, x.shape[-1])
         if self.tokens is not None and not self.tokens.fit(x.shape[:-1]):
             raise ValueError(
-                f"the mask of shape {tuple(self.tokens.shape)} does not fit the input of {self.name!r}, of shape "
+                f"the mask of shape {tuple(self.tokens.shape)} does not fit the input of {name!r}, of shape "
                 f"{tuple(x.shape)}: give a mask of its leading dimensions, or mask=None to count every row"
             )
-        if self.tokens is not None and len(rows) == self.tokens.shape.numel():
-            rows = rows.index_select(0, self.tokens.positions.to(rows.device))
-        if len(rows) == 0:
-            return
-        self.count += len(rows)
-        mean = rows.square().sum(0) / len(rows)
-        self.mean = mean if self.mean is None else self.mean + (mean - self.mean) * (len(rows) / self.count)
+        if self.tokens is not None and len(self.tokens.positions) < len(rows) == self.tokens.shape.numel():
+            # A choice of rows, not a product with zeros: padding may hold NaN.
+            rows = rows.index_select(0, self.tokens.positions.to(rows.device)).square_()
+        else:
+            rows = rows.square()
+        return len(rows), rows.sum(0) / max(len(rows), 1)
+
+
+class _RunningMean:
+    """The mean over every call of one layer, by a forward pre-hook."""
+
+    def __init__(self, name: str, rows: _MeanSquares) -> None:
+        self.name, self.rows = name, rows
+        self.count = 0
+        self.mean: Tensor | None = None  # (d_in,)
+
+    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        count, mean = self.rows.of(args[0] if args else next(iter(kwargs.values())), self.name)
+        self.count += count
+        if count:
+            self.mean = mean if self.mean is None else self.mean + (mean - self.mean) * (count / self.count)
 
     def result(self, batch_count: int) -> Tensor:
         if self.mean is None:

@@ -92,6 +92,34 @@ def test_masks_by_function_by_key_and_none():
     assert not torch.allclose(everything, by_default)
 
 
+def test_an_input_that_two_layers_share_is_seen_by_each_as_it_was():
+    """Query and value get one tensor; the second layer here gets it after a change in place."""
+
+    class Shares(nn.Module):
+        def __init__(self, changed):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 2), nn.Linear(3, 2), nn.Linear(3, 2)
+            self.changed = changed
+
+        def forward(self, x):
+            x = x.clone()
+            y = self.a(x) + self.b(x)
+            return y + self.c(x.mul_(2) if self.changed else x)
+
+    for changed in (False, True):
+        h = input_second_moment(Shares(changed), mlp_loss, [torch.ones(4, 3), 3 * torch.ones(4, 3)])
+        assert h["a"].tolist() == h["b"].tolist() == [5, 5, 5]
+        assert h["c"].tolist() == ([20, 20, 20] if changed else [5, 5, 5])
+
+
+def test_a_loss_under_inference_mode_measures_the_same():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    x = torch.arange(8.0).reshape(2, 4)
+    plain = input_second_moment(model, mlp_loss, [x])
+    inferring = input_second_moment(model, torch.inference_mode()(mlp_loss), [x])
+    assert all(torch.equal(plain[name], inferring[name]) for name in plain)
+
+
 def test_padding_may_hold_nan():
     class Passes(nn.Module):
         def __init__(self) -> None:
