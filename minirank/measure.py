@@ -37,7 +37,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def differentiable_twice(model: nn.Module) -> Iterator[None]:
     """Eval mode; gradients on; attention by the one kernel that has second derivatives."""
-    with measuring(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with measuring(model), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         yield
 
 

@@ -112,6 +112,12 @@ def test_an_input_that_two_layers_share_is_seen_by_each_as_it_was():
         assert h["c"].tolist() == ([20, 20, 20] if changed else [5, 5, 5])
 
 
+def test_one_tensor_under_two_masks_is_measured_twice():
+    model, x = nn.Sequential(nn.Linear(1, 1)), torch.tensor([[[1.0], [3.0]]])
+    batches = [{"x": x, "attention_mask": torch.tensor([mask])} for mask in ([1, 0], [0, 1])]
+    assert input_second_moment(model, lambda m, b: m(b["x"]).sum(), batches)["0"].tolist() == [5]
+
+
 def test_a_loss_under_inference_mode_measures_the_same():
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     x = torch.arange(8.0).reshape(2, 4)

@@ -206,6 +206,16 @@ def test_the_model_is_left_as_it_was_frozen_or_training(estimate):
         torch.testing.assert_close(frozen[name], h, rtol=1e-12, atol=1e-16)
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("estimate", [exact_hessian_diagonal, hessian_diagonal_reference])
+def test_gradients_switched_off_outside_do_not_matter(estimate, context):
+    model, batches = build(mlp), pairs((5,), (2,))
+    expected = estimate(model, classify, batches)
+    with context():
+        got = estimate(model, classify, batches)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
 def test_batches_weigh_by_samples_or_as_told():
     model, batches = build(mlp), pairs((5,), (2, 6))
     one, two = (exact_hessian_diagonal(model, classify, [batch])["0"] for batch in batches)
