@@ -36,8 +36,8 @@ def measuring(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def differentiable_twice(model: nn.Module) -> Iterator[None]:
-    """Eval mode; gradients on; attention by the one kernel that has second derivatives."""
-    with measuring(model), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    """Eval mode; gradients on (as leaving inference mode implies); attention by the kernel with second derivatives."""
+    with measuring(model), torch.inference_mode(False), sdpa_kernel(SDPBackend.MATH):
         yield
 
 
