@@ -51,7 +51,8 @@ def exact_hessian_diagonal(
             another sample. It is checked on each batch. False: no such assumption (a loss across samples, BatchNorm's
             batch statistics, inputs that come flattened), at positions = all rows of the batch.
 
-    Returns: {name: (d_out, d_in)} on the module's device, in the dtype of its output. Entries can be negative.
+    Returns: {name: (d_out, d_in)} on the module's device, in the dtype of its output: convert a half-precision model
+    first. Entries can be negative.
 
     Raises ValueError: samples interact, no batch, a loss that is not a scalar, a layer that no batch reaches.
     """
@@ -89,7 +90,7 @@ def _diagonal(
         block = every[torch.arange(len(index)), :, :, i]  # (K, n, T): ∂²L / ∂z_ti ∂z_t'i over t'
         mixed = torch.einsum("knt,ntj->knj", block, x)
         h.index_add_(0, i, (mixed * x[:, t].transpose(0, 1)).sum(1))
-    if len(inputs) > 1:
+    if len(inputs) > 1 and any(x.requires_grad for x in inputs):
         # ∂x/∂z · v by differentiating twice: its transpose times w is linear in w.
         w = [torch.zeros_like(x, requires_grad=True) for x in inputs]
         live = [(x, weight) for x, weight in zip(inputs, w, strict=True) if x.requires_grad]
@@ -143,11 +144,8 @@ def hessian_diagonal_reference(
                 _check_reached(calls)
                 (slope,) = torch.autograd.grad(loss, E, create_graph=True, materialize_grads=True)
                 h = torch.zeros_like(slope).flatten()
-                for start in range(0, h.numel() if slope.requires_grad else 0, chunk_size):
-                    stop = min(start + chunk_size, h.numel())
-                    basis = torch.eye(h.numel(), dtype=h.dtype, device=h.device)[start:stop]
-                    (columns,) = _products(slope, [E], basis.view(-1, d_out, d_in))
-                    h[start:stop] = columns.flatten(1)[:, start:stop].diagonal()
+                for index, (columns,) in _columns(slope, [E], chunk_size):
+                    h[index] = columns.flatten(1)[torch.arange(len(index)), index]
                 total.add(name, h.detach().view(d_out, d_in), batch_weight(batch))
     return total.result()
 
@@ -205,31 +203,35 @@ def _shifted_outputs(
 
 
 def _check_independent(shifts: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
-    """If samples do not interact, a product with ±v, one sign per sample, is ± the product with v."""
+    """If samples do not interact, scaling each sample's part of a vector scales that sample's part of its product."""
     lengths = {shift.shape[0] if shift.ndim > 1 else 1 for shift in shifts}
-    generator = torch.Generator().manual_seed(0)
-    n = max(lengths)
-    signs = torch.where(torch.arange(n) % 2 == 0, 1.0, -1.0)[torch.randperm(n, generator=generator)]
-    pairs = [(g, torch.randn(g.shape[1:], generator=generator).to(g)) for g in slopes if g.requires_grad]
-    if len(lengths) == 1 and pairs and n > 1:
-        results = []
-        for sign in (torch.ones(n), signs):
-            vectors = [sign.to(v).view(-1, *[1] * v.ndim) * v for _, v in pairs]
-            products = torch.autograd.grad(
-                [g for g, _ in pairs], shifts, vectors, retain_graph=True, materialize_grads=True
-            )
-            results.append(torch.cat([(p * sign.to(p).view(-1, *[1] * (p.ndim - 1))).flatten() for p in products]))
-        plain, signed = results
-        tolerance = torch.finfo(plain.dtype).eps ** 0.5 * float(plain.abs().max())
-        if float((plain - signed).abs().max()) <= tolerance:
-            return
-    elif len(lengths) == 1:
+    pairs = [(g, shift) for g, shift in zip(slopes, shifts, strict=True) if g.requires_grad]
+    if lengths == {1} or (len(lengths) == 1 and not pairs):
         return
+    if len(lengths) == 1:
+        generator = torch.Generator().manual_seed(0)
+        scales = torch.rand(max(lengths), generator=generator) + 0.5  # all different: every pair of samples is tried
+        vectors = [torch.randn(g.shape[1:], generator=generator).to(g).expand_as(g) for g, _ in pairs]
+        scaled = [_scaled(v, scales) for v in vectors]
+        inputs = [shift for _, shift in pairs]
+        plain, other = (
+            torch.autograd.grad([g for g, _ in pairs], inputs, v, retain_graph=True, materialize_grads=True)
+            for v in (vectors, scaled)
+        )
+        expected = torch.cat([_scaled(p, scales).flatten() for p in plain])
+        difference = torch.cat([p.flatten() for p in other]) - expected
+        if float(difference.abs().max()) <= torch.finfo(expected.dtype).eps ** 0.5 * float(expected.abs().max()):
+            return
     raise ValueError(
         "the samples of a batch interact (a loss across samples, batch statistics, or layer inputs whose first "
         f"dimension does not count samples; first dimensions seen: {sorted(lengths)}): pass independent=False, which "
         "assumes nothing, or use hessian_diagonal_reference"
     )
+
+
+def _scaled(x: Tensor, scales: Tensor) -> Tensor:
+    """x: (n, …), scales: (n,)"""
+    return x * scales.to(x).view(-1, *[1] * (x.ndim - 1))
 
 
 def _check_reached(calls: Mapping[str, list[tuple[Tensor, Tensor]]]) -> None:

@@ -98,7 +98,36 @@ def pairs(shape, sizes, tokens=False):
     return batches
 
 
+def siamese():
+    class Siamese(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.arm = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(torch.cat([self.arm(x[:, 0]), self.arm(x[:, 1])], 1))
+
+    return Siamese()
+
+
+def deep_recurrence():
+    class Recurrence(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.step, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            for _ in range(4):
+                x = torch.tanh(self.step(x)) + 0.5 * x
+            return self.head(x)
+
+    return Recurrence()
+
+
 CASES = {
+    "siamese": (siamese, pairs((2, 3), (2, 3))),
+    "recurrence": (deep_recurrence, pairs((4,), (3, 2))),
     "mlp": (mlp, pairs((5,), (3, 8, 1))),
     "attention": (Attention, pairs((3,), (2, 5), tokens=True)),
     "encoder layer": (encoder_layer, pairs((3, 4), (2, 3))),
@@ -148,6 +177,11 @@ def test_a_loss_that_is_linear_in_a_layer_has_no_curvature_there():
         assert h["0"].shape == (3, 4)
 
 
+def one_pair_interacts(model, batch):
+    z = model(batch[0])
+    return z.square().mean() + (z[0] * z[2]).sum()
+
+
 def contrastive(model, batch):
     z = F.normalize(model(batch[0]), dim=1)
     return -torch.logsumexp(z @ z.t(), 1).mean()
@@ -175,7 +209,12 @@ class Flattened(nn.Module):
 
 @pytest.mark.parametrize(
     ("make", "loss_fn", "shape"),
-    [(mlp, contrastive, (5,)), (SequenceFirst, classify, (3, 4)), (Flattened, classify, (3, 4))],
+    [
+        (mlp, contrastive, (5,)),
+        (mlp, one_pair_interacts, (5,)),
+        (SequenceFirst, classify, (3, 4)),
+        (Flattened, classify, (3, 4)),
+    ],
 )
 def test_samples_that_interact_are_detected_and_done_without_the_assumption(make, loss_fn, shape):
     model, batches = build(make), pairs(shape, (3, 4))
