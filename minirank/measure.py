@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,8 +37,15 @@ def measuring(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def differentiable_twice(model: nn.Module) -> Iterator[None]:
-    """Eval mode; gradients on (as leaving inference mode implies); attention by the kernel with second derivatives."""
-    with measuring(model), torch.inference_mode(False), sdpa_kernel(SDPBackend.MATH):
+    """Eval mode, gradients on (leaving inference mode implies it), no autocast, attention by its twice differentiable
+    kernel."""
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    with (
+        measuring(model),
+        torch.inference_mode(False),
+        torch.autocast(device, enabled=False),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         yield
 
 
@@ -51,32 +59,50 @@ def scalar_loss(model: nn.Module, loss_fn: LossFn, batch: Any) -> Tensor:
 
 
 def batch_length(batch: Any) -> int:
-    """Samples in a batch: the leading dimension of its first tensor (in a mapping or sequence, at any depth)."""
+    """Samples in a batch: the leading dimension of its first tensor that has one (in mappings and sequences, at any
+    depth). Raises ValueError if there is none."""
+    length = _length(batch)
+    if length is None:
+        raise ValueError(
+            f"found no tensor with a leading dimension in a batch of type {type(batch).__name__}: pass batch_weight=, "
+            "a function batch -> number (for SensitivityLoRA: functools.partial(curvature, batch_weight=…))"
+        )
+    return length
+
+
+def _length(batch: Any) -> int | None:
     if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 1
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else ()
-    for part in parts:
-        if isinstance(part, (Tensor, Mapping, Sequence)) and not isinstance(part, str):
-            return batch_length(part)
-    raise ValueError(f"found no tensor in a batch of type {type(batch).__name__}: pass batch_weight=, a function")
+        return batch.shape[0] if batch.ndim else None
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((n for n in map(_length, parts) if n is not None), None)
 
 
 class WeightedMean:
-    """The mean over batches of each layer's diagonal."""
+    """The mean over batches of each layer's diagonal; None counts as zero, for a batch that does not reach a layer."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.sums: dict[str, Tensor | None] = dict.fromkeys(names)
-        self.weights = dict.fromkeys(self.sums, 0.0)
+        self.weight = dict.fromkeys(self.sums, 0.0)
 
-    def add(self, name: str, h: Tensor, weight: float) -> None:
-        before = self.sums[name]
-        self.sums[name] = h * weight if before is None else before + h * weight
-        self.weights[name] += weight
+    def add(self, name: str, h: Tensor | None, weight: float) -> None:
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"batch_weight must give a number of at least 0, got {weight!r}")
+        self.weight[name] += weight
+        if h is not None:
+            before = self.sums[name]
+            self.sums[name] = h * weight if before is None else before + h * weight
 
     def result(self) -> dict[str, Tensor]:
+        if not any(self.weight.values()):
+            raise ValueError(
+                "batches is empty, or its batches weigh nothing: give at least one (a generator that was used up "
+                "gives none)"
+            )
         result = {}
         for name, total in self.sums.items():
             if total is None:
-                raise ValueError("batches is empty: give at least one (a generator that was used up gives none)")
-            result[name] = total / self.weights[name]
+                raise ValueError(f"no batch reached {name!r}: leave it out of targets, or give other data")
+            if not torch.isfinite(total).all():
+                raise ValueError(f"the curvature of {name!r} is not finite: check the data and the model's weights")
+            result[name] = total / self.weight[name]
         return result

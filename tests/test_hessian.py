@@ -276,15 +276,10 @@ def test_targets_that_the_loss_ignores_add_nothing():
     assert all(torch.allclose(h[name], rest[name], rtol=1e-13, atol=0) for name in h)
 
 
-def test_batch_length_finds_the_first_tensor():
+def test_batch_length_finds_the_first_tensor_with_a_leading_dimension():
     x = torch.zeros(3, 2)
-    assert [batch_length(b) for b in (x, (x, 1), {"k": "text", "x": x}, [{"x": [x]}], torch.tensor(1.0))] == [
-        3,
-        3,
-        3,
-        3,
-        1,
-    ]
+    for batch in (x, (x, 1), {"k": "text", "x": x}, [{"x": [x]}], (torch.tensor(1.0), [1], x)):
+        assert batch_length(batch) == 3
     with pytest.raises(ValueError, match="batch_weight="):
         batch_length(["text"])
 
@@ -298,5 +293,128 @@ def test_bad_input_is_named(estimate):
         estimate(model, lambda m, b: m(b[0]), pairs((5,), (2,)))
     model.append(nn.Identity())
     model[5].unused = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"did not reach '5\.unused'"):
+    with pytest.raises(ValueError, match=r"no batch reached '5\.unused'"):
         estimate(model, classify, pairs((5,), (2,)))
+
+
+def test_samples_that_meet_between_two_calls_of_a_layer_are_detected():
+    class Flip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.twice = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.twice(self.twice(x).flip(0))
+
+    model, weights = build(Flip), torch.arange(1.0, 6.0, dtype=torch.float64)
+    x = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def loss_fn(model, batch):
+        return (model(batch).sum(1) * weights).mean()
+
+    with pytest.raises(ValueError, match="samples of a batch interact"):
+        exact_hessian_diagonal(model, loss_fn, [x])
+    exact = exact_hessian_diagonal(model, loss_fn, [x], independent=False)["twice"]
+    torch.testing.assert_close(exact, hessian_diagonal_reference(model, loss_fn, [x])["twice"], rtol=1e-12, atol=1e-15)
+
+
+def test_interaction_in_a_layer_of_small_curvature_is_detected():
+    class Faint(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            h = self.a(x) * 1e-4
+            return self.b(torch.tanh(h - h.roll(1, 0) / 2) + 1)
+
+    with pytest.raises(ValueError, match="samples of a batch interact"):
+        exact_hessian_diagonal(build(Faint).float(), classify, [(b[0].float(), b[1]) for b in pairs((4,), (6,))])
+
+
+def test_an_input_changed_in_place_after_the_layer_counts_as_the_layer_saw_it():
+    class Residual(nn.Module):
+        def __init__(self, in_place):
+            super().__init__()
+            self.first, self.step, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+            self.in_place = in_place
+
+        def forward(self, x):
+            h = self.first(x)
+            for _ in range(2):
+                step = torch.tanh(self.step(h))
+                h = h.add_(step) if self.in_place else h + step
+            return self.last(h)
+
+    batches = pairs((4,), (3,))
+    expected = dense_diagonal(build(lambda: Residual(False)), classify, batches, "step")
+    frozen = build(lambda: Residual(True)).requires_grad_(False)  # autograd would not train it
+    h = exact_hessian_diagonal(frozen, classify, batches, "step")["step"]
+    torch.testing.assert_close(h, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("estimate", [exact_hessian_diagonal, hessian_diagonal_reference])
+def test_hooks_of_the_user_that_change_an_output_are_part_of_the_function(estimate):
+    model, batches = build(mlp), pairs((5,), (4,))
+    for layer in (model[0], model[2]):
+        layer.register_forward_hook(lambda module, args, output: output.square())
+    h = estimate(model, classify, batches)
+    for name in h:
+        torch.testing.assert_close(h[name], dense_diagonal(model, classify, batches, name), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("estimate", [exact_hessian_diagonal, hessian_diagonal_reference])
+def test_a_layer_that_scales_or_masks_its_weight_is_refused(estimate):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    with pytest.raises(ValueError, match="'0' is a Scaled that does not compute W x"):
+        estimate(nn.Sequential(Scaled(4, 3)).double(), classify, pairs((4,), (2,)))
+
+
+@pytest.mark.parametrize("estimate", [exact_hessian_diagonal, hessian_diagonal_reference])
+def test_autocast_is_off_inside(estimate):
+    model, batches = build(mlp).float(), [(x.float(), y) for x, y in pairs((5,), (4,))]
+    expected = estimate(model, classify, batches)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = estimate(model, classify, batches)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("estimate", [exact_hessian_diagonal, hessian_diagonal_reference])
+def test_a_batch_that_does_not_reach_a_layer_counts_as_flat_there(estimate):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(4, 3) for _ in range(2))
+
+        def forward(self, x):
+            return self.experts[0 if x.shape[0] == 2 else 1](x)
+
+    model, batches = build(Experts), pairs((4,), (2, 6))
+    h = estimate(model, classify, batches)
+    for i in range(2):
+        alone = estimate(model, classify, batches[i : i + 1], f"experts.{i}")[f"experts.{i}"]
+        torch.testing.assert_close(h[f"experts.{i}"], alone * (2, 6)[i] / 8, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"batch_weight": lambda batch: 0}, "weigh nothing"),
+        ({"batch_weight": lambda batch: float("nan")}, "batch_weight must give a number of at least 0, got nan"),
+    ],
+)
+@pytest.mark.parametrize("estimate", [exact_hessian_diagonal, hessian_diagonal_reference])
+def test_options_out_of_range_are_errors(estimate, options, match):
+    with pytest.raises(ValueError, match=match):
+        estimate(build(mlp), classify, pairs((5,), (2,)), **options)
+
+
+@pytest.mark.parametrize("estimate", [exact_hessian_diagonal, hessian_diagonal_reference])
+def test_nan_in_the_data_is_called_so(estimate):
+    ((x, y),) = pairs((5,), (3,))
+    with pytest.raises(ValueError, match="the loss of a batch is nan"):
+        estimate(build(mlp), classify, [(x * float("nan"), y)])
