@@ -47,6 +47,11 @@ class Allocation:
         modules of rank 0 are absent, so leave them out of `target_modules` (`target_modules` here does)."""
         return {f"^{re.escape(name)}": rank for name, rank in self.ranks.items() if rank > 0}
 
+    def alpha_pattern(self, scaling: float) -> dict[str, float]:
+        """For peft.LoraConfig(alpha_pattern=…): PEFT scales by alpha / r in each layer, so that alpha = scaling · r
+        gives every layer the same `scaling`, as here. Without it, layers of higher rank are scaled down."""
+        return {key: scaling * rank for key, rank in self.rank_pattern.items()}
+
     @property
     def target_modules(self) -> str:
         """For peft.LoraConfig(target_modules=…): a regular expression that matches the adapted modules in full."""
@@ -86,7 +91,7 @@ class Allocator(ABC):
         # resize() makes new parameters, so the same object means the same ranks.
         self._scored_ranks = {n: m.lora_A for n, m in walk(self.model) if isinstance(m, LoRALinear)}
         self._scores = scores
-        return dict(scores)
+        return {name: score.clone() for name, score in scores.items()}
 
     def allocate(self, budget: int, *, unit: Unit = "rank", min_rank: Bound = 0, max_rank: Bound = None) -> Allocation:
         """Divide `budget` by the last scores.

@@ -30,7 +30,8 @@ def proportional_ranks(
 
     Args:
         scores: one share per module, finite and not negative; only their ratios matter. Modules of score zero get
-            `lower`, and share equally what the others cannot take; all zero means equal shares.
+            `lower`, and share equally what the others cannot take; all zero means equal shares. With `costs`, what is
+            left at the end goes to any module whose next rank still fits, whatever its score.
         budget: total rank, or total cost if `costs` is given.
         costs: positive cost per rank of each module. None: 1 each.
         lower, upper: bounds per module, 0 ≤ lower ≤ upper.
@@ -156,8 +157,9 @@ def _check(
     for name, score in scores.items():
         if not math.isfinite(score):
             raise ValueError(f"score of {name!r} is {score}: expected finite numbers")
-    if any(not 0 <= lo <= hi for lo, hi in zip(low, high, strict=True)):
-        raise ValueError("expected 0 ≤ min_rank ≤ max_rank ≤ the ranks that a module can have, for every module")
+    for lo, hi in zip(low, high, strict=True):
+        if not 0 <= lo <= hi:
+            raise ValueError(f"expected 0 ≤ min_rank ≤ max_rank (or the ranks a module has), got {lo} and {hi}")
     least = sum(lo * c for lo, c in zip(low, cost, strict=True))
     most = sum(hi * c for hi, c in zip(high, cost, strict=True))
     what = "ranks" if unit == "rank" else "parameters"
@@ -167,5 +169,6 @@ def _check(
         )
     if budget > most:
         raise ValueError(
-            f"a budget of {budget} {what} is above the {most} that max_rank allows: lower it or raise max_rank"
+            f"a budget of {budget} {what} is above the {most} that all modules together can take: lower it (or raise "
+            "max_rank, which is at most min(d_out, d_in))"
         )

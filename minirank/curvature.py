@@ -19,6 +19,7 @@ from .targets import Targets, linear_targets
 
 __all__ = ["exact_hessian_diagonal", "hessian_diagonal_reference", "input_second_moment"]
 
+DEFAULT_MASK = "attention_mask"
 Mask = str | Callable[[Any], Tensor] | None
 
 
@@ -28,7 +29,7 @@ def input_second_moment(
     batches: Iterable[Any],
     targets: Targets = None,
     *,
-    mask: Mask = "attention_mask",
+    mask: Mask = DEFAULT_MASK,
 ) -> dict[str, Tensor]:
     """h_j = mean over tokens of x_j², x being the input of the layer (Sensitivity-LoRA, appendix E).
 
@@ -41,9 +42,11 @@ def input_second_moment(
         loss_fn: (model, batch) -> scalar; called for its forward pass, its value is not used.
         batches: any iterable; it is streamed once. Every token weighs the same, whatever its batch's size.
         targets: see `linear_targets`.
-        mask: which tokens count. A key, looked up in batches that are mappings and have it; or a function
-            batch -> tensor; nonzero means a real token. Its shape is that of a layer's input but for the last
-            dimension, flattened or not; layers with one row per sample (a pooler) count whole. None: every token.
+        mask: which tokens count: a key of batches that are mappings, or a function batch -> tensor; nonzero means a
+            real token. Its shape is that of a layer's input but for the last dimension, flattened or not; layers with
+            one row per sample (a pooler) count whole. None: every token. The default key is used where a batch has
+            it; one that you name must be there. It holds for all targets: measure the encoder and the decoder of a
+            sequence-to-sequence model apart, each with its own mask.
 
     Returns: {name: (d_in,)} on the module's device, float32 or better. Means are over all calls of a module.
 
@@ -139,8 +142,16 @@ class _Tokens(NamedTuple):
 def _token_mask(mask: Mask, batch: Any) -> _Tokens | None:
     if callable(mask):
         tokens = mask(batch)
-    elif mask is None or not isinstance(batch, Mapping) or mask not in batch:
+    elif mask is None:
         return None
+    elif not isinstance(batch, Mapping) or mask not in batch:
+        if mask == DEFAULT_MASK:
+            return None
+        keys = f"with keys {list(batch)}" if isinstance(batch, Mapping) else "which has no keys"
+        raise ValueError(
+            f"mask={mask!r} is not in a batch of type {type(batch).__name__}, {keys}: give a key that every batch has, "
+            "or a function batch -> tensor"
+        )
     else:
         tokens = batch[mask]
     if not isinstance(tokens, Tensor) or tokens.ndim == 0:

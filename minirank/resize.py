@@ -38,9 +38,10 @@ def resize(
     and shrinking takes away the pruned ranks' own contribution. `scaling` does not change. At rank 0 the layer stays,
     as the base function, and can grow again.
 
-    Parameters change shape, so each changed one is a new nn.Parameter. `optimizer` (required if one is in use) gets it
-    in the old one's place: moments and gradients of surviving ranks are carried over bit for bit, those of new ranks
-    are zero, scalars such as the step count stay. State that is neither (see `Resized.state_reset`) starts afresh.
+    Parameters change shape, so each changed one is a new nn.Parameter. `optimizer` gets it in the old one's place; one
+    that is in use but not given here would keep the old parameters, and the new ones would not train. Moments and
+    gradients of surviving ranks are carried over bit for bit, those of new ranks are zero, scalars such as the step
+    count stay. State that is neither (see `Resized.state_reset`) starts afresh.
 
     Returns: what happened, for the layers that changed.
 
@@ -102,7 +103,8 @@ def _wanted(model: nn.Module, ranks: Mapping[str, int] | HasRanks) -> dict[str, 
         if layer is None:
             if name in first and rank == 0:
                 continue  # wrap() left it plain
-            raise ValueError(f"{alias!r} has no adapter to resize: {close_names(alias, layers)} wrap() puts one in")
+            hint = close_names(alias, layers) if layers and alias not in first else "wrap() puts one in"
+            raise ValueError(f"{alias!r} has no adapter to resize: {hint}")
         limit = min(layer.in_features, layer.out_features)
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= limit:
             raise ValueError(f"rank of {alias!r}: expected an integer from 0 to {limit}, got {rank!r}")

@@ -12,6 +12,9 @@ ranks. For each weight matrix w, h is its diagonal, N entries; σ and μ² are t
     theta                   θ        Eq 14   γ1 S_g + γ2 S_l
     budget.proportional_ranks        Eq 15   r_w = θ_w / Σθ · R
 
+N is d_out · d_in for a diagonal over the whole matrix. The input proxy, shared by all rows, counts once: N = d_in, as
+in the paper; so its traces and effective ranks are not on the scale of an exact diagonal's, nor need the ranks agree.
+
 Departures: which H is an argument (the paper: the input proxy, here the default). An exact diagonal can be negative:
 the local metrics clamp its entries at zero, the trace keeps their sign, and a negative θ counts as zero.
 """
@@ -110,7 +113,8 @@ class SensitivityLoRA(Allocator):
         batches: calibration data, iterated once by each `score()`.
         targets: see `linear_targets`.
         curvature: a function (model, loss_fn, batches, targets) -> {name: (d_out, d_in) or (d_in,)}. Default: the
-            paper's input second moment, which runs forward passes only. Bind options with functools.partial.
+            paper's input second moment, which runs forward passes only. Bind options with functools.partial. It may
+            only iterate over the batches, which it gets behind the progress bar.
         topk_fraction: k/N in Eq 9 (the paper: 1/2; also tried 1/3).
         effective_share: α in Eq 10 (the paper: 0.85; also tried 0.80).
         progress: show a bar over the batches.
@@ -139,6 +143,11 @@ class SensitivityLoRA(Allocator):
         for name, value in (("topk_fraction", topk_fraction), ("effective_share", effective_share)):
             if not 0 < value <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
+        for name, function in (("loss_fn", loss_fn), ("curvature", curvature)):
+            if not callable(function):
+                raise TypeError(f"{name} must be a function, got {type(function).__name__}: {function!r:.60}")
+        if not isinstance(batches, Iterable):
+            raise TypeError(f"batches must be an iterable of what loss_fn takes, got one {type(batches).__name__}")
         self.loss_fn, self.batches, self.curvature = loss_fn, batches, curvature
         self.targets = linear_targets(model, targets)
         self.topk_fraction, self.effective_share, self.progress = topk_fraction, effective_share, progress

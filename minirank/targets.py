@@ -41,6 +41,8 @@ def linear_targets(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mo
     else:
         selected = set()
         for pattern in [targets] if isinstance(targets, str) else targets:
+            if not isinstance(pattern, str):
+                raise TypeError(f"targets must be names, one type or one function; the list holds {pattern!r}")
             found = {name for name in linear if pattern in names[name]}
             found = found or {n for n in ordinary if any(fnmatchcase(alias, pattern) for alias in names[n])}
             if not found:

@@ -1,7 +1,7 @@
-"""Put LoRA layers into any nn.Module, resize, merge and take them out again.
+"""Put LoRA layers into any nn.Module, merge them and take them out again.
 
 Every function works in place and all or nothing: it plans and checks everything first, so a call that raises leaves
-the model (and the optimizer) as it was.
+the model as it was.
 """
 
 from __future__ import annotations
@@ -54,10 +54,13 @@ def wrap(
     Args:
         ranks: an Allocation, or {name: rank}. Rank 0 leaves the plain module. Any name of a shared module will do.
         alpha, rank_stabilized, gate, dropout, dtype: see `LoRALinear`; the same for every layer.
-        reference_rank: fixes the scaling of every layer. None: the average rank asked for, zeros included.
-        trainable: None: the wrapped layers' own weights are frozen and every other `requires_grad` is left alone.
-            Names or globs of modules (an empty list for none): the adapters and the parameters of these modules
-            train, everything else in the model is frozen.
+        reference_rank: fixes the scaling of every layer. None: the average rank asked for in this call, zeros
+            included. Give it, with alpha, where several calls or a reloaded model must agree: a state_dict holds A, B
+            and gates, not the scaling.
+        trainable: None: the wrapped layers' own weights are frozen and every other `requires_grad` is left alone:
+            embeddings, norms and layers of rank 0 go on training if they did. Names or globs of modules, an empty
+            list for none: the adapters and the other parameters of these modules train, everything else in the
+            model is frozen, and stays so after `unwrap`.
         generator: a torch.Generator or a seed, for the new parameters.
 
     Returns: the new layers by name. Changes: these slots of their parents, and `requires_grad` as said.
@@ -68,7 +71,8 @@ def wrap(
     """
     wanted = _plan(model, plain_ranks(ranks))
     modules = dict(walk(model))
-    chosen = None if trainable is None else _parameters_of(model, trainable)
+    adapted = {id(p) for name, rank in wanted.items() if rank > 0 for p in modules[name].parameters()}
+    chosen = None if trainable is None else _parameters_of(model, trainable, adapted)
     if reference_rank is None:
         reference_rank = sum(wanted.values()) / len(wanted)
     generator = as_generator(generator)
@@ -138,14 +142,20 @@ def _plan(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
     return {name: wanted[name] for name in all_names(model) if name in wanted}
 
 
-def _parameters_of(model: nn.Module, patterns: str | Sequence[str]) -> set[int]:
-    """The ids of the parameters in the modules that the names or globs match."""
+def _parameters_of(model: nn.Module, patterns: str | Sequence[str], adapted: set[int]) -> set[int]:
+    """The ids of the parameters, `adapted` ones aside, in the modules that the names or globs match."""
     chosen: set[int] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = [module for name, module in walk(model) if name == pattern or fnmatchcase(name, pattern)]
         if not found:
             raise ValueError(f"trainable={pattern!r} matches no module: {close_names(pattern, dict(walk(model)))}")
-        chosen |= {id(p) for module in found for p in module.parameters() if p.is_floating_point() or p.is_complex()}
+        ids = {id(p) for module in found for p in module.parameters() if p.is_floating_point() or p.is_complex()}
+        if ids and ids <= adapted:
+            raise ValueError(
+                f"trainable={pattern!r} names only layers that get an adapter, whose own weights stay frozen: leave it "
+                "out of one of the two"
+            )
+        chosen |= ids - adapted
     return chosen
 
 

@@ -76,7 +76,7 @@ def test_bounds_for_all_or_by_name():
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"budget": 11}, "above the 10 that max_rank allows"),
+        ({"budget": 11}, "above the 10 that all modules"),
         ({"budget": 3, "min_rank": 2}, "below the 4 that min_rank takes"),
         ({"budget": -1}, "below the 0"),
         ({"budget": 4, "unit": "ranks"}, "unit must be 'rank' or 'parameters', got 'ranks'"),
@@ -122,6 +122,12 @@ def test_shares_of_a_layer_that_is_gone_are_stale():
     model[2] = nn.Identity()
     with pytest.raises(RuntimeError, match="no longer has a linear layer '2'"):
         allocator.allocate(4)
+
+
+def test_changing_the_returned_scores_does_not_change_the_allocation():
+    allocator = Shares(mlp(), {"0": 3.0, "2": 1.0})
+    allocator.score()["0"].zero_()
+    assert allocator.allocate(4).ranks == {"0": 3, "2": 1}
 
 
 def test_shares_serve_several_budgets_and_survive_wrapping():
@@ -219,8 +225,14 @@ def test_peft_gives_each_module_its_rank():
             return self.enc["off"](self.enc["fc"](self.fc(x)))
 
     allocation = scored(Model(), {"fc": 1.0, "enc.fc": 3.0, "enc.off": 0.0}).allocate(4)
-    config = peft.LoraConfig(r=1, target_modules=allocation.target_modules, rank_pattern=allocation.rank_pattern)
+    config = peft.LoraConfig(
+        target_modules=allocation.target_modules,
+        rank_pattern=allocation.rank_pattern,
+        alpha_pattern=allocation.alpha_pattern(2.0),
+    )
     wrapped = peft.get_peft_model(Model(), config)
+    layers = [m for m in wrapped.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert [layer.scaling["default"] for layer in layers] == [2.0, 2.0]
     got = {n: p.shape[0] for n, p in wrapped.named_parameters() if "lora_A" in n}
     assert got == {"base_model.model.fc.lora_A.default.weight": 1, "base_model.model.enc.fc.lora_A.default.weight": 3}
 

@@ -207,7 +207,7 @@ def test_negative_shares_are_refused_but_negative_rank_scores_are_not():
     ("budget", "match"),
     [
         (2, "below the 3 that min_rank takes"),
-        (31, "above the 30 that max_rank allows"),
+        (31, "above the 30 that all modules"),
         (4.0, "integer"),
         (True, "integer"),
     ],

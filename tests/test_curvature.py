@@ -126,6 +126,11 @@ def test_a_loss_under_inference_mode_measures_the_same():
     assert all(torch.equal(plain[name], inferring[name]) for name in plain)
 
 
+def test_a_key_that_was_named_must_be_in_every_batch():
+    with pytest.raises(ValueError, match=r"mask='padding' is not in a batch of type dict, with keys \['input_ids'"):
+        input_second_moment(Encoder().double(), loss_fn, token_batches(), mask="padding")
+
+
 def test_padding_may_hold_nan():
     class Passes(nn.Module):
         def __init__(self) -> None:
@@ -214,6 +219,7 @@ def test_the_transformer_fast_path_does_not_hide_the_layers():
         (iter([]), {}, "batches is empty"),
         ([torch.full((2, 4), float("inf"))], {}, "input of '0' is not finite"),
         ([torch.ones(2, 4)], {"targets": "nope"}, "'nope' matches no linear layer"),
+        ([torch.ones(2, 4)], {"mask": "pad"}, "mask='pad' is not in a batch of type Tensor, which has no keys"),
         ([torch.ones(2, 4)], {"mask": lambda b: torch.ones(5)}, r"mask of shape \(5,\) does not fit the input of '0'"),
         ([torch.ones(2, 4)], {"mask": lambda b: None}, "mask must give a tensor"),
         ([torch.ones(2, 4)], {"mask": lambda b: torch.zeros(2)}, "no token reached '0'"),

@@ -201,6 +201,20 @@ def test_options_out_of_range_are_errors(option):
         SensitivityLoRA(model, loss_fn, batches, **option)
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"loss_fn": "mse"}, "loss_fn must be a function, got str"),
+        ({"curvature": {"0": torch.ones(6)}}, "curvature must be a function, got dict"),
+        ({"batches": 3}, "batches must be an iterable of what loss_fn takes, got one int"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_told_at_once(change, match):
+    model, batches = model_and_batches()
+    with pytest.raises(TypeError, match=match):
+        SensitivityLoRA(model, **{"loss_fn": loss_fn, "batches": batches, **change})
+
+
 def test_progress_shows_a_bar_and_can_be_switched_off(capsys):
     model, batches = model_and_batches()
     SensitivityLoRA(model, loss_fn, batches, progress=False).score()

@@ -199,3 +199,8 @@ def test_selecting_changes_nothing():
         linear_targets(model, targets)
     assert_unchanged(model, before)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_list_of_types_is_told_what_targets_may_be():
+    with pytest.raises(TypeError, match="names, one type or one function"):
+        linear_targets(nn.Sequential(nn.Linear(2, 2)), (nn.Linear,))

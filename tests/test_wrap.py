@@ -72,7 +72,10 @@ def test_only_the_wrapped_weights_are_frozen():
         ("body.norm", {"body.norm.weight", "body.norm.bias"}),
         (["*norm", "like"], {"body.norm.weight", "body.norm.bias", "like.weight"}),
         ("blocks.1.0", {"blocks.1.0.weight", "blocks.1.0.bias"}),
-        ("body.up", set()),  # adapted itself: its own weight stays frozen
+        (
+            "body.*",
+            {"body.norm.weight", "body.norm.bias", "body.conv.weight", "body.conv.bias"},
+        ),  # body.up is adapted
     ],
 )
 def test_trainable_names_what_trains_beside_the_adapters(trainable, expected):
@@ -214,3 +217,17 @@ def test_transformer_layers_that_read_weights_see_the_adapter(mode, merged):
     if mode == "train" and not merged:
         model(x).square().sum().backward()
         assert all(p.grad.ne(0).any() for layer in layers.values() for p in layer.parameters(recurse=False))
+
+
+def test_trainable_that_names_only_adapted_layers_is_refused():
+    model = nn.ModuleDict({"q": nn.Linear(4, 4), "head": nn.Linear(4, 2), "norm": nn.LayerNorm(4)})
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="trainable='head' names only layers that get an adapter"):
+        wrap(model, {"q": 1, "head": 1}, trainable=["head"])
+    assert_unchanged(model, before)
+    wrap(model, {"q": 1, "head": 0}, trainable=["head", "norm"])
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        *("q.lora_A", "q.lora_B"),
+        *("head.weight", "head.bias"),
+        *("norm.weight", "norm.bias"),
+    }
