@@ -137,6 +137,8 @@ def report(summary: Summary, methods: list[str], seeds: list[int]) -> str:
         return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
     lines = [f"{len(seeds)} seed(s), mean ± standard error; differences are paired by seed", ""]
+    if len(seeds) < 5:
+        lines[0] += " (from fewer than 5 seeds, an error is itself little more than a guess)"
     lines.append(
         f"{'':<16}"
         + "".join(f"  {m:>18}" for m in methods)
@@ -197,7 +199,8 @@ def main() -> None:
 
     data = load_data()
     sizes = f"{len(data.train)} training, {len(data.dev)} dev, {len(data.test)} test sentences, {len(data.tags)} tags"
-    print(f"{sizes}; {options}")
+    unit = "ranks" if options.unit == "rank" else "parameters"
+    print(f"{sizes}; {options.steps} steps on {', '.join(options.targets)}, budget {options.budget:,} {unit}")
     runs = []
     for seed in seeds:
         for name in arguments.methods:
