@@ -53,18 +53,19 @@ class Run:
     test: dict[str, float]
 
 
-Method = Callable[[Tagger, Data, Options, int], tuple[Allocation, float, dict[str, float]]]
+Trained = tuple[Allocation, float, dict[str, float]]  # ranks, seconds spent on finding them, what train() returned
+Method = Callable[[Tagger, Data, Options, int], Trained]
 
 
-# A method takes the plain model, allocates, wraps and trains it in place, and returns the allocation, the seconds it
-# spent on finding it, and what train() returned. To add one, write such a function and name it in METHODS.
+# A method takes the plain model, allocates, wraps and trains it in place. To add one, write such a function and name it
+# in METHODS.
 
 
-def uniform(model: Tagger, data: Data, options: Options, seed: int) -> tuple[Allocation, float, dict[str, float]]:
+def uniform(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
     return allocate_then_train(UniformRanks(model, options.targets), model, data, options, seed)
 
 
-def sensitivity(model: Tagger, data: Data, options: Options, seed: int) -> tuple[Allocation, float, dict[str, float]]:
+def sensitivity(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
     calibration = list(batches(data.dev, 24, device=options.device))
     allocator = SensitivityLoRA(model, loss_fn, calibration, targets=options.targets)
     return allocate_then_train(allocator, model, data, options, seed)
@@ -73,9 +74,7 @@ def sensitivity(model: Tagger, data: Data, options: Options, seed: int) -> tuple
 METHODS: dict[str, Method] = {"uniform": uniform, "sensitivity": sensitivity}
 
 
-def allocate_then_train(
-    allocator: Allocator, model: Tagger, data: Data, options: Options, seed: int
-) -> tuple[Allocation, float, dict[str, float]]:
+def allocate_then_train(allocator: Allocator, model: Tagger, data: Data, options: Options, seed: int) -> Trained:
     start = time.perf_counter()
     allocator.score()
     allocation = allocator.allocate(options.budget, unit=options.unit)  # type: ignore[arg-type]  # argparse checks it

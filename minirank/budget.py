@@ -44,7 +44,7 @@ def proportional_ranks(
     names = list(scores)
     cost = [1 if costs is None else costs[name] for name in names]
     low, high = [lower[name] for name in names], [upper[name] for name in names]
-    _check(scores, budget, cost, low, high, unit="rank" if costs is None else "parameters")
+    _check(scores, budget, cost, low, high, what="ranks" if costs is None else "parameters")
     weights = []
     for name in names:
         if scores[name] < 0:
@@ -126,7 +126,7 @@ def best_ranks(
     low = [lower[name] for name in names]
     high = [min(upper[name], len(scores[name])) for name in names]
     flat = {f"rank {i} of {name}": score for name in names for i, score in enumerate(scores[name])}
-    _check(flat, budget, cost, low, high, unit="rank" if costs is None else "parameters")
+    _check(flat, budget, cost, low, high, what="ranks" if costs is None else "parameters")
 
     order = {name: sorted(range(len(scores[name])), key=lambda i: (-scores[name][i], i)) for name in names}
     keep = {name: [False] * len(scores[name]) for name in names}
@@ -148,12 +148,12 @@ def _check(
     cost: Sequence[int],
     low: Sequence[int],
     high: Sequence[int],
-    unit: str,
+    what: str,
 ) -> None:
     if not cost:
         raise ValueError("there is no module to give ranks to: the scores are empty")
     if isinstance(budget, bool) or not isinstance(budget, int):
-        raise ValueError(f"budget must be an integer number of {'ranks' if unit == 'rank' else unit}, got {budget!r}")
+        raise ValueError(f"budget must be an integer number of {what}, got {budget!r}")
     for name, score in scores.items():
         if not math.isfinite(score):
             raise ValueError(f"score of {name!r} is {score}: expected finite numbers")
@@ -162,7 +162,6 @@ def _check(
             raise ValueError(f"expected 0 ≤ min_rank ≤ max_rank (or the ranks a module has), got {lo} and {hi}")
     least = sum(lo * c for lo, c in zip(low, cost, strict=True))
     most = sum(hi * c for hi, c in zip(high, cost, strict=True))
-    what = "ranks" if unit == "rank" else "parameters"
     if budget < least:
         raise ValueError(
             f"a budget of {budget} {what} is below the {least} that min_rank takes: raise it or lower min_rank"

@@ -216,28 +216,31 @@ def _check_independent(shifts: Sequence[Tensor], slopes: Sequence[Tensor]) -> No
     """If samples do not interact, scaling each sample's part of a vector scales that sample's part of its product."""
     lengths = {shift.shape[0] if shift.ndim > 1 else 1 for shift in shifts}
     pairs = [(g, shift) for g, shift in zip(slopes, shifts, strict=True) if g.requires_grad]
-    if lengths == {1} or (len(lengths) == 1 and not pairs):
+    if lengths == {1}:
         return
-    if len(lengths) == 1:
-        generator = torch.Generator().manual_seed(0)
-        scales = torch.rand(max(lengths), generator=generator) + 0.5  # all different: every pair of samples is tried
-        vectors = [torch.randn(g.shape[1:], generator=generator).to(g).expand_as(g) for g, _ in pairs]
-        scaled = [_scaled(v, scales) for v in vectors]
-        inputs = [shift for _, shift in pairs]
-        plain, other = (
-            torch.autograd.grad([g for g, _ in pairs], inputs, v, retain_graph=True, materialize_grads=True)
-            for v in (vectors, scaled)
-        )
-        expected = [_scaled(p, scales) for p in plain]
-        eps, largest = torch.finfo(plain[0].dtype).eps, max(float(p.abs().max()) for p in expected)
-        limits = [max(eps**0.5 * float(p.abs().max()), 100 * eps * largest) for p in expected]  # each layer its own
-        if all(float((p - q).abs().max()) <= m for p, q, m in zip(other, expected, limits, strict=True)):
-            return
+    if len(lengths) == 1 and (not pairs or _products_scale(pairs, max(lengths))):
+        return
     raise ValueError(
         "the samples of a batch interact (a loss across samples, batch statistics, or layer inputs whose first "
         f"dimension does not count samples; first dimensions seen: {sorted(lengths)}): pass independent=False, which "
         "assumes nothing, or use hessian_diagonal_reference"
     )
+
+
+def _products_scale(pairs: Sequence[tuple[Tensor, Tensor]], n: int) -> bool:
+    """For (∂L/∂z, z) of each call, all z with n samples."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.rand(n, generator=generator) + 0.5  # all different: every pair of samples is tried
+    slopes, inputs = [g for g, _ in pairs], [z for _, z in pairs]
+    vectors = [torch.randn(g.shape[1:], generator=generator).to(g).expand_as(g) for g in slopes]
+    plain, other = (
+        torch.autograd.grad(slopes, inputs, v, retain_graph=True, materialize_grads=True)
+        for v in (vectors, [_scaled(v, scales) for v in vectors])
+    )
+    expected = [_scaled(p, scales) for p in plain]
+    eps, largest = torch.finfo(plain[0].dtype).eps, max(float(p.abs().max()) for p in expected)
+    limits = [max(eps**0.5 * float(p.abs().max()), 100 * eps * largest) for p in expected]  # each layer its own
+    return all(float((p - q).abs().max()) <= m for p, q, m in zip(other, expected, limits, strict=True))
 
 
 def _scaled(x: Tensor, scales: Tensor) -> Tensor:

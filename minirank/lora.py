@@ -31,9 +31,17 @@ RANK_DIM = {"lora_A": 0, "lora_B": 1, "gate": 0}  # the axis of each parameter t
 
 def as_generator(generator: torch.Generator | int) -> torch.Generator:
     """A seed becomes a CPU generator, so that one seed gives one result on every device."""
-    if isinstance(generator, torch.Generator):
-        return generator
-    return torch.Generator().manual_seed(generator)
+    return generator if isinstance(generator, torch.Generator) else torch.Generator().manual_seed(generator)
+
+
+def is_rank(rank: object, limit: int) -> bool:
+    """Whether `rank` is an integer (no bool) from 0 to `limit`."""
+    return isinstance(rank, int) and not isinstance(rank, bool) and 0 <= rank <= limit
+
+
+def survivors(value: Tensor, dim: int, keep: Tensor) -> Tensor:
+    """The slices of `value` along `dim` where the bool mask `keep`, on any device, is true."""
+    return value.index_select(dim, keep.nonzero().flatten().to(value.device))
 
 
 class LoRALinear(nn.Module):
@@ -83,8 +91,7 @@ class LoRALinear(nn.Module):
                 + (", which already has an adapter: resize it instead" if isinstance(base, LoRALinear) else "")
             )
         self.out_features, self.in_features = shape
-        is_rank = isinstance(rank, int) and not isinstance(rank, bool) and 0 <= rank <= min(shape)
-        _require(is_rank, "rank", rank, f"an integer from 0 to min(d_in, d_out) = {min(shape)}")
+        _require(is_rank(rank, min(shape)), "rank", rank, f"an integer from 0 to min(d_in, d_out) = {min(shape)}")
         for key, number in (("alpha", alpha), ("reference_rank", reference_rank)):
             _require(number is None or 0 < number < math.inf, key, number, "a positive number")
         _require(gate is None or 0 <= gate <= 1, "gate", gate, "None (no gate) or a start value from 0 to 1")
@@ -124,10 +131,8 @@ class LoRALinear(nn.Module):
         if h.dtype != y.dtype or y.is_nested:
             return y + (self.scaling * F.linear(h, self.lora_B)).to(y.dtype)
         # y + s h Bᵀ as one fused multiply-add: no scaled copy of h Bᵀ, and no second pass over y.
-        fused = torch.addmm(
-            y.reshape(-1, self.out_features), h.reshape(-1, self.rank), self.lora_B.t(), alpha=self.scaling
-        )
-        return fused.view(y.shape)
+        rows = y.reshape(-1, self.out_features)
+        return torch.addmm(rows, h.reshape(-1, self.rank), self.lora_B.t(), alpha=self.scaling).view(y.shape)
 
     def delta_weight(self) -> Tensor:
         """ΔW = s · B diag(gate) A: (d_out, d_in), float32 or better, differentiable."""
@@ -191,8 +196,8 @@ class LoRALinear(nn.Module):
         for name, new in fresh.items():
             old = self.get_parameter(name)
             dim = RANK_DIM[name]
-            survivors = old.detach().index_select(dim, keep.nonzero().flatten().to(old.device))
-            result[name] = nn.Parameter(torch.cat([survivors, new], dim), requires_grad=old.requires_grad)
+            value = torch.cat([survivors(old.detach(), dim, keep), new], dim)
+            result[name] = nn.Parameter(value, requires_grad=old.requires_grad)
         return result
 
     def _new_ranks(

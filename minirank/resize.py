@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .lora import RANK_DIM, LoRALinear, as_generator
-from .targets import all_names, close_names
+from .lora import RANK_DIM, LoRALinear, as_generator, is_rank, survivors
+from .targets import close_names, first_names
 from .wrap import HasRanks, lora_layers, plain_ranks
 
 
@@ -77,7 +77,7 @@ def resize(
                 )
             states[new], lost = _carry_state(optimizer.state.get(old, {}), old, RANK_DIM[key], keep, new.shape)
             reset += [f"{key}.{entry}" for entry in lost]
-        report[name] = Resized(layer.rank, next(iter(parameters.values())).shape[0], keep, tuple(reset))
+        report[name] = Resized(layer.rank, parameters["lora_A"].shape[0], keep, tuple(reset))
 
     for layer, _, parameters in plan.values():
         for key, new in parameters.items():
@@ -95,7 +95,7 @@ def resize(
 def _wanted(model: nn.Module, ranks: Mapping[str, int] | HasRanks) -> dict[str, tuple[LoRALinear, int, Tensor]]:
     masks: Mapping[str, Tensor] = getattr(ranks, "keep", None) or {}
     layers = lora_layers(model)
-    first = {alias: name for name, aliases in all_names(model).items() for alias in aliases}
+    first = first_names(model)
     wanted: dict[str, tuple[LoRALinear, int, Tensor]] = {}
     for alias, rank in plain_ranks(ranks).items():
         name = first.get(alias, alias)
@@ -106,7 +106,7 @@ def _wanted(model: nn.Module, ranks: Mapping[str, int] | HasRanks) -> dict[str, 
             hint = close_names(alias, layers) if layers and alias not in first else "wrap() puts one in"
             raise ValueError(f"{alias!r} has no adapter to resize: {hint}")
         limit = min(layer.in_features, layer.out_features)
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= limit:
+        if not is_rank(rank, limit):
             raise ValueError(f"rank of {alias!r}: expected an integer from 0 to {limit}, got {rank!r}")
         if layer.merged:
             raise ValueError(f"{alias!r} is merged: unmerge() the model before resizing it")
@@ -131,9 +131,9 @@ def _largest(values: Tensor, count: int) -> Tensor:
 
 def _carry(value: Tensor, dim: int, keep: Tensor, shape: torch.Size) -> Tensor:
     """The survivors of `value` along `dim`, then zeros up to the new shape."""
+    kept = survivors(value, dim, keep)
     result = value.new_zeros(shape)
-    survivors = value.index_select(dim, keep.nonzero().flatten().to(value.device))
-    result.narrow(dim, 0, survivors.shape[dim]).copy_(survivors)
+    result.narrow(dim, 0, kept.shape[dim]).copy_(kept)
     return result
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 BAR = " ▏▎▍▌▋▊▉█"  # eighths of a cell
@@ -40,21 +40,20 @@ def draw_table(ranks: Mapping[str, int]) -> str:
     number = len(str(top))
     widths = [max(number + 1 + BAR_WIDTH, *(len(part) for part in head)) for head in heads]
     left = max([len("sum"), *(len(row) for row in grid.rows)])
+
+    def line(name: str, cells: Sequence[object], total: object) -> str:
+        columns = "".join(f"  {cell!s:<{width}}" for cell, width in zip(cells, widths, strict=True))
+        return f"{name:<{left}}{columns}  {total:>5}"
+
     lines = []
     for level in range(height):
         parts = [head[level - height + len(head)] if level >= height - len(head) else "" for head in heads]
-        last = f"  {'sum':>5}" if level == height - 1 else ""
-        lines.append(" " * left + "".join(f"  {p:<{w}}" for p, w in zip(parts, widths, strict=True)) + last)
+        lines.append(line("", parts, "sum" if level == height - 1 else ""))
     for i, row in enumerate(grid.rows):
         cells = [_cell(grid.ranks.get((i, j)), top, number) for j in range(len(grid.columns))]
-        total = sum(rank for (r, _), rank in grid.ranks.items() if r == i)
-        lines.append(
-            f"{row:<{left}}" + "".join(f"  {c:<{w}}" for c, w in zip(cells, widths, strict=True)) + f"  {total:>5}"
-        )
+        lines.append(line(row, cells, sum(rank for (r, _), rank in grid.ranks.items() if r == i)))
     sums = [sum(rank for (_, c), rank in grid.ranks.items() if c == j) for j in range(len(grid.columns))]
-    lines.append(
-        f"{'sum':<{left}}" + "".join(f"  {s:<{w}}" for s, w in zip(sums, widths, strict=True)) + f"  {sum(sums):>5}"
-    )
+    lines.append(line("sum", sums, sum(sums)))
     return "\n".join(line.rstrip() for line in lines)
 
 

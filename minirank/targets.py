@@ -65,6 +65,11 @@ def all_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {found[0]: tuple(found) for found in names.values()}
 
 
+def first_names(model: nn.Module) -> dict[str, str]:
+    """{any name of a module: its first name}."""
+    return {alias: name for name, aliases in all_names(model).items() for alias in aliases}
+
+
 def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Like `named_modules`, but under every name, and not into LoRA layers."""
     yield name, module
@@ -100,9 +105,8 @@ def no_match(model: nn.Module, pattern: str) -> str:
 
 def _linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     modules = dict(walk(model))
-    first_names = all_names(model)
     return {
         name: modules[name]
-        for name in first_names
+        for name in all_names(model)
         if not isinstance(modules[name], LoRALinear) and linear_shape(modules[name]) is not None
     }

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .linear import applies_weight, linear_shape
-from .lora import LoRALinear, as_generator
-from .targets import all_names, close_names, no_match, walk
+from .lora import LoRALinear, as_generator, is_rank
+from .targets import close_names, first_names, no_match, walk
 
 
 class HasRanks(Protocol):
@@ -117,21 +117,20 @@ def _plan(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
     """`ranks` in module order and under first names, checked."""
     if linear_shape(model) is not None:
         raise TypeError(f"the model itself is a {type(model).__name__}: wrap nn.Sequential(model), or use LoRALinear")
-    first = {alias: name for name, aliases in all_names(model).items() for alias in aliases}
-    modules = dict(walk(model))
+    first, modules = first_names(model), dict(walk(model))
+    named = {id(modules[name]) for name in ranks if name in modules}
     wanted: dict[str, int] = {}
     for name, rank in ranks.items():
         module = modules.get(name)
         shape = None if module is None or isinstance(module, LoRALinear) else linear_shape(module)
         if module is None or shape is None:
             raise ValueError(no_match(model, name))
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= min(shape):
+        if not is_rank(rank, min(shape)):
             raise ValueError(f"rank of {name!r}: expected an integer from 0 to min{shape}, got {rank!r}")
         if any(parameter.is_meta for parameter in module.parameters()):
             raise ValueError(f"{name!r} is on the meta device: load its weights (to_empty, load_state_dict), then wrap")
-        taken = {id(modules[other]) for other in ranks if other in modules} - {id(module)}
         for key, inner in module.named_modules():
-            if id(inner) in taken or isinstance(inner, LoRALinear):
+            if inner is not module and (id(inner) in named or isinstance(inner, LoRALinear)):
                 raise ValueError(f"{name!r} contains '{name}.{key}': adapt one of the two, not both")
         if wanted.setdefault(first[name], rank) != rank:
             raise ValueError(
@@ -139,11 +138,11 @@ def _plan(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
             )
     if not any(wanted.values()):
         raise ValueError("every rank is 0: there is nothing to wrap")
-    return {name: wanted[name] for name in all_names(model) if name in wanted}
+    return {name: wanted[name] for name in dict.fromkeys(first.values()) if name in wanted}
 
 
 def _parameters_of(model: nn.Module, patterns: str | Sequence[str], adapted: set[int]) -> set[int]:
-    """The ids of the parameters, `adapted` ones aside, in the modules that the names or globs match."""
+    """The ids of the parameters in the modules that each name or glob matches, some of them not in `adapted`."""
     chosen: set[int] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = [module for name, module in walk(model) if name == pattern or fnmatchcase(name, pattern)]
@@ -155,7 +154,7 @@ def _parameters_of(model: nn.Module, patterns: str | Sequence[str], adapted: set
                 f"trainable={pattern!r} names only layers that get an adapter, whose own weights stay frozen: leave it "
                 "out of one of the two"
             )
-        chosen |= ids - adapted
+        chosen |= ids
     return chosen
 
 
