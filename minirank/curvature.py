@@ -13,11 +13,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .estimate import DiagonalMean, Estimate, check_tolerance
+from .fisher import empirical_fisher
+from .gauss_newton import gauss_newton
 from .hessian import exact_hessian_diagonal, hessian_diagonal_reference
+from .hutchinson import hutchinson_outputs, hutchinson_weights
 from .measure import LossFn, measuring, scalar_loss
 from .targets import Targets, linear_targets
 
-__all__ = ["exact_hessian_diagonal", "hessian_diagonal_reference", "input_second_moment"]
+__all__ = [
+    "Estimate",
+    "empirical_fisher",
+    "exact_hessian_diagonal",
+    "gauss_newton",
+    "hessian_diagonal_reference",
+    "hutchinson_outputs",
+    "hutchinson_weights",
+    "input_second_moment",
+]
 
 DEFAULT_MASK = "attention_mask"
 Mask = str | Callable[[Any], Tensor] | None
@@ -30,13 +43,15 @@ def input_second_moment(
     targets: Targets = None,
     *,
     mask: Mask = DEFAULT_MASK,
-) -> dict[str, Tensor]:
+    tolerance: float | None = None,
+) -> Estimate:
     """h_j = mean over tokens of x_j², x being the input of the layer (Sensitivity-LoRA, appendix E).
 
     Estimates: for z = W x, the Hessian over a row of W is E[(∂²L/∂z_i²) x xᵀ] where the output curvature and x are
     independent. This is its diagonal for unit output curvature, the proxy of post-training quantisation (OBQ, GPTQ);
     a constant factor per model cancels in Eqs 11–15, one per layer does not: that is its bias. As a mean over the
-    tokens of `batches` it is exact, without sampling error. Cost: the forward passes; no gradient is taken.
+    tokens of `batches` it is exact; the standard errors are over batches. Cost: the forward passes, in the model's own
+    precision; no gradient is taken.
 
     Args:
         loss_fn: (model, batch) -> scalar; called for its forward pass, its value is not used.
@@ -53,9 +68,11 @@ def input_second_moment(
     Raises ValueError: no batch, a loss that is not a scalar, a mask that fits no input, an input that is not finite
     (the first such layer is named), or a layer that no batch reached. The model is as before in any case.
     """
+    check_tolerance(tolerance)
     modules = linear_targets(model, targets)
+    total = DiagonalMean(modules)
     rows = _MeanSquares()
-    inputs = {name: _RunningMean(name, rows) for name in modules}
+    inputs = {name: _BatchMean(name, rows) for name in modules}
     hooks = []
     batch_count = 0
     try:
@@ -66,12 +83,19 @@ def input_second_moment(
                 batch_count += 1
                 rows.start(_token_mask(mask, batch))
                 scalar_loss(model, loss_fn, batch)
+                for name, of_batch in inputs.items():
+                    total.add(name, *of_batch.take())
+                if total.known_to(tolerance):
+                    break
     finally:
         for handle in hooks:
             handle.remove()
-    if batch_count == 0:
-        raise ValueError("batches is empty: give at least one (a generator that was used up before gives none)")
-    return {name: running.result(batch_count) for name, running in inputs.items()}
+    for name, weight in total.weights.items():
+        if batch_count and not weight:
+            raise ValueError(
+                f"no token reached {name!r} in {batch_count} batches: leave it out of targets, or give more data"
+            )
+    return total.result()
 
 
 class _MeanSquares:
@@ -105,8 +129,8 @@ class _MeanSquares:
         return len(rows), rows.sum(0) / max(len(rows), 1)
 
 
-class _RunningMean:
-    """The mean over every call of one layer, by a forward pre-hook."""
+class _BatchMean:
+    """The mean over every call of one layer in a batch, by a forward pre-hook."""
 
     def __init__(self, name: str, rows: _MeanSquares) -> None:
         self.name, self.rows = name, rows
@@ -119,14 +143,11 @@ class _RunningMean:
         if count:
             self.mean = mean if self.mean is None else self.mean + (mean - self.mean) * (count / self.count)
 
-    def result(self, batch_count: int) -> Tensor:
-        if self.mean is None:
-            raise ValueError(
-                f"no token reached {self.name!r} in {batch_count} batches: leave it out of targets, or give more data"
-            )
-        if not torch.isfinite(self.mean).all():
-            raise ValueError(f"an input of {self.name!r} is not finite: check the data and the model's weights")
-        return self.mean
+    def take(self) -> tuple[Tensor | None, int]:
+        """(mean, tokens) of the batch that ends here."""
+        mean, count = self.mean, self.count
+        self.mean, self.count = None, 0
+        return mean, count
 
 
 class _Tokens(NamedTuple):

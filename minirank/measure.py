@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,41 +11,76 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LossFn = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar mean loss: the only contract with user code
+HALF = (torch.float16, torch.bfloat16)
 
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block (dropout off, BatchNorm fixed), without the fused kernels by which nn.Transformer's
-    layers then bypass their linear layers and their hooks. Afterwards, also after an exception, every module's own
-    mode, the state of the random generators and the choice of kernels are as before."""
+    """Eval mode inside the block (dropout off, BatchNorm fixed), gradients put aside, without the fused kernels by
+    which nn.Transformer's layers then bypass their linear layers and their hooks. Afterwards, also after an exception,
+    every module's own mode, every parameter's gradient, the state of the random generators and the choice of kernels
+    are as before."""
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the meta device, where nothing can be measured: load its weights first")
     modes = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     fused = torch.backends.mha.get_fastpath_enabled()
     with torch.random.fork_rng(devices=sorted(devices)):
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             model.eval()
+            for parameter, _ in gradients:
+                parameter.grad = None
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
             for module, training in modes:
                 module.training = training
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
 
 
 @contextmanager
 def differentiable_twice(model: nn.Module) -> Iterator[None]:
-    """Eval mode, gradients on (leaving inference mode implies it), no autocast, attention by its twice differentiable
-    kernel."""
+    """Eval mode, gradients on (leaving inference mode implies it), float32 in place of half precision, no autocast,
+    attention by its twice differentiable kernel."""
     device = next((p.device.type for p in model.parameters()), "cpu")
     with (
         measuring(model),
         torch.inference_mode(False),
+        _no_half_precision(model),
         torch.autocast(device, enabled=False),
         sdpa_kernel(SDPBackend.MATH),
     ):
         yield
+
+
+@contextmanager
+def _no_half_precision(model: nn.Module) -> Iterator[None]:
+    """Half-precision parameters and buffers, and inputs of any module, are float32 inside the block. The original
+    tensors come back afterwards; no bit has changed."""
+    half = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in HALF]
+    originals = [t.data for t in half]
+    hooks = [m.register_forward_pre_hook(_in_float32, with_kwargs=True) for m in model.modules() if half]
+    try:
+        for t in half:
+            t.data = t.data.float()
+        yield
+    finally:
+        for t, original in zip(half, originals, strict=True):
+            t.data = original
+        for handle in hooks:
+            handle.remove()
+
+
+def _in_float32(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def cast(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
+
+    return tuple(map(cast, args)), {key: cast(value) for key, value in kwargs.items()}
 
 
 def scalar_loss(model: nn.Module, loss_fn: LossFn, batch: Any) -> Tensor:
@@ -56,6 +90,30 @@ def scalar_loss(model: nn.Module, loss_fn: LossFn, batch: Any) -> Tensor:
         got = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn(model, batch) must return a scalar floating-point tensor (the mean loss), got {got}")
     return loss
+
+
+def differentiable_loss(model: nn.Module, loss_fn: LossFn, batch: Any) -> Tensor:
+    """The scalar loss, checked: finite, its gradient left to the caller. To be called inside `differentiable_twice`."""
+    loss = scalar_loss(model, loss_fn, batch)
+    if not torch.isfinite(loss):
+        raise ValueError(f"the loss of a batch is {loss.item()}: check the data and the model's weights")
+    if any(parameter.grad is not None for parameter in model.parameters()):
+        raise ValueError("loss_fn called backward(): it must return the loss with its graph, and take no gradient")
+    return loss
+
+
+def repeatable(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches; of the first, the loss is taken twice, and ValueError raised if the two differ."""
+    for index, batch in enumerate(batches):
+        if index == 0:
+            first, second = (scalar_loss(model, loss_fn, batch).detach() for _ in range(2))
+            # Some kernels add up in varying order: half of the digits must agree, more than any noise would leave.
+            if abs(first - second) > torch.finfo(first.dtype).eps ** 0.5 * abs(first):
+                raise ValueError(
+                    f"the loss is not deterministic: one batch gave {float(first)} and then {float(second)}, in eval "
+                    "mode. Remove what is random in it (dropout by function call, sampled data), or seed it"
+                )
+        yield batch
 
 
 def batch_length(batch: Any) -> int:
@@ -75,34 +133,3 @@ def _length(batch: Any) -> int | None:
         return batch.shape[0] if batch.ndim else None
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
     return next((n for n in map(_length, parts) if n is not None), None)
-
-
-class WeightedMean:
-    """The mean over batches of each layer's diagonal; None counts as zero, for a batch that does not reach a layer."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self.sums: dict[str, Tensor | None] = dict.fromkeys(names)
-        self.weight = dict.fromkeys(self.sums, 0.0)
-
-    def add(self, name: str, h: Tensor | None, weight: float) -> None:
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"batch_weight must give a number of at least 0, got {weight!r}")
-        self.weight[name] += weight
-        if h is not None:
-            before = self.sums[name]
-            self.sums[name] = h * weight if before is None else before + h * weight
-
-    def result(self) -> dict[str, Tensor]:
-        if not any(self.weight.values()):
-            raise ValueError(
-                "batches is empty, or its batches weigh nothing: give at least one (a generator that was used up "
-                "gives none)"
-            )
-        result = {}
-        for name, total in self.sums.items():
-            if total is None:
-                raise ValueError(f"no batch reached {name!r}: leave it out of targets, or give other data")
-            if not torch.isfinite(total).all():
-                raise ValueError(f"the curvature of {name!r} is not finite: check the data and the model's weights")
-            result[name] = total / self.weight[name]
-        return result

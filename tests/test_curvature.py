@@ -217,7 +217,7 @@ def test_the_transformer_fast_path_does_not_hide_the_layers():
     [
         ([], {}, "batches is empty"),
         (iter([]), {}, "batches is empty"),
-        ([torch.full((2, 4), float("inf"))], {}, "input of '0' is not finite"),
+        ([torch.full((2, 4), float("inf"))], {}, "curvature of '0' is not finite"),
         ([torch.ones(2, 4)], {"targets": "nope"}, "'nope' matches no linear layer"),
         ([torch.ones(2, 4)], {"mask": "pad"}, "mask='pad' is not in a batch of type Tensor, which has no keys"),
         ([torch.ones(2, 4)], {"mask": lambda b: torch.ones(5)}, r"mask of shape \(5,\) does not fit the input of '0'"),
