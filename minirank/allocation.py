@@ -108,9 +108,14 @@ class Allocator(ABC):
         """
         if self._scores is None:
             raise RuntimeError(f"{type(self).__name__}.allocate needs scores: call score() first")
+        return self._divide(self._scores, budget, unit, min_rank, max_rank)
+
+    def _divide(
+        self, given: Mapping[str, Tensor], budget: int, unit: Unit, min_rank: Bound, max_rank: Bound
+    ) -> Allocation:
         if unit not in ("rank", "parameters"):
             raise ValueError(f"unit must be 'rank' or 'parameters', got {unit!r}")
-        scores = {name: score.detach().double().cpu() for name, score in self._scores.items()}
+        scores = {name: score.detach().double().cpu() for name, score in given.items()}
         modules = dict(walk(self.model))
         shapes = {name: _shape(name, modules) for name in scores}
         costs = {name: d_out + d_in for name, (d_out, d_in) in shapes.items()}

@@ -22,18 +22,24 @@ the local metrics clamp its entries at zero, the trace keeps their sign, and a n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .allocation import Allocator
+from .allocation import Allocation, Allocator, Bound, Unit
 from .curvature import input_second_moment
+from .estimate import Estimate
 from .linear import linear_shape
+from .lora import as_generator
 from .measure import LossFn
+from .stability import Diagonals, Groups, Stability, stability
 from .targets import Targets, linear_targets
+
+MIN_GROUPS = 4
 
 
 def trace(h: Tensor) -> Tensor:
@@ -117,6 +123,9 @@ class SensitivityLoRA(Allocator):
             only iterate over the batches, which it gets behind the progress bar.
         topk_fraction: k/N in Eq 9 (the paper: 1/2; also tried 1/3).
         effective_share: α in Eq 10 (the paper: 0.85; also tried 0.80).
+        groups: measure the batches in this many groups (up to twice as many, at least 4), each by itself, so that
+            `stability` and `settle` can say how sure the ranks are. It holds that many diagonals. Each group must
+            reach every target. None: measure them together.
         progress: show a bar over the batches.
 
     After `score()`, `curvatures` holds the diagonals and `metrics` each matrix's S_g, S_topk, S_er, S_l and θ.
@@ -137,6 +146,7 @@ class SensitivityLoRA(Allocator):
         curvature: Curvature = input_second_moment,
         topk_fraction: float = 0.5,
         effective_share: float = 0.85,
+        groups: int | None = None,
         progress: bool = True,
     ) -> None:
         super().__init__(model)
@@ -148,25 +158,101 @@ class SensitivityLoRA(Allocator):
                 raise TypeError(f"{name} must be a function, got {type(function).__name__}: {function!r:.60}")
         if not isinstance(batches, Iterable):
             raise TypeError(f"batches must be an iterable of what loss_fn takes, got one {type(batches).__name__}")
+        if groups is not None and groups < MIN_GROUPS:
+            raise ValueError(f"groups must be at least {MIN_GROUPS}, to tell how they vary, got {groups!r}")
         self.loss_fn, self.batches, self.curvature = loss_fn, batches, curvature
         self.targets = linear_targets(model, targets)
         self.topk_fraction, self.effective_share, self.progress = topk_fraction, effective_share, progress
+        self.groups = groups
+        self._measured: Groups | None = None
+        self._enough: Callable[[Groups], bool] | None = None  # asked by settle()
         self.curvatures: dict[str, Tensor] = {}
         self.metrics: dict[str, dict[str, float]] = {}
 
     def _measure(self) -> dict[str, Tensor]:
         bar = tqdm(self.batches, desc="calibration", unit="batch", disable=not self.progress, leave=False)
-        curvatures = self.curvature(self.model, self.loss_fn, bar, list(self.targets))
-        diagonals = {name: self._checked(name, curvatures.get(name)) for name in self.targets}
-        metrics = sensitivity_metrics(
-            list(diagonals.values()), topk_fraction=self.topk_fraction, effective_share=self.effective_share
-        )
-        self.curvatures = diagonals
+        self._measured = None
+        if self.groups is None:
+            diagonals = self._curvature(bar)
+        else:
+            self._measured = self._by_group(bar, self.groups)
+            diagonals = self._measured.mean()
+        bar.close()
+        metrics = self._metrics(diagonals)
+        self.curvatures = dict(diagonals)
         self.metrics = {
             name: {key: float(values[i]) for key, values in metrics._asdict().items()}
-            for i, name in enumerate(diagonals)
+            for i, name in enumerate(self.targets)
         }
-        return dict(zip(diagonals, metrics.theta.unbind(), strict=True))
+        return dict(zip(self.targets, metrics.theta.unbind(), strict=True))
+
+    def _by_group(self, batches: Iterable[Any], least: int) -> Groups:
+        found, stream = Groups(least), iter(batches)
+        while group := list(islice(stream, found.batches_per_group)):
+            found.add(self._curvature(group), len(group))
+            if len(found) == least and self._enough is not None and self._enough(found):
+                break
+        if len(found) < MIN_GROUPS:
+            raise ValueError(f"{len(found)} batches are too few to tell how scores vary: give at least {MIN_GROUPS}")
+        return found
+
+    def _curvature(self, batches: Iterable[Any]) -> Diagonals:
+        found = self.curvature(self.model, self.loss_fn, batches, list(self.targets))
+        diagonals = {name: self._checked(name, found.get(name)) for name in self.targets}
+        return found if isinstance(found, Estimate) else diagonals
+
+    def _metrics(self, diagonals: Diagonals) -> Metrics:
+        return sensitivity_metrics(
+            [diagonals[name] for name in self.targets],
+            topk_fraction=self.topk_fraction,
+            effective_share=self.effective_share,
+        )
+
+    def stability(
+        self,
+        budget: int,
+        *,
+        unit: Unit = "rank",
+        min_rank: Bound = 0,
+        max_rank: Bound = None,
+        confidence: float = 0.95,
+        resamples: int = 300,
+        generator: torch.Generator | int = 0,
+    ) -> Stability:
+        """Which ranks of `allocate(budget)` would change within the sampling error of the scores?
+
+        The error is that of the calibration batches as a sample of such data, random vectors of the curvature
+        included. For that of random vectors on fixed data, give the same batches many times over.
+
+        Raises RuntimeError: no `groups`, or `score` has not run. ValueError: as for `allocate`.
+        """
+        if self._measured is None:
+            raise RuntimeError("stability needs scores by group: SensitivityLoRA(…, groups=10), then score()")
+
+        def divide(theta: Tensor) -> Allocation:
+            scores = dict(zip(self.targets, theta.clamp(min=0).unbind(), strict=True))
+            return self._divide(scores, budget, unit, min_rank, max_rank)
+
+        theta, deviations = self._measured.jackknife(lambda h: self._metrics(h).theta)
+        return stability(divide, theta, deviations, confidence, resamples, as_generator(generator))
+
+    def settle(self, budget: int, *, moved: int = 0, **options: Any) -> Stability:
+        """`score()`, but of no more batches than it takes until at most `moved` ranks of `allocate(budget)` would move
+        within the sampling error. It is asked when there are `groups` batches and whenever these have doubled; with
+        the batches at an end, the result's own `moved` tells how far it came. Options and errors: see `stability`."""
+        if self.groups is None:
+            raise RuntimeError("settle needs scores by group: SensitivityLoRA(…, groups=10)")
+
+        def enough(found: Groups) -> bool:
+            self._measured = found
+            return self.stability(budget, **options).moved <= moved
+
+        self._enough = enough
+        try:
+            self.score()
+        finally:
+            self._enough = None
+        return self.stability(budget, **options)
 
     def _checked(self, name: str, diagonal: Tensor | None) -> Tensor:
         shape = linear_shape(self.targets[name])

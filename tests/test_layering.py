@@ -27,6 +27,7 @@ ORDER = [
     "gauss_newton",
     "fisher",
     "curvature",
+    "stability",
     "sensitivity",
     "testing",
 ]

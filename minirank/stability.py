@@ -1,0 +1,152 @@
+"""How sure is an allocation? Scores have sampling errors; which ranks would change within them?
+
+Calibration batches are measured in groups. Leaving out each group in turn (the jackknife) tells how scores vary with
+the data, random vectors included, through any equations that lie between: for groups of unequal weight, the
+delete-a-group jackknife of Busing, Meijer and van der Leeden (1999). Scores drawn anew within these errors, all
+modules together, then give the ranks that could as well have come out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .allocation import Allocation
+from .estimate import Estimate
+
+Diagonals = Mapping[str, Tensor]
+
+
+class Groups:
+    """Measurements of consecutive groups of batches. When there are 2 · `least`, neighbours are joined to `least`, and
+    later groups take in twice as many batches: so a stream of any length is held as `least` to 2 · `least` groups."""
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+        self.batches_per_group = 1
+        self._groups: list[tuple[dict[str, float], Diagonals]] = []  # (weights, means)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def add(self, diagonals: Diagonals, batches: int) -> None:
+        """An estimate's own weights count; anything else counts by its number of batches."""
+        weights = diagonals.weights if isinstance(diagonals, Estimate) else dict.fromkeys(diagonals, float(batches))
+        self._groups.append((weights, diagonals))
+        if len(self) == 2 * self.least:
+            pairs = zip(self._groups[::2], self._groups[1::2], strict=True)
+            self._groups = [_joined(a, b) for a, b in pairs]
+            self.batches_per_group *= 2
+
+    def mean(self) -> dict[str, Tensor]:
+        result = self._groups[0]
+        for group in self._groups[1:]:
+            result = _joined(result, group)
+        return dict(result[1])
+
+    def jackknife(self, scores: Callable[[Diagonals], Tensor]) -> tuple[Tensor, Tensor]:
+        """(scores of the mean, (n,), and deviations D, (groups, n)): Dᵀ D is the scores' covariance."""
+        whole = self.mean()
+        total = {name: sum(weights[name] for weights, _ in self._groups) for name in whole}
+        score = scores(whole)
+        pseudo, ratio = [], []
+        for weights, means in self._groups:
+            share = {name: weights[name] / total[name] for name in whole}
+            rest = {name: (mean - share[name] * means[name]) / (1 - share[name]) for name, mean in whole.items()}
+            h = 1 / (sum(share.values()) / len(share))
+            ratio.append(h)
+            pseudo.append(h * score - (h - 1) * scores(rest))
+        center = torch.stack(pseudo).mean(0)
+        spread = [(p - center) / math.sqrt(len(self) * (h - 1)) for p, h in zip(pseudo, ratio, strict=True)]
+        return score, torch.stack(spread)
+
+
+def _joined(
+    a: tuple[dict[str, float], Diagonals], b: tuple[dict[str, float], Diagonals]
+) -> tuple[dict[str, float], Diagonals]:
+    weights = {name: weight + b[0][name] for name, weight in a[0].items()}
+    means = {
+        name: mean + (b[1][name] - mean) * (b[0][name] / weights[name] if weights[name] else 0.0)
+        for name, mean in a[1].items()
+    }
+    return weights, means
+
+
+def resample(score: Tensor, deviations: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Scores within their errors, (count, n): multivariate Student t about `score`, with groups − 1 degrees of freedom
+    and the covariance Dᵀ D as its scale, which a covariance from few groups calls for."""
+    groups = len(deviations)
+    normal = torch.randn(count, groups, generator=generator, dtype=torch.float64, device=generator.device).cpu()
+    chi = torch.randn(count, groups - 1, generator=generator, dtype=torch.float64, device=generator.device).cpu()
+    widening = ((groups - 1) / chi.square().sum(1, keepdim=True)).sqrt()
+    return score + widening * (normal @ deviations)
+
+
+@dataclass(frozen=True)
+class Stability:
+    """What the scores' sampling error leaves open in an allocation: print it.
+
+    A module's interval holds its rank in a share `confidence` of the resampled allocations (and likewise each other
+    module's: not all of them at once). `moved` is the number of ranks that differ from the allocation in that share
+    of them at most; `same` the share in which none does.
+    """
+
+    allocation: Allocation
+    confidence: float
+    intervals: Mapping[str, tuple[int, int]]
+    moved: int
+    same: float
+    standard_errors: Mapping[str, float]  # of each score, in its unit
+    groups: int
+
+    @property
+    def open(self) -> dict[str, tuple[int, int]]:
+        """The modules whose rank would change within the sampling error, and the ranks between which."""
+        return {name: interval for name, interval in self.intervals.items() if interval[0] < interval[1]}
+
+    def __str__(self) -> str:
+        ranks = self.allocation.ranks
+        lines = [
+            f"{self.allocation.method}, {self.allocation.total_rank} ranks: with {self.confidence:.0%} confidence at "
+            f"most {self.moved} of them would move with other data of this kind ({self.groups} groups of batches); "
+            f"{len(self.open)} of {len(ranks)} modules are open, {self.same:.0%} of resampled allocations are the same"
+        ]
+        width = max((len(name) for name in self.open), default=0)
+        lines += [f"  {name:<{width}}  rank {ranks[name]}, from {lo} to {hi}" for name, (lo, hi) in self.open.items()]
+        return "\n".join(lines)
+
+
+def stability(
+    divide: Callable[[Tensor], Allocation],
+    score: Tensor,
+    deviations: Tensor,
+    confidence: float,
+    resamples: int,
+    generator: torch.Generator,
+) -> Stability:
+    """`divide` allocates by scores of shape (n,), in the order of the allocation's modules; `deviations` are those of
+    `Groups.jackknife`."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be above 0 and below 1 (0.95: 95 %), got {confidence!r}")
+    if resamples < 2:
+        raise ValueError(f"resamples must be at least 2, got {resamples}")
+    allocation = divide(score)
+    drawn = [divide(one).ranks.values() for one in resample(score, deviations, resamples, generator)]
+    ranks = torch.tensor([list(one) for one in drawn], dtype=torch.float64)  # (resamples, n)
+    change = ranks - torch.tensor(list(allocation.ranks.values()), dtype=torch.float64)
+    moved = torch.maximum(change.clamp(min=0).sum(1), (-change).clamp(min=0).sum(1))
+    low = ranks.quantile((1 - confidence) / 2, dim=0, interpolation="lower").int().tolist()
+    high = ranks.quantile((1 + confidence) / 2, dim=0, interpolation="higher").int().tolist()
+    return Stability(
+        allocation,
+        confidence,
+        {name: (lo, hi) for name, lo, hi in zip(allocation.ranks, low, high, strict=True)},
+        int(moved.quantile(confidence, interpolation="higher")),
+        float((moved == 0).double().mean()),
+        dict(zip(allocation.ranks, deviations.square().sum(0).sqrt().tolist(), strict=True)),
+        len(deviations),
+    )
