@@ -27,7 +27,7 @@ class RunningMean:
         self.weight += weight
         self.squared_weights += weight**2
         before = value - self.mean
-        self.mean += before * weight / self.weight
+        self.mean += before * (weight / self.weight)  # a ratio of 1 at first: no rounding then
         self._deviations += weight * before * (value - self.mean)
 
     @property

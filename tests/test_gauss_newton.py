@@ -1,0 +1,318 @@
+"""gauss_newton.py against dense JᵀHJ from torch.func, fisher.py against a loop over samples."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from estimators import seeded
+from test_hessian import CASES, build, classify, mlp, pairs
+from torch import nn
+
+from minirank import gauss_newton as module
+from minirank.curvature import empirical_fisher, exact_hessian_diagonal, gauss_newton
+from minirank.measure import batch_length
+
+# torch.func.hessian's own, in torch 2.13
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+
+def dense_gauss_newton(model, loss_of_output, batches, name):
+    """diag(Jᵀ H J), weighted by samples, from the dense J and H; loss_of_output(y, labels) -> mean loss."""
+    weight = model.get_parameter(f"{name}.weight").detach()
+    model.eval()
+    total = torch.zeros(weight.numel(), dtype=weight.dtype)
+    for x, labels in batches:
+
+        def output(w, x=x):
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                return torch.func.functional_call(model, {f"{name}.weight": w}, (x,))
+
+        y = output(weight).detach()
+        J = torch.func.jacrev(output)(weight).reshape(y.numel(), weight.numel())
+        H = torch.func.hessian(lambda y, labels=labels: loss_of_output(y, labels))(y).reshape(y.numel(), y.numel())
+        total += len(x) * (J.t() @ H @ J).diagonal()
+    return (total / sum(len(x) for x, _ in batches)).reshape(weight.shape)
+
+
+def smoothed(y, labels):
+    return F.cross_entropy(y, labels, label_smoothing=0.1)
+
+
+def partly_ignored(y, labels):
+    return F.cross_entropy(y, torch.where(labels == 1, -100, labels), reduction="sum") / 7
+
+
+def weighted_classes(y, labels):
+    return F.cross_entropy(y, labels, weight=torch.tensor([1.0, 0.2, 3.0], dtype=y.dtype))
+
+
+def squared(y, labels):
+    return F.mse_loss(y, F.one_hot(labels, 3).to(y))
+
+
+def binary(y, labels):
+    return F.binary_cross_entropy_with_logits(y, F.one_hot(labels, 3).to(y))
+
+
+def mixed(y, labels):
+    """Convex, neither diagonal nor softmax's: taken apart numerically."""
+    return (torch.logsumexp(y, -1) + (y[..., 0] - 2 * y[..., 1]).square() + y[..., 2].square() / 9).mean()
+
+
+LOSSES = {f.__name__: f for f in (F.cross_entropy, smoothed, partly_ignored, weighted_classes, squared, binary, mixed)}
+
+
+def transposed_like(model, name, h):
+    return h.t() if hasattr(model.get_submodule(name), "nf") else h
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_exact_equals_the_dense_matrix(loss, case):
+    make, batches = CASES[case]
+    model, of_output = build(make), LOSSES[loss]
+    found = gauss_newton(model, lambda m, b: of_output(m(b[0]), b[1]), batches)
+    assert found.over == "batches"
+    for name, h in found.items():
+        dense = dense_gauss_newton(model, of_output, batches, name)
+        torch.testing.assert_close(transposed_like(model, name, h), dense, rtol=1e-7, atol=1e-13, msg=name)
+        assert float(h.min()) >= 0
+        assert float(h.max()) > 1e-6
+
+
+@pytest.mark.parametrize("options", [{"chunk_size": 1}, {"chunk_size": 100}, {"independent": False}])
+def test_options_change_nothing(options):
+    make, batches = CASES["encoder layer"]
+    model = build(make)
+    expected = gauss_newton(model, classify, batches)
+    for name, h in gauss_newton(model, classify, batches, **options).items():
+        torch.testing.assert_close(h, expected[name], rtol=1e-10, atol=1e-16)
+
+
+class TokenModel(nn.Module):
+    """One prediction per position, positions mixed by attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(x))
+
+
+def token_loss(y, labels):
+    targets = (labels[:, None] + torch.arange(y.shape[1])) % 3
+    return F.cross_entropy(y.flatten(0, 1), targets.flatten())
+
+
+def test_one_prediction_per_position():
+    model, batches = build(TokenModel), pairs((3, 4), (2, 3))
+    found = gauss_newton(model, lambda m, b: token_loss(m(b[0]), b[1]), batches)
+    sampled = gauss_newton(
+        model, lambda m, b: token_loss(m(b[0]), b[1]), batches, samples=400, chunk_size=100, generator=seeded()
+    )
+    for name, h in found.items():
+        dense = dense_gauss_newton(model, token_loss, batches, name)
+        torch.testing.assert_close(h, dense, rtol=1e-7, atol=1e-13)
+        assert abs(float(sampled[name].sum() - h.sum())) < 4.5 * sampled.standard_errors[name]
+
+
+def test_the_last_layer_and_a_linear_network_have_the_hessian_itself():
+    make, batches = CASES["mlp"]
+    model = build(make)
+    exact, found = exact_hessian_diagonal(model, classify, batches), gauss_newton(model, classify, batches)
+    torch.testing.assert_close(found["4"], exact["4"], rtol=1e-7, atol=1e-13)
+    assert not torch.allclose(found["0"], exact["0"], rtol=0.1)
+    linear = build(lambda: nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)))
+    exact, found = exact_hessian_diagonal(linear, classify, batches), gauss_newton(linear, classify, batches)
+    for name in exact:
+        torch.testing.assert_close(found[name], exact[name], rtol=1e-7, atol=1e-13)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "squared", "mixed"])
+def test_the_mean_over_all_signs_is_the_exact_diagonal(loss, monkeypatch):
+    model, batches, of_output = build(mlp), pairs((5,), (3,)), LOSSES[loss]
+    every = torch.tensor(list(itertools.product([1.0, -1.0], repeat=9)), dtype=torch.float64).view(-1, 3, 1, 3)
+    monkeypatch.setattr(module, "random_signs", lambda like, count, generator: every[:count])
+
+    def loss_fn(model, batch):
+        return of_output(model(batch[0]), batch[1])
+
+    found = gauss_newton(model, loss_fn, batches, samples=512, chunk_size=512, generator=seeded())
+    for name, h in gauss_newton(model, loss_fn, batches).items():
+        torch.testing.assert_close(found[name], h, rtol=1e-10, atol=1e-16)
+        assert found.over == "probes"
+
+
+def test_a_95_percent_interval_of_a_sampled_trace_covers_92_to_98_percent():
+    model, batches = build(mlp), pairs((5,), (6, 3))
+    exact = gauss_newton(model, classify, batches)
+    generator, hits, runs = seeded(3), 0, 250
+    for _ in range(runs):
+        found = gauss_newton(model, classify, batches, generator=generator, samples=40, chunk_size=40)
+        hits += sum(
+            abs(float(found[name].sum() - h.sum())) < 2.02 * found.standard_errors[name] for name, h in exact.items()
+        )
+    assert 0.92 <= hits / (3 * runs) <= 0.98
+
+
+def test_many_classes_need_no_dense_matrix():
+    classes = module.DENSE_LIMIT + 100
+    model = build(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, classes)))
+    batches = [(torch.randn(2, 3, dtype=torch.float64, generator=seeded()), torch.tensor([5, 600]))]
+    exact = gauss_newton(model, classify, batches, chunk_size=classes)
+    sampled = gauss_newton(model, classify, batches, samples=200, chunk_size=50, generator=seeded())
+    for name, h in exact.items():
+        assert abs(float(sampled[name].sum() - h.sum())) < 4.5 * sampled.standard_errors[name]
+    hessian = exact_hessian_diagonal(model, classify, batches, "2")["2"]
+    torch.testing.assert_close(exact["2"], hessian, rtol=1e-6, atol=1e-13)
+
+    def mixes(model, batch):
+        y = model(batch[0])
+        return (torch.logsumexp(y, 1) + y.sum(1).square()).mean()
+
+    with pytest.raises(ValueError, match=r"an output of 612 columns is neither .* use hutchinson_outputs"):
+        gauss_newton(model, mixes, batches)
+
+
+def test_certain_predictions_give_zeros_not_nan():
+    model = nn.Sequential(nn.Linear(2, 3)).double()
+    x = torch.tensor([[1e4, -1e4], [2e4, 1e4]], dtype=torch.float64)
+    h = gauss_newton(model, classify, [(x, torch.tensor([0, 1]))])["0"]
+    assert torch.isfinite(h).all()
+
+
+def test_an_output_of_one_number_per_sample():
+    class Regression(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(5, 4), nn.Linear(4, 1)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.inner(x)))[:, 0]
+
+    def error(y, labels):
+        return (y - labels).square().mean()
+
+    model, batches = build(Regression), pairs((5,), (4, 2))
+    for name, h in gauss_newton(model, lambda m, b: error(m(b[0]), b[1]), batches).items():
+        torch.testing.assert_close(h, dense_gauss_newton(model, error, batches, name), rtol=1e-8, atol=1e-14)
+
+
+class LossInside(nn.Module):
+    """Like transformers' models: a record comes out, and the loss with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = mlp()
+        self.classifier = nn.Linear(3, 3)
+
+    def forward(self, x, labels):
+        logits = self.classifier(torch.tanh(self.body(x)))
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_model_that_computes_its_loss_names_its_head():
+    model, batches = build(LossInside), pairs((5,), (4, 2))
+
+    def loss_fn(model, batch):
+        return model(*batch)["loss"]
+
+    with pytest.raises(ValueError, match=r"output of LossInside is a dict, not a tensor: .* output=\"classifier\""):
+        gauss_newton(model, loss_fn, batches)
+    found = gauss_newton(model, loss_fn, batches, output="classifier")
+    hessian = exact_hessian_diagonal(model, loss_fn, batches)
+    torch.testing.assert_close(found["classifier"], hessian["classifier"], rtol=1e-7, atol=1e-13)
+    with pytest.raises(ValueError, match=r"output='classifer' names no module.*classifier"):
+        gauss_newton(model, loss_fn, batches, output="classifer")
+
+
+def concave(model, batch):
+    return -model(batch[0]).square().mean()
+
+
+def saddle(model, batch):
+    y = model(batch[0])
+    return (y[:, 0] * y[:, 1]).mean()
+
+
+def across_samples(model, batch):
+    return model(batch[0]).sum(0).square().mean()
+
+
+def twice(model, batch):
+    return classify(model, batch) + classify(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "options", "match"),
+    [
+        (concave, {}, "not convex in the model's output"),
+        (saddle, {}, "not convex in the model's output"),
+        (across_samples, {}, "the loss mixes rows of the model's output"),
+        (twice, {}, "the output '' came 2 times in one loss"),
+        (classify, {"samples": 3}, r"give generator=torch\.Generator"),
+        (classify, {"samples": 0, "generator": seeded()}, "samples must be at least 1"),
+        (classify, {"tolerance": -1.0}, "tolerance must be above 0"),
+    ],
+)
+def test_what_gauss_newton_refuses(loss_fn, options, match):
+    with pytest.raises(ValueError, match=match):
+        gauss_newton(build(mlp), loss_fn, pairs((5,), (4,)), **options)
+
+
+def test_samples_that_meet_inside_the_network_are_detected():
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            h = torch.tanh(self.inner(x))
+            return self.head(h - h.mean(0))
+
+    model, batches = build(Mixing), pairs((5,), (4, 2))
+    with pytest.raises(ValueError, match="samples of a batch interact"):
+        gauss_newton(model, classify, batches)
+    with pytest.raises(ValueError, match="samples of a batch interact"):
+        empirical_fisher(model, classify, batches)
+    for name, h in gauss_newton(model, classify, batches, independent=False).items():
+        dense = dense_gauss_newton(model, F.cross_entropy, batches, name)
+        torch.testing.assert_close(h, dense, rtol=1e-7, atol=1e-13)
+
+
+# ---- empirical Fisher ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_empirical_fisher_equals_a_loop_over_samples(case):
+    make, batches = CASES[case]
+    model = build(make).eval()
+    found = empirical_fisher(model, classify, batches)
+    weights = {name: model.get_parameter(f"{name}.weight") for name in found}
+    samples = [(x[i : i + 1], y[i : i + 1]) for x, y in batches for i in range(len(x))]
+    expected = {name: torch.zeros_like(w) for name, w in weights.items()}
+    for sample in samples:
+        loss = classify(model, sample)
+        for (name, w), g in zip(weights.items(), torch.autograd.grad(loss, list(weights.values())), strict=True):
+            expected[name] += g.square() / len(samples)
+            assert w.grad is None
+    for name, h in found.items():
+        torch.testing.assert_close(transposed_like(model, name, h), expected[name], rtol=1e-12, atol=1e-16)
+    assert found.over == "batches"
+    assert found.samples == len(batches)
+    assert found.weights == dict.fromkeys(found, float(sum(batch_length(batch) for batch in batches)))
+
+
+def test_tolerance_stops_before_the_end_of_the_batches():
+    model, batches = build(mlp), pairs((5,), [8] * 200)
+    for estimate in (empirical_fisher, gauss_newton):
+        whole, part = estimate(model, classify, batches), estimate(model, classify, batches, tolerance=0.1)
+        assert whole.samples == 200
+        assert 10 <= part.samples < 200
+        scale = sum(float(h.sum()) for h in part.values()) / len(part)
+        assert max(part.standard_errors.values()) <= 0.1 * scale
