@@ -22,7 +22,7 @@ the local metrics clamp its entries at zero, the trace keeps their sign, and a n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -39,8 +39,6 @@ from .measure import LossFn
 from .stability import Diagonals, Groups, Stability, stability
 from .targets import Targets, linear_targets
 
-MIN_GROUPS = 4
-
 
 def trace(h: Tensor) -> Tensor:
     """Eq 8, S_g = Σ h_ii. h: any shape → ()."""
@@ -53,13 +51,19 @@ def topk_mean(h: Tensor, fraction: float = 0.5) -> Tensor:
     return h.flatten().clamp(min=0).topk(k).values.mean()
 
 
-def effective_rank(h: Tensor, share: float = 0.85) -> Tensor:
+def effective_rank(h: Tensor, share: float = 0.85, *, whole: bool = True) -> Tensor:
     """Eq 10, S_er: the smallest k whose k largest entries sum to at least share · Σ h_ii, negative ones counting as 0.
-    A count, in h's dtype; 0 if nothing is positive. → ()."""
-    cumulative = h.flatten().clamp(min=0).sort(descending=True).values.cumsum(0)
+    A count, in h's dtype; 0 if nothing is positive. → (). whole=False: where the sum, drawn as a line, meets the
+    share, at most 1 below the count: what varies smoothly with h."""
+    largest = h.flatten().clamp(min=0).sort(descending=True).values
+    cumulative = largest.cumsum(0)
     if cumulative[-1] <= 0:
         return h.new_zeros(())
-    return (cumulative < share * cumulative[-1]).sum().to(h.dtype) + 1
+    before = (cumulative < share * cumulative[-1]).sum()  # k − 1
+    if whole:
+        return before.to(h.dtype) + 1
+    missing = share * cumulative[-1] - (cumulative[before - 1] if before else 0)
+    return before + (missing / largest[before]).clamp(1e-9, 1)
 
 
 def weighted(metric: Tensor) -> Tensor:
@@ -69,6 +73,17 @@ def weighted(metric: Tensor) -> Tensor:
     if mean == 0 or (metric == metric[0]).all():
         return torch.zeros_like(metric)
     return metric.std(correction=0) / mean * (metric / mean)
+
+
+def matrix_metrics(
+    diagonals: Iterable[Tensor], topk_fraction: float = 0.5, effective_share: float = 0.85, *, whole: bool = True
+) -> Tensor:
+    """S_g, S_topk and S_er (Eqs 8–10) of each diagonal: (3, n), float64. `whole`: see `effective_rank`."""
+    h = [diagonal.detach().double().cpu() for diagonal in diagonals]
+    S_g = torch.stack([trace(x) for x in h])
+    S_topk = torch.stack([topk_mean(x, topk_fraction) for x in h])
+    S_er = torch.stack([effective_rank(x, effective_share, whole=whole) for x in h])
+    return torch.stack([S_g, S_topk, S_er])
 
 
 class Metrics(NamedTuple):
@@ -81,21 +96,16 @@ class Metrics(NamedTuple):
     theta: Tensor
 
 
-def sensitivity_metrics(
-    diagonals: Sequence[Tensor], *, topk_fraction: float = 0.5, effective_share: float = 0.85
-) -> Metrics:
-    """Eqs 8–14 from one Hessian diagonal per matrix, each of any shape. All metrics equal (θ = 0/0): uniform ones.
+def sensitivity_metrics(of_matrices: Tensor) -> Metrics:
+    """Eqs 11–14 from `matrix_metrics`, (3, n). All metrics equal (θ = 0/0): uniform ones.
 
     Raises ValueError: the mean trace is not positive, so that σ/μ² says nothing.
     """
-    h = [diagonal.detach().double().cpu() for diagonal in diagonals]
-    S_g = torch.stack([trace(x) for x in h])
-    S_topk = torch.stack([topk_mean(x, topk_fraction) for x in h])
-    S_er = torch.stack([effective_rank(x, effective_share) for x in h])
+    S_g, S_topk, S_er = of_matrices
     if S_g.mean() <= 0:
         raise ValueError(
-            f"the mean Hessian trace over {len(h)} matrices is {S_g.mean():.3g}, but Eq 7 needs a minimum, where it is "
-            "positive: train further, or use a curvature that cannot be negative, such as input_second_moment"
+            f"the mean Hessian trace over {len(S_g)} matrices is {S_g.mean():.3g}, but Eq 7 needs a minimum, where it "
+            "is positive: train further, or use a curvature that cannot be negative, such as input_second_moment"
         )
     S_l = weighted(S_topk) + weighted(S_er)  # Eqs 11, 12
     theta = (weighted(S_g) + weighted(S_l)).clamp(min=0)  # Eqs 13, 14
@@ -158,8 +168,8 @@ class SensitivityLoRA(Allocator):
                 raise TypeError(f"{name} must be a function, got {type(function).__name__}: {function!r:.60}")
         if not isinstance(batches, Iterable):
             raise TypeError(f"batches must be an iterable of what loss_fn takes, got one {type(batches).__name__}")
-        if groups is not None and groups < MIN_GROUPS:
-            raise ValueError(f"groups must be at least {MIN_GROUPS}, to tell how they vary, got {groups!r}")
+        if groups is not None:
+            Groups(groups)  # refuses too few before anything is measured
         self.loss_fn, self.batches, self.curvature = loss_fn, batches, curvature
         self.targets = linear_targets(model, targets)
         self.topk_fraction, self.effective_share, self.progress = topk_fraction, effective_share, progress
@@ -178,7 +188,7 @@ class SensitivityLoRA(Allocator):
             self._measured = self._by_group(bar, self.groups)
             diagonals = self._measured.mean()
         bar.close()
-        metrics = self._metrics(diagonals)
+        metrics = sensitivity_metrics(self._matrix_metrics(diagonals))
         self.curvatures = dict(diagonals)
         self.metrics = {
             name: {key: float(values[i]) for key, values in metrics._asdict().items()}
@@ -192,8 +202,6 @@ class SensitivityLoRA(Allocator):
             found.add(self._curvature(group), len(group))
             if len(found) == least and self._enough is not None and self._enough(found):
                 break
-        if len(found) < MIN_GROUPS:
-            raise ValueError(f"{len(found)} batches are too few to tell how scores vary: give at least {MIN_GROUPS}")
         return found
 
     def _curvature(self, batches: Iterable[Any]) -> Diagonals:
@@ -201,12 +209,9 @@ class SensitivityLoRA(Allocator):
         diagonals = {name: self._checked(name, found.get(name)) for name in self.targets}
         return found if isinstance(found, Estimate) else diagonals
 
-    def _metrics(self, diagonals: Diagonals) -> Metrics:
-        return sensitivity_metrics(
-            [diagonals[name] for name in self.targets],
-            topk_fraction=self.topk_fraction,
-            effective_share=self.effective_share,
-        )
+    def _matrix_metrics(self, diagonals: Diagonals, *, whole: bool = True) -> Tensor:
+        in_order = [diagonals[name] for name in self.targets]
+        return matrix_metrics(in_order, self.topk_fraction, self.effective_share, whole=whole)
 
     def stability(
         self,
@@ -229,12 +234,16 @@ class SensitivityLoRA(Allocator):
         if self._measured is None:
             raise RuntimeError("stability needs scores by group: SensitivityLoRA(…, groups=10), then score()")
 
-        def divide(theta: Tensor) -> Allocation:
-            scores = dict(zip(self.targets, theta.clamp(min=0).unbind(), strict=True))
-            return self._divide(scores, budget, unit, min_rank, max_rank)
+        def theta(metrics: Tensor) -> Tensor:  # of drawn metrics: the local ones cannot be negative, and S_er counts
+            S_g, S_topk, S_er = metrics.view(3, -1)
+            return sensitivity_metrics(torch.stack([S_g, S_topk.clamp(min=0), S_er.ceil().clamp(min=0)])).theta
 
-        theta, deviations = self._measured.jackknife(lambda h: self._metrics(h).theta)
-        return stability(divide, theta, deviations, confidence, resamples, as_generator(generator))
+        def divide(scores: Tensor) -> Allocation:
+            by_name = dict(zip(self.targets, scores.unbind(), strict=True))
+            return self._divide(by_name, budget, unit, min_rank, max_rank)
+
+        metrics, deviations = self._measured.jackknife(lambda h: self._matrix_metrics(h, whole=False).flatten())
+        return stability(theta, divide, metrics, deviations, confidence, resamples, as_generator(generator))
 
     def settle(self, budget: int, *, moved: int = 0, **options: Any) -> Stability:
         """`score()`, but of no more batches than it takes until at most `moved` ranks of `allocate(budget)` would move

@@ -1,16 +1,18 @@
-"""How sure is an allocation? Scores have sampling errors; which ranks would change within them?
+"""How sure is an allocation? What it rests on has sampling errors; which ranks would change within them?
 
-Calibration batches are measured in groups. Leaving out each group in turn (the jackknife) tells how scores vary with
-the data, random vectors included, through any equations that lie between: for groups of unequal weight, the
-delete-a-group jackknife of Busing, Meijer and van der Leeden (1999). Scores drawn anew within these errors, all
-modules together, then give the ranks that could as well have come out.
+Calibration batches are measured in groups. Leaving out each group in turn (the jackknife) tells how the metrics of the
+diagonals vary with the data, random vectors included; for groups of unequal weight this is the delete-a-group
+jackknife of Busing, Meijer and van der Leeden (1999). Metrics drawn anew within these errors, of all modules together,
+then go through the remaining equations to the scores and ranks that could as well have come out.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from .allocation import Allocation
 from .estimate import Estimate
 
 Diagonals = Mapping[str, Tensor]
+MIN_GROUPS = 4
 
 
 class Groups:
@@ -26,6 +29,8 @@ class Groups:
     later groups take in twice as many batches: so a stream of any length is held as `least` to 2 · `least` groups."""
 
     def __init__(self, least: int) -> None:
+        if least < MIN_GROUPS:
+            raise ValueError(f"groups must be at least {MIN_GROUPS}, to tell how they vary, got {least!r}")
         self.least = least
         self.batches_per_group = 1
         self._groups: list[tuple[dict[str, float], Diagonals]] = []  # (weights, means)
@@ -43,26 +48,28 @@ class Groups:
             self.batches_per_group *= 2
 
     def mean(self) -> dict[str, Tensor]:
-        result = self._groups[0]
-        for group in self._groups[1:]:
-            result = _joined(result, group)
-        return dict(result[1])
+        if not self._groups:
+            raise ValueError("batches is empty: give at least one (a generator that was used up before gives none)")
+        return dict(functools.reduce(_joined, self._groups)[1])
 
-    def jackknife(self, scores: Callable[[Diagonals], Tensor]) -> tuple[Tensor, Tensor]:
-        """(scores of the mean, (n,), and deviations D, (groups, n)): Dᵀ D is the scores' covariance."""
+    def jackknife(self, statistic: Callable[[Diagonals], Tensor]) -> tuple[Tensor, Tensor]:
+        """(statistic of the mean, (n,), and deviations D, (groups, n)): Dᵀ D is its covariance. It must be smooth: a
+        count that jumps makes errors too large."""
+        if len(self) < MIN_GROUPS:
+            raise ValueError(f"{len(self)} batches are too few to tell how scores vary: give at least {MIN_GROUPS}")
         whole = self.mean()
         total = {name: sum(weights[name] for weights, _ in self._groups) for name in whole}
-        score = scores(whole)
+        value = statistic(whole)
         pseudo, ratio = [], []
         for weights, means in self._groups:
             share = {name: weights[name] / total[name] for name in whole}
             rest = {name: (mean - share[name] * means[name]) / (1 - share[name]) for name, mean in whole.items()}
             h = 1 / (sum(share.values()) / len(share))
             ratio.append(h)
-            pseudo.append(h * score - (h - 1) * scores(rest))
+            pseudo.append(h * value - (h - 1) * statistic(rest))
         center = torch.stack(pseudo).mean(0)
         spread = [(p - center) / math.sqrt(len(self) * (h - 1)) for p, h in zip(pseudo, ratio, strict=True)]
-        return score, torch.stack(spread)
+        return value, torch.stack(spread)
 
 
 def _joined(
@@ -76,31 +83,31 @@ def _joined(
     return weights, means
 
 
-def resample(score: Tensor, deviations: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Scores within their errors, (count, n): multivariate Student t about `score`, with groups − 1 degrees of freedom
+def resample(value: Tensor, deviations: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Values within their errors, (count, n): multivariate Student t about `value`, with groups − 1 degrees of freedom
     and the covariance Dᵀ D as its scale, which a covariance from few groups calls for."""
     groups = len(deviations)
     normal = torch.randn(count, groups, generator=generator, dtype=torch.float64, device=generator.device).cpu()
     chi = torch.randn(count, groups - 1, generator=generator, dtype=torch.float64, device=generator.device).cpu()
     widening = ((groups - 1) / chi.square().sum(1, keepdim=True)).sqrt()
-    return score + widening * (normal @ deviations)
+    return value + widening * (normal @ deviations)
 
 
 @dataclass(frozen=True)
 class Stability:
-    """What the scores' sampling error leaves open in an allocation: print it.
+    """What the sampling error leaves open in an allocation: print it.
 
-    A module's interval holds its rank in a share `confidence` of the resampled allocations (and likewise each other
-    module's: not all of them at once). `moved` is the number of ranks that differ from the allocation in that share
-    of them at most; `same` the share in which none does.
+    A module's interval of ranks (and of scores) holds those of a share `confidence` of the resampled allocations; each
+    module's by itself, not all of them at once. `moved`: in that share of them, at most so many ranks differ from the
+    allocation. `same`: the share in which none does.
     """
 
     allocation: Allocation
     confidence: float
-    intervals: Mapping[str, tuple[int, int]]
+    intervals: Mapping[str, tuple[int, int]]  # of ranks
+    score_intervals: Mapping[str, tuple[float, float]]
     moved: int
     same: float
-    standard_errors: Mapping[str, float]  # of each score, in its unit
     groups: int
 
     @property
@@ -121,32 +128,38 @@ class Stability:
 
 
 def stability(
+    score: Callable[[Tensor], Tensor],
     divide: Callable[[Tensor], Allocation],
-    score: Tensor,
+    metrics: Tensor,
     deviations: Tensor,
     confidence: float,
     resamples: int,
     generator: torch.Generator,
 ) -> Stability:
-    """`divide` allocates by scores of shape (n,), in the order of the allocation's modules; `deviations` are those of
-    `Groups.jackknife`."""
+    """`metrics` and `deviations` are those of `Groups.jackknife`; score(metrics) gives one score per module, in the
+    order of divide(scores).ranks."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be above 0 and below 1 (0.95: 95 %), got {confidence!r}")
     if resamples < 2:
         raise ValueError(f"resamples must be at least 2, got {resamples}")
-    allocation = divide(score)
-    drawn = [divide(one).ranks.values() for one in resample(score, deviations, resamples, generator)]
-    ranks = torch.tensor([list(one) for one in drawn], dtype=torch.float64)  # (resamples, n)
+    allocation = divide(score(metrics))
+    names = list(allocation.ranks)
+    scores = torch.stack([score(drawn) for drawn in resample(metrics, deviations, resamples, generator)])
+    ranks = torch.tensor([list(divide(one).ranks.values()) for one in scores], dtype=torch.float64)  # (resamples, n)
     change = ranks - torch.tensor(list(allocation.ranks.values()), dtype=torch.float64)
     moved = torch.maximum(change.clamp(min=0).sum(1), (-change).clamp(min=0).sum(1))
-    low = ranks.quantile((1 - confidence) / 2, dim=0, interpolation="lower").int().tolist()
-    high = ranks.quantile((1 + confidence) / 2, dim=0, interpolation="higher").int().tolist()
+
+    def intervals(values: Tensor) -> dict[str, tuple[Any, Any]]:
+        low = values.quantile((1 - confidence) / 2, dim=0, interpolation="lower").tolist()
+        high = values.quantile((1 + confidence) / 2, dim=0, interpolation="higher").tolist()
+        return dict(zip(names, zip(low, high, strict=True), strict=True))
+
     return Stability(
         allocation,
         confidence,
-        {name: (lo, hi) for name, lo, hi in zip(allocation.ranks, low, high, strict=True)},
+        {name: (int(low), int(high)) for name, (low, high) in intervals(ranks).items()},
+        intervals(scores),
         int(moved.quantile(confidence, interpolation="higher")),
         float((moved == 0).double().mean()),
-        dict(zip(allocation.ranks, deviations.square().sum(0).sqrt().tolist(), strict=True)),
         len(deviations),
     )

@@ -14,11 +14,18 @@ from torch import nn
 from minirank import SensitivityLoRA, curvature
 from minirank.sensitivity import (
     effective_rank,
-    sensitivity_metrics,
+    matrix_metrics,
     topk_mean,
     trace,
     weighted,
 )
+from minirank.sensitivity import (
+    sensitivity_metrics as of_matrices,
+)
+
+
+def sensitivity_metrics(diagonals, topk_fraction=0.5, effective_share=0.85):
+    return of_matrices(matrix_metrics(diagonals, topk_fraction, effective_share))
 
 
 def paper_theta(diagonals, topk=0.5, share=0.85):
