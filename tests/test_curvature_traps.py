@@ -1,15 +1,24 @@
-"""hessian.py's traps: samples that interact, models that must be left alone, odd batches, and what is refused."""
+"""What every curvature that differentiates the loss must bear: models that must be left alone, odd batches and
+precisions, losses that cannot be used; for the exact ones, samples that interact too."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from estimators import LOSS_BASED
 from test_hessian import CASES, Attention, build, classify, dense_diagonal, mlp, pairs
 from torch import nn
 
 from minirank import testing
-from minirank.hessian import exact_hessian_diagonal, hessian_diagonal_reference
+from minirank.curvature import (
+    empirical_fisher,
+    exact_hessian_diagonal,
+    gauss_newton,
+    hessian_diagonal_reference,
+)
 from minirank.measure import batch_length
 
 # torch.func.hessian's own, in torch 2.13
@@ -63,7 +72,7 @@ def test_samples_that_interact_are_detected_and_done_without_the_assumption(make
         torch.testing.assert_close(h, dense_diagonal(model, loss_fn, batches, name), rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("estimate", [exact_hessian_diagonal, hessian_diagonal_reference])
+@pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
 def test_the_model_is_left_as_it_was_frozen_or_training(estimate):
     model = build(Attention)
     model.train()
@@ -85,7 +94,7 @@ def test_the_model_is_left_as_it_was_frozen_or_training(estimate):
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("estimate", [exact_hessian_diagonal, hessian_diagonal_reference])
+@pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
 def test_gradients_switched_off_outside_do_not_matter(estimate, context):
     model, batches = build(mlp), pairs((5,), (2,))
     expected = estimate(model, classify, batches)
@@ -123,7 +132,7 @@ def test_batch_length_finds_the_first_tensor_with_a_leading_dimension():
         batch_length(["text"])
 
 
-@pytest.mark.parametrize("estimate", [exact_hessian_diagonal, hessian_diagonal_reference])
+@pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
 def test_bad_input_is_named(estimate):
     model = build(mlp)
     with pytest.raises(ValueError, match="batches is empty"):
@@ -202,7 +211,7 @@ def test_hooks_of_the_user_that_change_an_output_are_part_of_the_function(estima
         torch.testing.assert_close(h[name], dense_diagonal(model, classify, batches, name), rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("estimate", [exact_hessian_diagonal, hessian_diagonal_reference])
+@pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
 def test_a_layer_that_scales_or_masks_its_weight_is_refused(estimate):
     class Scaled(nn.Linear):
         def forward(self, x):
@@ -212,7 +221,7 @@ def test_a_layer_that_scales_or_masks_its_weight_is_refused(estimate):
         estimate(nn.Sequential(Scaled(4, 3)).double(), classify, pairs((4,), (2,)))
 
 
-@pytest.mark.parametrize("estimate", [exact_hessian_diagonal, hessian_diagonal_reference])
+@pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
 def test_autocast_is_off_inside(estimate):
     model, batches = build(mlp).float(), [(x.float(), y) for x, y in pairs((5,), (4,))]
     expected = estimate(model, classify, batches)
@@ -221,7 +230,9 @@ def test_autocast_is_off_inside(estimate):
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("estimate", [exact_hessian_diagonal, hessian_diagonal_reference])
+@pytest.mark.parametrize(
+    "estimate", [exact_hessian_diagonal, hessian_diagonal_reference, gauss_newton, empirical_fisher]
+)
 def test_a_batch_that_does_not_reach_a_layer_counts_as_flat_there(estimate):
     class Experts(nn.Module):
         def __init__(self):
@@ -241,19 +252,146 @@ def test_a_batch_that_does_not_reach_a_layer_counts_as_flat_there(estimate):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
         ({"batch_weight": lambda batch: 0}, "weigh nothing"),
         ({"batch_weight": lambda batch: float("nan")}, "batch_weight must give a number of at least 0, got nan"),
     ],
 )
-@pytest.mark.parametrize("estimate", [exact_hessian_diagonal, hessian_diagonal_reference])
+@pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
 def test_options_out_of_range_are_errors(estimate, options, match):
     with pytest.raises(ValueError, match=match):
         estimate(build(mlp), classify, pairs((5,), (2,)), **options)
 
 
-@pytest.mark.parametrize("estimate", [exact_hessian_diagonal, hessian_diagonal_reference])
+@pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
 def test_nan_in_the_data_is_called_so(estimate):
     ((x, y),) = pairs((5,), (3,))
     with pytest.raises(ValueError, match="the loss of a batch is nan"):
         estimate(build(mlp), classify, [(x * float("nan"), y)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
+def test_half_precision_is_computed_in_float32_and_comes_back_bit_for_bit(estimate, dtype):
+    """Features come in half precision too; a mixed model's other parts stay as they are."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = mlp().to(dtype)
+            self.norm = nn.BatchNorm1d(3).to(dtype)
+            self.head = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.head(self.norm(self.body(x)).float())
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Mixed()
+    model.norm.running_var.fill_(0.3)
+    batches = [(x.to(dtype), y) for x, y in pairs((5,), (4, 2))]
+    addresses = [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
+    twin = copy.deepcopy(model).float()
+    with testing.unchanged(model):
+        found = estimate(model, classify, batches)
+    assert [t.data_ptr() for t in (*model.parameters(), *model.buffers())] == addresses
+    assert {t.dtype for t in model.body.parameters()} == {dtype}
+    assert model(batches[0][0]).dtype == torch.float32
+    expected = estimate(twin, classify, [(x.float(), y) for x, y in batches])
+    for name, h in found.items():
+        assert h.dtype == torch.float32
+        assert torch.equal(h, expected[name])
+
+    def fails(model, batch):
+        raise KeyError("in the loss")
+
+    with testing.unchanged(model), pytest.raises(KeyError):
+        estimate(model, fails, batches)
+    assert {t.dtype for t in model.body.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
+def test_a_loss_that_is_not_deterministic_is_refused(estimate):
+    def noisy(model, batch):
+        return F.cross_entropy(F.dropout(model(batch[0]), 0.3), batch[1])  # training=True is its default
+
+    model = build(mlp)
+    state = torch.get_rng_state()
+    with testing.unchanged(model), pytest.raises(ValueError, match=r"not deterministic: one batch gave .* and then"):
+        estimate(model, noisy, pairs((5,), (4,)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+    def seeded_noise(model, batch):
+        noise = torch.rand(3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        return classify(lambda x: model(x) * noise, batch)
+
+    if "gauss" not in str(estimate):
+        estimate(model, seeded_noise, pairs((5,), (4,)))
+
+
+@pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
+def test_a_loss_that_took_its_gradient_or_lost_its_graph_is_refused(estimate):
+    def backward_inside(model, batch):
+        loss = classify(model, batch)
+        loss.backward(retain_graph=True)
+        return loss
+
+    model, batches = build(mlp), pairs((5,), (4,))
+    classify(model, batches[0]).backward()
+    with testing.unchanged(model), pytest.raises(ValueError, match=r"loss_fn called backward\(\)"):
+        estimate(model, backward_inside, batches)
+    with pytest.raises(ValueError, match=r"not connected to any target: .*no detach\(\)"):
+        estimate(model, lambda m, b: classify(m, b).detach(), batches)
+    other = build(mlp).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"call the model that it is given|no batch reached '0'|came 0 times"):
+        estimate(model, lambda m, b: classify(other, b), batches)
+
+
+@pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
+def test_a_target_that_the_loss_ignores_has_zeros(estimate):
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.used, self.ignored = nn.Linear(5, 4), nn.Linear(4, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            h = torch.tanh(self.body(x))
+            self.ignored(h)
+            return self.used(h)
+
+    found = estimate(build(TwoHeads).requires_grad_(False), classify, pairs((5,), (4,)))
+    assert torch.equal(found["ignored"], torch.zeros(2, 4, dtype=torch.float64))
+    assert float(found["used"].abs().max()) > 0
+
+
+@pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
+def test_batches_of_any_type(estimate):
+    model, ((x, y),) = build(mlp), pairs((5,), (4,))
+    expected = estimate(model, classify, [(x, y)])
+    inputs = {"tuple": ([x, y], classify), "dict": ({"x": x, "y": y}, lambda m, b: classify(m, (b["x"], b["y"])))}
+    inputs["tensor"] = (x, lambda m, b: classify(m, (b, y)))
+    for batch, loss_fn in inputs.values():
+        found = estimate(model, loss_fn, [batch])
+        assert all(torch.equal(found[name], h) for name, h in expected.items())
+
+
+@pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
+def test_no_more_products_at_once_than_the_chunk_size(estimate, monkeypatch):
+    """Memory grows with the products taken together."""
+    if estimate is empirical_fisher:
+        pytest.skip("takes one backward pass per batch")
+    counts = []
+    grad = torch.autograd.grad
+
+    def counted(outputs, inputs, grad_outputs=None, **options):
+        if options.get("is_grads_batched"):
+            counts.append(len(grad_outputs[0]))
+        return grad(outputs, inputs, grad_outputs, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+        estimate(build(mlp), classify, pairs((5,), (4,)), chunk_size=0)
+    samples = {} if estimate in (exact_hessian_diagonal, hessian_diagonal_reference, gauss_newton) else {"samples": 9}
+    model = build(mlp)
+    model[4] = nn.Linear(4, 7).double()
+    estimate(model, classify, pairs((5,), (4,)), chunk_size=4, **samples)
+    assert max(counts) == 4
