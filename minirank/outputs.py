@@ -99,6 +99,8 @@ def shifts_of(calls: Calls) -> list[Tensor]:
 def products(slopes: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
     """vᵀ ∂slopes/∂inputs for K vectors, each a list of (K, *slope.shape): (K, *input.shape) for each input. All at once
     by torch.vmap, or without it if K = 1."""
+    if not inputs:
+        return []
     count = len(vectors[0])
     live = [(slope, v) for slope, v in zip(slopes, vectors, strict=True) if slope.requires_grad]
     results: Sequence[Tensor | None] = [None] * len(inputs)

@@ -347,6 +347,24 @@ def test_a_loss_that_took_its_gradient_or_lost_its_graph_is_refused(estimate):
 
 
 @pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
+def test_a_batch_that_reaches_no_target_counts_as_flat(estimate):
+    """No first dimension to look at, no shift to differentiate by."""
+
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.target, self.other = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return (self.target if len(x) == 2 else self.other)(x)
+
+    model, batches = build(Routed), pairs((4,), (2, 6))
+    found = estimate(model, classify, batches, ["target"])
+    alone = estimate(model, classify, batches[:1], ["target"])
+    torch.testing.assert_close(found["target"], alone["target"] * 2 / 8, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
 def test_a_target_that_the_loss_ignores_has_zeros(estimate):
     class TwoHeads(nn.Module):
         def __init__(self):
