@@ -147,7 +147,11 @@ def check_independent(inputs: Sequence[Tensor], slopes: Sequence[Tensor]) -> Non
     scaling each sample's part of a vector scales that sample's part of the product vᵀ ∂slopes/∂inputs."""
     lengths = {tensor.shape[0] if tensor.ndim > 1 else 1 for tensor in (*inputs, *slopes)}
     live = [slope for slope in slopes if slope.requires_grad]
-    if lengths <= {1} or (len(lengths) == 1 and (not live or _products_scale(live, inputs, max(lengths)))):
+    if (
+        not inputs
+        or lengths == {1}
+        or (len(lengths) == 1 and (not live or _products_scale(live, inputs, max(lengths))))
+    ):
         return
     raise ValueError(
         "the samples of a batch interact (a loss across samples, batch statistics, or layer inputs whose first "
