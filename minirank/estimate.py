@@ -66,9 +66,6 @@ class Estimate(dict[str, Tensor]):
         self.standard_errors = standard_errors
         self.weights = weights
 
-    def __reduce__(self) -> tuple[object, ...]:  # copy and pickle, which call dict's constructor otherwise
-        return dict.__new__, (type(self),), self.__dict__, None, iter(self.items())
-
 
 class DiagonalMean:
     """The weighted mean over batches of each layer's diagonal, and the running means of the traces."""
