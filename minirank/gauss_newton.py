@@ -83,7 +83,9 @@ def gauss_newton(
         if len(outputs) != 1:
             raise ValueError(f"the output {output!r} came {len(outputs)} times in one loss, but must come once")
         y = outputs[0].x
-        y = rows([y if y.ndim > 1 else y[:, None]], independent)
+        if y.ndim < 2:  # one number per sample, or one sample alone
+            y = y[:, None] if any(shift.ndim > 1 for shift in shifts_of(calls)) else y[None]
+        y = rows([y], independent)
         if independent:
             check_independent(shifts_of(calls), [y])
         return _Run(calls, y, _half_hessian(loss, outputs[0].shift, y.detach()))

@@ -160,8 +160,9 @@ def test_samples_that_meet_between_two_calls_of_a_layer_are_detected():
     def loss_fn(model, batch):
         return (model(batch).sum(1) * weights).mean()
 
-    with pytest.raises(ValueError, match="samples of a batch interact"):
-        exact_hessian_diagonal(model, loss_fn, [x])
+    for estimate in (exact_hessian_diagonal, LOSS_BASED["Hutchinson, outputs"]):
+        with pytest.raises(ValueError, match="samples of a batch interact"):
+            estimate(model, loss_fn, [x])
     exact = exact_hessian_diagonal(model, loss_fn, [x], independent=False)["twice"]
     torch.testing.assert_close(exact, hessian_diagonal_reference(model, loss_fn, [x])["twice"], rtol=1e-12, atol=1e-15)
 
@@ -281,8 +282,11 @@ def test_half_precision_is_computed_in_float32_and_comes_back_bit_for_bit(estima
             self.norm = nn.BatchNorm1d(3).to(dtype)
             self.head = nn.Linear(3, 3)
 
-        def forward(self, x):
+        def forward(self, *, x):
             return self.head(self.norm(self.body(x)).float())
+
+    def classify_by_keyword(model, batch):
+        return F.cross_entropy(model(x=batch[0]), batch[1])
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -292,11 +296,11 @@ def test_half_precision_is_computed_in_float32_and_comes_back_bit_for_bit(estima
     addresses = [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
     twin = copy.deepcopy(model).float()
     with testing.unchanged(model):
-        found = estimate(model, classify, batches)
+        found = estimate(model, classify_by_keyword, batches)
     assert [t.data_ptr() for t in (*model.parameters(), *model.buffers())] == addresses
     assert {t.dtype for t in model.body.parameters()} == {dtype}
-    assert model(batches[0][0]).dtype == torch.float32
-    expected = estimate(twin, classify, [(x.float(), y) for x, y in batches])
+    assert model(x=batches[0][0]).dtype == torch.float32
+    expected = estimate(twin, classify_by_keyword, [(x.float(), y) for x, y in batches])
     for name, h in found.items():
         assert h.dtype == torch.float32
         assert torch.equal(h, expected[name])
@@ -390,6 +394,15 @@ def test_batches_of_any_type(estimate):
     for batch, loss_fn in inputs.values():
         found = estimate(model, loss_fn, [batch])
         assert all(torch.equal(found[name], h) for name, h in expected.items())
+
+
+@pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
+def test_a_sample_without_a_batch_dimension_is_a_batch_of_one(estimate):
+    model, ((x, y),) = build(mlp), pairs((5,), (1,))
+    expected = estimate(model, classify, [(x, y)])
+    found = estimate(model, lambda m, b: classify(m, (b[0], b[1][0])), [(x[0], y)], batch_weight=lambda b: 1)
+    for name, h in expected.items():
+        torch.testing.assert_close(found[name], h, rtol=1e-12, atol=1e-16)
 
 
 @pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
