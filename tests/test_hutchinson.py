@@ -114,6 +114,20 @@ def test_unbiased_on_every_kind_of_module(estimate, case):
         assert found.standard_errors[name] < 0.6 * float(h.abs().sum())
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("estimate", BOTH)
+def test_standard_errors_are_those_of_single_samples(estimate, case):
+    make, batches = CASES[case]
+    model, together, apart = build(make), seeded(), seeded()
+    found = estimate(model, classify, batches, generator=together, samples=5, chunk_size=1)
+    singles = [estimate(model, classify, batches, generator=apart, samples=1) for _ in range(5)]
+    for name in found:
+        mean, error = found[name], found.standard_errors[name]
+        torch.testing.assert_close(mean, sum(one[name] for one in singles) / 5, rtol=1e-10, atol=1e-14)
+        traces = torch.stack([one[name].sum() for one in singles])
+        torch.testing.assert_close(error, float(traces.std()) / 5**0.5, rtol=1e-8, atol=1e-14)
+
+
 @pytest.mark.parametrize("estimate", BOTH)
 def test_a_95_percent_interval_of_a_trace_covers_the_exact_one_in_92_to_98_percent(estimate):
     """250 runs of 40 samples on three layers; 2.02 is Student's t for 39 degrees of freedom."""
