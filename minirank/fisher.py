@@ -30,8 +30,8 @@ def empirical_fisher(
     model's predictions fit the labels as often as they claim, and vanishes where it fits them perfectly (Kunstner,
     Balles and Hennig 2019). Never negative. No sampling but that of the data.
 
-    Cost: one forward and one backward pass per batch, and once a product with the Hessian, to see that samples do not
-    interact. Memory: samples · d_out · d_in of the largest layer for inputs with more than one position per sample.
+    Cost: one forward and one backward pass per batch, and for one batch three products with the Hessian, to see that
+    samples do not interact.
 
     Args:
         tolerance: stop before the end of the batches once every trace's standard error over batches is at most this
@@ -46,13 +46,17 @@ def empirical_fisher(
     check_tolerance(tolerance)
     total = DiagonalMean(modules)
     with differentiable_twice(model):
-        for seen, batch in enumerate(repeatable(model, loss_fn, batches)):
+        checked = False
+        for batch in repeatable(model, loss_fn, batches):
             weight = batch_weight(batch)
             with shifted_outputs(modules) as calls:
                 loss = differentiable_loss(model, loss_fn, batch)
-            slopes = slopes_of(loss, calls, twice=seen == 0)
-            if seen == 0:
+            # The first batch in which samples could interact must show that they do not.
+            several = not checked and any(shift.ndim > 1 and shift.shape[0] > 1 for shift in shifts_of(calls))
+            slopes = slopes_of(loss, calls, twice=several)
+            if several:
                 check_independent(shifts_of(calls), [g for found in slopes.values() for g in found])
+                checked = True
             for name, found in calls.items():
                 if not found:
                     total.add(name, None, weight)

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from .estimate import DiagonalMean, Estimate
 from .measure import LossFn, batch_length, differentiable_loss, differentiable_twice, repeatable
 from .outputs import (
+    NUDGE,
     Call,
     Calls,
     check_independent,
     curvature_targets,
     gradients,
     products,
+    rounding,
     rows,
     shifted_outputs,
     shifts_of,
@@ -54,7 +56,7 @@ def gauss_newton(
     fades as the residuals do; none for a network that is linear in W. Never negative. Sampled: unbiased for that
     target; random signs ξ mix the columns of S (drawing a label, as is usual, is another such mixture).
 
-    Cost: per batch a forward pass, three products with the Hessian of the loss alone, and one backward pass for each
+    Cost: per batch a forward pass, four products with the Hessian of the loss alone, and one backward pass for each
     entry of a sample's output (positions · C), or for each sample of ξ. Memory: `chunk_size` times one backward pass.
 
     Args:
@@ -77,34 +79,42 @@ def gauss_newton(
     if output not in names:
         raise ValueError(f"output={output!r} names no module: {close_names(output, names)}")
 
-    def run(batch: Any) -> _Run:
+    def run(batch: Any, checks: bool) -> _Run:
         with shifted_outputs(modules) as calls, _shifted_output(names[output]) as outputs:
             loss = differentiable_loss(model, loss_fn, batch)
         if len(outputs) != 1:
             raise ValueError(f"the output {output!r} came {len(outputs)} times in one loss, but must come once")
         y = outputs[0].x
+        if y.ndim == 0:
+            raise ValueError(
+                "the model's output is a single number: name the head whose output the loss takes, output=…"
+            )
         if y.ndim < 2:  # one number per sample, or one sample alone
             y = y[:, None] if any(shift.ndim > 1 for shift in shifts_of(calls)) else y[None]
         y = rows([y], independent)
-        if independent:
+        if checks and independent:
             check_independent(shifts_of(calls), [y])
-        return _Run(calls, y, _half_hessian(loss, outputs[0].shift, y.detach()))
+        half = _half_hessian(loss, outputs[0].shift, y.detach())
+        if checks:
+            _check_through_output(loss, calls, y, outputs[0].shift)
+        return _Run(calls, y, half)
 
     if samples is not None:
         if generator is None:
             raise ValueError("samples= draws at random: give generator=torch.Generator().manual_seed(…) with it")
 
+        total = DiagonalMean(modules, over="probes")
+
         def one_batch(batch: Any, count: int) -> Probed:
-            of = run(batch)
+            of = run(batch, checks=not total.samples)
             return _squares(of, random_signs(of.y, count, generator), independent)
 
-        total = DiagonalMean(modules, over="probes")
         return probe(model, loss_fn, batches, one_batch, total, samples, tolerance, chunk_size, batch_weight)
 
     total = DiagonalMean(modules)
     with differentiable_twice(model):
         for batch in repeatable(model, loss_fn, batches):
-            of = run(batch)
+            of = run(batch, checks=True)
             sums: dict[str, Tensor | None] = dict.fromkeys(modules)
             for xi in _unit_vectors(of.y, chunk_size):
                 for name, found in _squares(of, xi, independent).items():
@@ -116,6 +126,19 @@ def gauss_newton(
             if total.known_to(tolerance):
                 break
     return total.result()
+
+
+def _check_through_output(loss: Tensor, calls: Calls, y: Tensor, shift: Tensor) -> None:
+    """The loss must reach the layers through y alone: by the chain rule, ∂L/∂z = (∂y/∂z)ᵀ ∂L/∂y."""
+    shifts = shifts_of(calls)
+    whole = torch.autograd.grad(loss, [shift, *shifts], retain_graph=True, materialize_grads=True)
+    through = products([y], shifts, [whole[0].view(1, *y.shape)])
+    for direct, of_y in zip(whole[1:], through, strict=True):
+        if float((direct - of_y[0]).abs().max()) > torch.finfo(y.dtype).eps ** 0.5 * float(direct.abs().max()):
+            raise ValueError(
+                "the loss depends on a layer by another way than the output (an auxiliary loss, a second head), which "
+                "gauss_newton cannot see: name an output= through which all of it passes, or use hutchinson_outputs"
+            )
 
 
 class _Run(NamedTuple):
@@ -161,15 +184,15 @@ def _half_hessian(loss: Tensor, shift: Tensor, y: Tensor) -> Callable[[Tensor], 
     def times(vectors: Tensor) -> Tensor:
         return products([slope], [shift], [vectors.view(-1, *shift.shape)])[0].view(vectors.shape)
 
-    Hv, H_scaled, H_ones = times(torch.stack([v, scales * v, torch.ones_like(v)]))
-    limit = torch.finfo(y.dtype).eps ** 0.5 * float(Hv.abs().max())
+    Hv, H_scaled, H_nudged, H_ones = times(torch.stack([v, scales * v, NUDGE * v, torch.ones_like(v)]))
+    limit = max(torch.finfo(y.dtype).eps ** 0.5 * float(Hv.abs().max()), rounding(Hv, H_nudged))
     if float((H_scaled - scales * Hv).abs().max()) > limit:
         raise ValueError(
             "the loss mixes rows of the model's output (a loss across samples or positions), or is not a function of "
             "`output` alone, on which gauss_newton rests: use hutchinson_outputs"
         )
     if float((Hv - H_ones * v).abs().max()) <= limit:  # diagonal: squared error, binary cross-entropy
-        root = _root(H_ones)
+        root = _root(H_ones, limit)
         return lambda xi: root * xi
     # a (diag(p) − p pᵀ): cross-entropy, a being the row's weight in the mean
     p = y.softmax(-1)
@@ -187,12 +210,12 @@ def _half_hessian(loss: Tensor, shift: Tensor, y: Tensor) -> Callable[[Tensor], 
         )
     units = torch.eye(C, dtype=y.dtype, device=y.device)[:, None, None].expand(-1, *y.shape)
     values, vectors = torch.linalg.eigh(times(units.contiguous()).permute(1, 2, 0, 3))  # (n, T, C, C)
-    S = vectors * _root(values).unsqueeze(-2)
+    S = vectors * _root(values, limit).unsqueeze(-2)
     return lambda xi: torch.einsum("ntcd,kntd->kntc", S, xi)
 
 
-def _root(values: Tensor) -> Tensor:
-    if float(values.min()) < -(torch.finfo(values.dtype).eps ** 0.5) * float(values.abs().max()):
+def _root(values: Tensor, limit: float) -> Tensor:
+    if float(values.min()) < -limit:
         raise ValueError(
             "the loss is not convex in the model's output, on which gauss_newton rests: name a later output="
         )

@@ -1,5 +1,6 @@
 """Exact diagonals of the Hessian of the mean loss, with respect to the weights of linear layers. Each layer counts
-alone: of a weight that is tied to another module, only the use in this layer.
+alone, and by its outputs: of a weight that is used elsewhere as well (tied to another module, or penalised by the
+loss), only the use in this layer.
 
 Two ways to the same numbers. `hessian_diagonal_reference` takes one Hessian-vector product per weight: slow, and so
 plain that nobody doubts it. `exact_hessian_diagonal` goes through the outputs z = W x + b of each layer: W acts only

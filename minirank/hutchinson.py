@@ -110,8 +110,7 @@ def hutchinson_outputs(
     the outputs in place of the one over weights; every sample has its own signs, so that a batch of n averages n of
     them. Usually smaller per entry, and not always for the trace.
 
-    Cost: as for `hutchinson_weights`, and per sample two matrix products of the size of a layer's gradient. Memory:
-    samples · d_out · d_in of the largest layer for inputs with more than one position per sample.
+    Cost and memory: as for `hutchinson_weights`, and per sample two matrix products of the size of a layer's gradient.
 
     Args: as for `hutchinson_weights`; `independent` as for `exact_hessian_diagonal`, checked on each batch's first
     pass. False: a batch counts as one sample, which has more variance.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,20 +17,21 @@ HALF = (torch.float16, torch.bfloat16)
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block (dropout off, BatchNorm fixed), gradients put aside, without the fused kernels by
-    which nn.Transformer's layers then bypass their linear layers and their hooks. Afterwards, also after an exception,
-    every module's own mode, every parameter's gradient, the state of the random generators and the choice of kernels
-    are as before."""
+    """Eval mode inside the block (dropout off, BatchNorm fixed), gradients put aside, no compiled code and no fused
+    kernels, by which nn.Transformer's layers then bypass their linear layers: neither runs hooks. Afterwards, also
+    after an exception, every module's own mode, every parameter's gradient, the state of the random generators and the
+    choice of kernels are as before."""
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the meta device, where nothing can be measured: load its weights first")
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     fused = torch.backends.mha.get_fastpath_enabled()
-    with torch.random.fork_rng(devices=sorted(devices)):
+    with torch.random.fork_rng(devices=sorted(devices)), _not_compiled():
         try:
             torch.backends.mha.set_fastpath_enabled(False)
-            model.eval()
+            for module, _ in modes:  # not eval(), which some layers override: there is no way back from that
+                module.training = False
             for parameter, _ in gradients:
                 parameter.grad = None
             yield
@@ -39,6 +41,12 @@ def measuring(model: nn.Module) -> Iterator[None]:
                 module.training = training
             for parameter, gradient in gradients:
                 parameter.grad = gradient
+
+
+def _not_compiled() -> AbstractContextManager[Any]:
+    """Without loading the compiler where nothing has; torch has the switch from 2.6 on."""
+    switch = getattr(torch.compiler, "set_stance", None) if "torch._dynamo" in sys.modules else None
+    return nullcontext() if switch is None else switch("force_eager")
 
 
 @contextmanager
@@ -59,11 +67,14 @@ def differentiable_twice(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _no_half_precision(model: nn.Module) -> Iterator[None]:
     """Half-precision parameters and buffers, and inputs of any module, are float32 inside the block. The original
-    tensors come back afterwards; no bit has changed."""
+    tensors come back afterwards; no bit has changed. (A cast to half precision in the model's own code stays one.)"""
     half = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in HALF]
     originals = [t.data for t in half]
-    hooks = [m.register_forward_pre_hook(_in_float32, with_kwargs=True) for m in model.modules() if half]
+    hooks = []
     try:
+        for module in model.modules() if half else ():
+            if not isinstance(module, torch.jit.ScriptModule):  # takes no such hook
+                hooks.append(module.register_forward_pre_hook(_in_float32, with_kwargs=True))
         for t in half:
             t.data = t.data.float()
         yield

@@ -133,9 +133,8 @@ class SensitivityLoRA(Allocator):
             only iterate over the batches, which it gets behind the progress bar.
         topk_fraction: k/N in Eq 9 (the paper: 1/2; also tried 1/3).
         effective_share: α in Eq 10 (the paper: 0.85; also tried 0.80).
-        groups: measure the batches in this many groups (up to twice as many, at least 4), each by itself, so that
-            `stability` and `settle` can say how sure the ranks are. It holds that many diagonals. Each group must
-            reach every target. None: measure them together.
+        groups: measure the batches in this many groups (up to twice as many, at least 4), so that `stability` and
+            `settle` can tell how sure the ranks are. Each must reach every target, and is held. None: all together.
         progress: show a bar over the batches.
 
     After `score()`, `curvatures` holds the diagonals and `metrics` each matrix's S_g, S_topk, S_er, S_l and θ.
@@ -181,14 +180,15 @@ class SensitivityLoRA(Allocator):
 
     def _measure(self) -> dict[str, Tensor]:
         bar = tqdm(self.batches, desc="calibration", unit="batch", disable=not self.progress, leave=False)
-        self._measured = None
-        if self.groups is None:
-            diagonals = self._curvature(bar)
-        else:
-            self._measured = self._by_group(bar, self.groups)
-            diagonals = self._measured.mean()
-        bar.close()
+        measured = None
+        with bar:
+            if self.groups is None:
+                diagonals = self._curvature(bar)
+            else:
+                measured = self._by_group(bar, self.groups)
+                diagonals = measured.mean()
         metrics = sensitivity_metrics(self._matrix_metrics(diagonals))
+        self._measured = measured
         self.curvatures = dict(diagonals)
         self.metrics = {
             name: {key: float(values[i]) for key, values in metrics._asdict().items()}
@@ -236,6 +236,8 @@ class SensitivityLoRA(Allocator):
 
         def theta(metrics: Tensor) -> Tensor:  # of drawn metrics: the local ones cannot be negative, and S_er counts
             S_g, S_topk, S_er = metrics.view(3, -1)
+            if S_g.mean() <= 0:  # drawn far from a minimum, where Eqs 13 and 14 say nothing
+                S_g = S_g.clamp(min=0) if (S_g > 0).any() else torch.ones_like(S_g)
             return sensitivity_metrics(torch.stack([S_g, S_topk.clamp(min=0), S_er.ceil().clamp(min=0)])).theta
 
         def divide(scores: Tensor) -> Allocation:
