@@ -55,7 +55,7 @@ def empirical_fisher(
             several = not checked and any(shift.ndim > 1 and shift.shape[0] > 1 for shift in shifts_of(calls))
             slopes = slopes_of(loss, calls, twice=several)
             if several:
-                check_independent(shifts_of(calls), [g for found in slopes.values() for g in found])
+                check_independent(shifts_of(calls), [g for found in slopes.values() for g in found], curved=False)
                 checked = True
             for name, found in calls.items():
                 if not found:

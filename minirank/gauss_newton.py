@@ -22,6 +22,7 @@ from .outputs import (
     Call,
     Calls,
     check_independent,
+    check_resolved,
     curvature_targets,
     gradients,
     products,
@@ -185,23 +186,28 @@ def _half_hessian(loss: Tensor, shift: Tensor, y: Tensor) -> Callable[[Tensor], 
         return products([slope], [shift], [vectors.view(-1, *shift.shape)])[0].view(vectors.shape)
 
     Hv, H_scaled, H_nudged, H_ones = times(torch.stack([v, scales * v, NUDGE * v, torch.ones_like(v)]))
-    limit = max(torch.finfo(y.dtype).eps ** 0.5 * float(Hv.abs().max()), rounding(Hv, H_nudged))
+    noise = rounding(Hv, H_nudged)
+    limit = max(torch.finfo(y.dtype).eps ** 0.5 * float(Hv.abs().max()), noise)
     if float((H_scaled - scales * Hv).abs().max()) > limit:
         raise ValueError(
             "the loss mixes rows of the model's output (a loss across samples or positions), or is not a function of "
             "`output` alone, on which gauss_newton rests: use hutchinson_outputs"
         )
+    # a (diag(p) − p pᵀ): cross-entropy, a being the row's weight in the mean. Hv = a p ⊙ u, and Hv / p keeps its digits
+    # where p is next to 1 or 0.
+    p = y.softmax(-1)
+    u = v - (p * v).sum(-1, keepdim=True)
+    ratio = torch.where(p > 1e3 * torch.finfo(p.dtype).tiny, Hv / p, 0)
+    live = (ratio != 0).to(y)
+    a = (ratio * u).sum(-1, keepdim=True) / (live * u.square()).sum(-1, keepdim=True).clamp(min=1e-30)
+    digits = 1e3 * torch.finfo(y.dtype).eps
+    if bool(((ratio - live * a * u).abs() <= digits * a * u.abs().amax(-1, keepdim=True)).all()) and y.shape[-1] > 1:
+        root = (a * p).sqrt()
+        return lambda xi: root * xi - p * (root * xi).sum(-1, keepdim=True)
+    check_resolved(noise, float(Hv.abs().max()))
     if float((Hv - H_ones * v).abs().max()) <= limit:  # diagonal: squared error, binary cross-entropy
         root = _root(H_ones, limit)
         return lambda xi: root * xi
-    # a (diag(p) − p pᵀ): cross-entropy, a being the row's weight in the mean
-    p = y.softmax(-1)
-    direction = p * v - p * (p * v).sum(-1, keepdim=True)
-    a = (Hv * direction).sum(-1, keepdim=True) / direction.square().sum(-1, keepdim=True)
-    a = a.nan_to_num(nan=0.0, posinf=0.0).clamp(min=0)  # 0/0 where p is 1 for one class
-    if float((Hv - a * direction).abs().max()) <= limit:
-        root = (a * p).sqrt()
-        return lambda xi: root * xi - p * (root * xi).sum(-1, keepdim=True)
     C = y.shape[-1]
     if C > DENSE_LIMIT:
         raise ValueError(

@@ -158,40 +158,47 @@ def rows(tensors: Sequence[Tensor], independent: bool, batched: bool = False) ->
     return torch.cat(parts, -2)
 
 
-def check_independent(inputs: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
+def check_independent(inputs: Sequence[Tensor], slopes: Sequence[Tensor], *, curved: bool = True) -> None:
     """Raise ValueError unless the samples, which the first dimension of every tensor must count, do not interact: then
-    scaling each sample's part of a vector scales that sample's part of the product vᵀ ∂slopes/∂inputs."""
+    scaling each sample's part of a vector scales that sample's part of the product vᵀ ∂slopes/∂inputs. And, with
+    `curved`, if that product, which the curvature is made of, is mostly rounding."""
     lengths = {tensor.shape[0] if tensor.ndim > 1 else 1 for tensor in (*inputs, *slopes)}
     live = [slope for slope in slopes if slope.requires_grad]
-    if (
-        not inputs
-        or lengths == {1}
-        or (len(lengths) == 1 and (not live or _products_scale(live, inputs, max(lengths))))
-    ):
+    if not inputs or (len(lengths) == 1 and (not live or _products_scale(live, inputs, max(lengths), curved))):
         return
     raise ValueError(
         "the samples of a batch interact (a loss across samples, batch statistics, or layer inputs whose first "
         f"dimension does not count samples; first dimensions seen: {sorted(lengths)}): pass independent=False, which "
-        "assumes nothing, or use hessian_diagonal_reference. (A float32 loss near zero can look the same by rounding "
-        "alone: try model.double())"
+        "assumes nothing, or use hessian_diagonal_reference"
     )
 
 
-def _products_scale(slopes: Sequence[Tensor], inputs: Sequence[Tensor], n: int) -> bool:
+def _products_scale(slopes: Sequence[Tensor], inputs: Sequence[Tensor], n: int, curved: bool) -> bool:
     generator = torch.Generator().manual_seed(0)
     scales = torch.rand(n, generator=generator) + 0.5  # all different: every pair of samples is tried
     vectors = [torch.randn(g.shape[1:], generator=generator).to(g).expand_as(g) for g in slopes]
-    plain, other, again = (
+    plain, other, nudged = (
         torch.autograd.grad(slopes, inputs, v, retain_graph=True, materialize_grads=True)
         for v in (vectors, [_scaled(v, scales) for v in vectors], [v * NUDGE for v in vectors])
     )
     largest = max(float(p.abs().max()) for p in plain)
-    for p, scaled, nudged in zip(plain, other, again, strict=True):  # each layer by its own measure
+    noise = [rounding(p, q) for p, q in zip(plain, nudged, strict=True)]
+    if curved:
+        check_resolved(max(noise), largest)
+    for p, scaled, least in zip(plain, other, noise, strict=True):  # each layer by its own measure
         eps = torch.finfo(p.dtype).eps
-        limit = max(eps**0.5 * float(p.abs().max()), 100 * eps * largest, rounding(p, nudged))
-        if float((_scaled(p, scales) - scaled).abs().max()) > limit:
+        limit = max(eps**0.5 * float(p.abs().max()), 100 * eps * largest, least)
+        if n > 1 and float((_scaled(p, scales) - scaled).abs().max()) > limit:
             return False
     return True
+
+
+def check_resolved(noise: float, largest: float) -> None:
+    if noise > largest:
+        raise ValueError(
+            f"the curvature of a batch is lost in rounding (products up to {largest:.1e}, 1 % of them error or more): "
+            "the loss is near zero for this precision. Use model.double(), with inputs in float64"
+        )
 
 
 def rounding(product: Tensor, nudged: Tensor) -> float:

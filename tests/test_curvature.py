@@ -46,6 +46,22 @@ def token_batches():
     return batches
 
 
+def test_tolerance_stops_before_the_end_of_the_batches():
+    model = nn.Sequential(nn.Linear(4, 3))
+    batches = [torch.randn(16, 4, generator=torch.Generator().manual_seed(i)) for i in range(200)]
+
+    def loss_fn(model, batch):
+        return model(batch).mean()
+
+    whole = input_second_moment(model, loss_fn, batches)
+    part = input_second_moment(model, loss_fn, batches, tolerance=0.04)
+    assert (whole.samples, whole.over, whole.weights) == (200, "batches", {"0": 3200.0})
+    assert 10 <= part.samples < 200
+    assert part.standard_errors["0"] <= 0.04 * float(part["0"].sum())
+    with pytest.raises(ValueError, match="tolerance must be above 0"):
+        input_second_moment(model, loss_fn, batches, tolerance=0.0)
+
+
 def test_equals_the_mean_square_over_all_rows_of_unequal_batches():
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)).double()
     generator = torch.Generator().manual_seed(0)

@@ -281,6 +281,22 @@ def test_settle_takes_no_more_batches_than_it_needs():
     assert again.stability(12) == result
 
 
+def test_settle_stops_where_it_was_told_to():
+    """A stricter aim needs more data; a plain score() afterwards takes all of it again."""
+    model, batches = model_and_batches(600)
+    taken = {}
+    for moved in (0, 2):
+        one = allocator(model, batches, groups=4)
+        taken[moved] = one.settle(60, moved=moved)
+        assert taken[moved].moved <= moved
+        groups_after = one.score() and one.stability(60).groups
+        whole = allocator(model, batches, groups=4)
+        whole.score()
+        assert groups_after == whole.stability(60).groups
+        assert one.allocate(60) == whole.allocate(60)
+    assert width(taken[2]) > 1.5 * width(taken[0])  # fewer batches
+
+
 def test_settle_at_the_end_of_the_batches_says_how_far_it_came():
     model, batches = model_and_batches(12)
     result = allocator(model, batches, groups=10).settle(40, confidence=0.999)
