@@ -100,7 +100,7 @@ def growth_megabytes(chunk_size: int, width: int, positions: int, samples: int) 
     torch.manual_seed(0)
     model = OneBlock(width).double()
     batch = data(samples, positions)
-    loss_fn(model, batch).backward()
+    loss_fn(model, batch).backward()  # type: ignore[no-untyped-call]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     exact_hessian_diagonal(model, loss_fn, [batch], chunk_size=chunk_size)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024

@@ -3,19 +3,19 @@
     python examples/curvature_fidelity.py --quick                        # under a minute
     python examples/curvature_fidelity.py --out f.json --plot f.png      # the figures of the README
 
-Two models on part-of-speech tags (see tagging.py), one thread:
+Three studies of part-of-speech taggers (see tagging.py), on one thread:
 
-small: a transformer of 4 blocks and width 24, trained here from scratch, once per seed, in float64; exact for all its
-    25 linear layers on 32 sentences of 12 words.
-MiniLM, exact: the pretrained encoder under a head that was trained alone first (at a random head the loss is far from
-    a minimum); exact for the six linear layers of some of its blocks on a few sentences cut to some sub-words.
-MiniLM, sampled: the same model, all 36 layers, 24 whole sentences. No exact diagonal is affordable there, so traces
-    are held against Hutchinson's estimate on outputs with many samples, whose own standard errors are printed.
+small: a BERT of 4 blocks and width 24, trained here from scratch, once per seed; in float64, exact for all of its 25
+    linear layers, on 16 whole sentences of 8 sub-words.
+MiniLM: the pretrained encoder under a head that was trained alone first (at a random head the loss is far from a
+    minimum); exact for the linear layers of some of its blocks, on a few short whole sentences.
+MiniLM, all layers: on 6 whole sentences of 20 sub-words, before and after fine-tuning. No exact diagonal is affordable
+    here: traces are held against Hutchinson's estimate on outputs with 100 samples, whose standard error is printed.
 
-For every estimate: rank correlations of the traces over layers with the reference's, relative errors ‖estimate −
-reference‖ / ‖reference‖ of the traces and of all entries, products (backward passes or Hessian-vector products per
-batch), seconds, and how many ranks differ (half of Σ |difference|) from those that SensitivityLoRA gives with the
-reference's curvature at an average of 2 and of 8. Sampled estimates are drawn anew for every seed.
+For every estimate: rank correlations of the layers' traces with the reference's; relative errors ‖estimate −
+reference‖ / ‖reference‖ of the traces and of all entries; products (backward passes or Hessian-vector products);
+seconds of one thread; and how many ranks differ (half of Σ |difference|) from those that SensitivityLoRA gives with
+the exact diagonal, at an average of 2 and of 8. Every seed draws the sampled estimates anew.
 """
 
 from __future__ import annotations
@@ -25,68 +25,30 @@ import json
 import math
 import statistics
 import time
-import zlib
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tagging import IGNORE, Batch, Data, Example, Tagger, batches, build_model, evaluate, load_data, loss_fn, train
-from tagging import read_sentences as read
+import transformers
+from agreement import Diagonals, Row, entries, kendall, relative_error, save_plot, spearman, table, traces
+from curvature_stability import fine_tune, with_trained_head, words
+from tagging import Batch, Data, Example, Tagger, batches, evaluate, load_data, loss_fn, train
 from torch import Tensor, nn
 
 from minirank import SensitivityLoRA, curvature, linear_targets
 
-Diagonals = Mapping[str, Tensor]
-Row = dict[str, Any]  # one estimate's figures, a list each: one value per seed
 AVERAGES = (2, 8)  # ranks per layer
 
 
-def order(values: Tensor) -> Tensor:
-    """(n,) → (n, n), the signs of all differences: 0 for ties."""
-    return (values[:, None] - values).sign().double()
-
-
-def kendall(a: Tensor, b: Tensor) -> float:
-    """Kendall's τ_b of two (n,); nan if all values of one are tied."""
-    x, y = order(a), order(b)
-    return float((x * y).sum() / (x.square().sum() * y.square().sum()).sqrt())
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Spearman's ρ of two (n,), ties at their mean rank; nan if all values of one are tied."""
-    x, y = order(a).sum(1), order(b).sum(1)
-    return float(x @ y / (x.norm() * y.norm()))
-
-
-def relative_error(estimate: Tensor, reference: Tensor, scaled: bool) -> float:
-    """‖c · estimate − reference‖ / ‖reference‖, c being 1, or with `scaled` the factor that makes it smallest."""
-    c = estimate @ reference / estimate.square().sum() if scaled else 1.0
-    return float((c * estimate - reference).norm() / reference.norm())
-
-
-def traces(diagonals: Diagonals) -> Tensor:
-    return torch.stack([h.double().sum() for h in diagonals.values()])
-
-
-def entries(diagonals: Diagonals, model: nn.Module) -> Tensor:
-    """All entries, those that a layer's rows share once per row."""
-    d_out = {name: model.get_submodule(name).weight.shape[0] for name in diagonals}
-    return torch.cat([(h if h.ndim == 2 else h.expand(d_out[n], -1)).double().flatten() for n, h in diagonals.items()])
-
-
 def sensitivity_ranks(model: nn.Module, diagonals: Diagonals) -> list[Tensor] | None:
-    """SensitivityLoRA's ranks at every average; None if the mean trace is negative, which it refuses."""
-    allocator = SensitivityLoRA(
-        model, loss_fn, [], targets=list(diagonals), curvature=lambda *_: diagonals, progress=False
-    )
-    try:
-        allocator.score()
-    except ValueError as error:
-        print(f"  no allocation: {error}")
+    """SensitivityLoRA's ranks at every average; None if the mean trace is not positive, which it refuses."""
+    if traces(diagonals).mean() <= 0:
         return None
+    names = list(diagonals)
+    allocator = SensitivityLoRA(model, loss_fn, [], targets=names, curvature=lambda *_: diagonals, progress=False)
+    allocator.score()
     return [torch.tensor(list(allocator.allocate(a * len(diagonals)).ranks.values())) for a in AVERAGES]
 
 
@@ -107,33 +69,25 @@ def contenders(counts: list[int], exact_products: int) -> list[Contender]:
 
     def shared_by_rows(model: nn.Module, *arguments: Any, **options: Any) -> Diagonals:
         diagonals = curvature.input_second_moment(model, *arguments)
-        return {n: h.expand(model.get_submodule(n).weight.shape[0], -1) for n, h in diagonals.items()}
+        return {n: h.expand(model.get_parameter(f"{n}.weight").shape[0], -1) for n, h in diagonals.items()}
 
     sampled: dict[str, Callable[..., Diagonals]] = {
         "Hutchinson, weights": curvature.hutchinson_weights,
         "Hutchinson, outputs": curvature.hutchinson_outputs,
-        "Gauss-Newton, sampled": partial(curvature.gauss_newton),
+        "Gauss-Newton, sampled": curvature.gauss_newton,
     }
     found = [Contender(f, k, k, partial(e, samples=k), False) for f, e in sampled.items() for k in counts]
     if exact_products:
         found.append(Contender("Gauss-Newton, exact", None, exact_products, curvature.gauss_newton, False))
     found.append(Contender("empirical Fisher", None, 1, curvature.empirical_fisher, True))
     found.append(Contender("input second moment", None, 0, curvature.input_second_moment, True))
-    found.append(Contender("the same, N = d_out d_in", None, 0, shared_by_rows, True))
-    return found
-
-
-def words(batch: Batch) -> int:
-    """What a batch's mean loss weighs: it is a mean over words."""
-    return int((batch["labels"] != IGNORE).sum())
+    return [*found, Contender("the same, N = d_out d_in", None, 0, shared_by_rows, True)]
 
 
 def measure(contender: Contender, model: nn.Module, data: list[Batch], targets: list[str], seed: int) -> Diagonals:
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"batch_weight": words} if contender.products else {}
     if contender.samples:
         options["generator"] = torch.Generator().manual_seed(seed)
-    if contender.products:
-        options["batch_weight"] = words
     return contender.estimate(model, loss_fn, data, targets, **options)
 
 
@@ -141,95 +95,154 @@ def study(
     model: nn.Module, data: list[Batch], reference: Diagonals, choice: list[Contender], seeds: list[int]
 ) -> dict[str, Row]:
     """Every contender against the reference; the seeds are those of the random signs."""
-    expected, wanted = traces(reference), sensitivity_ranks(model, reference)
-    every = entries(reference, model)
+    expected, wanted, every = traces(reference), sensitivity_ranks(model, reference), entries(reference, reference)
+    if wanted is None:
+        print("reference: no allocation, the mean trace is not positive")
     found: dict[str, Row] = {}
     for contender in choice:
         row: Row = {"products": contender.products, "family": contender.family}
         for seed in seeds if contender.samples else seeds[:1]:
-            start = time.perf_counter()
+            start = time.process_time()
             diagonals = measure(contender, model, data, list(reference), seed)
-            values = {"seconds": time.perf_counter() - start}
-            t, h = traces(diagonals), entries(diagonals, model)
+            values = {"seconds": time.process_time() - start}
+            t, h = traces(diagonals), entries(diagonals, reference)
             values |= {"spearman": spearman(t, expected), "kendall": kendall(t, expected)}
             values |= {"trace error": relative_error(t, expected, contender.free_scale)}
             values |= {"entry error": relative_error(h, every, contender.free_scale)}
             ranks = sensitivity_ranks(model, diagonals)
-            for i, average in enumerate(AVERAGES):
-                moved = (ranks[i] - wanted[i]).abs().sum() / 2 if ranks and wanted else math.nan
-                values[f"moved at {average}"] = float(moved)
+            values["refused"] = float(ranks is None)
+            for average, r, w in zip(AVERAGES, ranks or [], wanted or [], strict=False):
+                values[f"moved at {average}"] = float((r - w).abs().sum() / 2)
             for key, value in values.items():
-                row.setdefault(key, []).append(value)
+                if not math.isnan(value):  # no correlation where all traces are equal
+                    row.setdefault(key, []).append(value)
         found[contender.name] = row
     uniform = {f"moved at {a}": [float((w - a).abs().sum() / 2)] for a, w in zip(AVERAGES, wanted or [], strict=False)}
     found["uniform ranks"] = {"products": 0, "family": "uniform ranks", **uniform}
     return found
 
 
-def table(title: str, rows: Mapping[str, Row]) -> str:
-    columns = {"spearman": 3, "kendall": 3, "trace error": 3, "entry error": 3, "moved at 2": 1, "moved at 8": 1}
-    lines = [f"\n{title}", f"{'':<27}{'products':>9}{'seconds':>9}" + "".join(f"{c:>15}" for c in columns)]
-    for name, row in rows.items():
-        seconds = f"{statistics.mean(row['seconds']):.2f}" if "seconds" in row else ""
-        line = f"{name:<27}{row['products']:>9,}{seconds:>9}"
-        for column, digits in columns.items():
-            line += f"{spread(row.get(column, []), digits):>15}"
-        lines.append(line)
-    return "\n".join(lines)
+def of_length(examples: list[Example], length: int, count: int) -> list[Batch]:
+    """The first `count` whole sentences of `length` sub-words, as one batch."""
+    chosen = [example for example in examples if len(example.input_ids) == length][:count]
+    return list(batches(chosen, count))
 
 
-def spread(values: list[float], digits: int) -> str:
-    """Mean ± standard deviation."""
-    known = [v for v in values if not math.isnan(v)]
-    cell = f"{statistics.mean(known):.{digits}f}" if known else "–"
-    return cell + (f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else "")
+def exact(model: nn.Module, data: list[Batch], targets: list[str]) -> tuple[Diagonals, Row]:
+    start = time.process_time()
+    diagonals = curvature.exact_hessian_diagonal(model, loss_fn, data, targets, batch_weight=words)
+    seconds = time.process_time() - start
+    products = sum(data[0]["labels"].shape[1] * len(h) for h in diagonals.values())
+    return diagonals, {"products": products, "family": "exact", "seconds": [seconds]}
 
 
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
-        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-        self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.before(x)
-        q, k, v = (f(y).unflatten(-1, (2, -1)).transpose(-2, -3) for f in (self.q, self.k, self.v))  # 2 heads
-        attended = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
-        x = x + self.o(attended.transpose(-2, -3).flatten(-2))
-        mixed: Tensor = x + self.down(nn.functional.gelu(self.up(self.between(x))))
-        return mixed
+def describe(model: nn.Module, data: list[Batch], reference: Diagonals) -> str:
+    with torch.no_grad():
+        loss = sum(loss_fn(model, b) * words(b) for b in data) / sum(map(words, data))
+    t = traces(reference)
+    below = float((entries(reference, reference) < 0).double().mean())
+    return (
+        f"loss {float(loss):.3f} on {sum(map(words, data))} words; {len(t)} layers; traces {t.min():.3g} to "
+        f"{t.max():.3g}, {int((t < 0).sum())} negative; {100 * below:.0f} % of the entries negative"
+    )
 
 
-class SmallTagger(nn.Module):
-    def __init__(self, symbols: int, length: int, tags: int, width: int = 24, blocks: int = 4) -> None:
-        super().__init__()
-        self.words, self.places = nn.Embedding(symbols, width), nn.Embedding(length, width)
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(blocks)))
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, tags))
+def small_tagger(data: Data, seed: int, steps: int) -> Tagger:
+    config = transformers.BertConfig(
+        hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Tagger(transformers.BertModel(config, add_pooling_layer=False), nn.Linear(24, len(data.tags)))
+    train(model, data.train, steps=steps, seed=seed, progress=False)
+    return model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T) → (B, T, C). All sentences have one length: there is nothing to mask."""
-        logits: Tensor = self.head(self.blocks(self.words(input_ids) + self.places.weight[: input_ids.shape[1]]))
-        return logits
+
+def small_study(data: Data, seeds: list[int], counts: list[int], quick: bool) -> dict[str, Row]:
+    length, sentences, steps = (4, 2, 20) if quick else (8, 16, 1000)
+    calibration = of_length(data.dev, length, sentences)
+    merged: dict[str, Row] = {}
+    for seed in seeds:
+        model = small_tagger(data, seed, steps).double()
+        accuracy = evaluate(model, data.dev)["accuracy"]
+        reference, row = exact(model, calibration, list(linear_targets(model)))
+        print(f"seed {seed}: dev accuracy {accuracy:.1f} %; {describe(model, calibration, reference)}", flush=True)
+        rows = study(model, calibration, reference, contenders(counts, length * len(data.tags)), [seed])
+        for name, of_seed in {"exact": row, **rows}.items():
+            into = merged.setdefault(name, {})
+            into |= {key: into.get(key, []) + v if isinstance(v, list) else v for key, v in of_seed.items()}
+    return merged
 
 
-def small_data(length: int, common: int = 2000, endings: int = 256) -> Data:
-    """The first words of each sentence; a word is one of the common ones, or its last three letters' hash."""
-    splits = {s: read(Path(__file__).parent / "data" / f"brown_{s}.txt") for s in ("train", "dev", "test")}
-    uses = Counter(word.lower() for sentence, _ in splits["train"] for word in sentence)
-    index = {word: i for i, (word, _) in enumerate(uses.most_common(common))}
-    tags = sorted({tag for _, of_sentence in splits["train"] for tag in of_sentence})
+def exact_study(model: Tagger, data: Data, options: argparse.Namespace, counts: list[int]) -> dict[str, Row]:
+    length, sentences = (3, 2) if options.quick else (options.length, options.sentences)
+    names = [f"encoder.encoder.layer.{block}.*{'self.*' if options.quick else ''}" for block in options.blocks]
+    calibration = of_length(data.dev, length, sentences)
+    reference, row = exact(model, calibration, list(linear_targets(model, names)))
+    print(describe(model, calibration, reference), flush=True)
+    choice = contenders(counts, length * len(data.tags))
+    return {"exact": row, **study(model, calibration, reference, choice, options.seeds)}
 
-    def symbol(word: str) -> int:
-        return index.get(word.lower(), common + zlib.crc32(word[-3:].encode()) % endings)
 
-    examples = {
-        split: [
-            Example([symbol(w) for w in sentence[:length]], [tags.index(t) for t in marks[:length]])
-            for sentence, marks in sentences
-            if len(sentence) >= length
-        ]
-        for split, sentences in splits.items()
+def sampled_study(model: Tagger, data: Data, options: argparse.Namespace, counts: list[int]) -> dict[str, Row]:
+    length, sentences, samples = (4, 2, 2) if options.quick else (20, 6, 100)
+    calibration = of_length(data.dev, length, sentences)
+    settings: dict[str, Any] = {
+        "samples": samples,
+        "generator": torch.Generator().manual_seed(1000),
+        "batch_weight": words,
     }
-    return Data(examples["train"], examples["dev"], examples["test"], tags)
+    start = time.process_time()
+    reference = curvature.hutchinson_outputs(model, loss_fn, calibration, ["encoder.*"], **settings)
+    seconds = time.process_time() - start
+    noise = statistics.mean(reference.standard_errors.values()) / float(traces(reference).abs().mean())
+    print(describe(model, calibration, reference))
+    print(f"standard errors of these traces: {100 * noise:.1f} % of the mean |trace|", flush=True)
+    rows = study(model, calibration, reference, contenders(counts[:2], 0), options.seeds)
+    known = ("products", "family", "seconds", "spearman", "kendall", "trace error")  # the reference's entries are noisy
+    rows = {name: {key: of[key] for key in known if key in of} for name, of in rows.items() if "spearman" in of}
+    return {"reference": {"products": samples, "family": "reference", "seconds": [seconds]}, **rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="toy sizes: to see that it runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--blocks", type=int, nargs="+", default=[3, 5], help="of MiniLM, for the exact diagonal")
+    parser.add_argument("--length", type=int, default=6, help="sub-words of its sentences, [CLS] and [SEP] included")
+    parser.add_argument("--sentences", type=int, default=4, help="how many")
+    parser.add_argument("--out", help="write every figure to this JSON file")
+    parser.add_argument("--plot", help="write the plot to this image file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    counts = [1] if options.quick else [1, 10, 100]
+    if options.quick:
+        options.seeds, options.blocks = options.seeds[:1], [5]
+    data = load_data()
+    studies: dict[str, dict[str, Row]] = {}
+
+    def add(title: str, rows: dict[str, Row]) -> None:
+        studies[title] = rows
+        print(table(title, rows), "\n", flush=True)
+
+    add(f"small BERT, {len(options.seeds)} seed(s)", small_study(data, options.seeds, counts, options.quick))
+    model = with_trained_head(data, steps=2 if options.quick else 200)
+    judged = data.dev[:20] if options.quick else data.dev
+    print(f"MiniLM, its head alone trained: dev accuracy {evaluate(model, judged)['accuracy']:.1f} %")
+    add(f"MiniLM, blocks {options.blocks}, its head alone trained", exact_study(model, data, options, counts))
+    add("MiniLM, all layers, its head alone trained", sampled_study(model, data, options, counts))
+    fine_tune(model, data.train, steps=2 if options.quick else 250, seed=0)
+    print(f"MiniLM, fine-tuned: dev accuracy {evaluate(model, judged)['accuracy']:.1f} %")
+    add("MiniLM, all layers, fine-tuned", sampled_study(model, data, options, counts))
+    print("mean ± standard deviation over seeds; *: errors after the best single factor for all layers")
+    if options.out:
+        environment = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        content = {"options": vars(options), "environment": environment, "studies": studies}
+        Path(options.out).write_text(json.dumps(content, indent=1) + "\n")
+    if options.plot:
+        save_plot(options.plot, studies)
+
+
+if __name__ == "__main__":
+    main()

@@ -28,7 +28,9 @@ def empirical_fisher(
     Target: n · Σ over the n samples of a batch of (its own part of ∂L/∂W)², n · part being the gradient of its own
     loss. As a stand-in for the Hessian it is biased without bound: it is near the Gauss-Newton diagonal where the
     model's predictions fit the labels as often as they claim, and vanishes where it fits them perfectly (Kunstner,
-    Balles and Hennig 2019). Never negative. No sampling but that of the data.
+    Balles and Hennig 2019). Never negative. No sampling but that of the data. A sample is an entry of the first
+    dimension, such as a sentence, whatever the loss is a mean over: where that is words, a batch of longer sentences
+    has smaller squares, so keep their lengths alike.
 
     Cost: one forward and one backward pass per batch, and for one batch three products with the Hessian, to see that
     samples do not interact.

@@ -104,8 +104,8 @@ def sensitivity_metrics(of_matrices: Tensor) -> Metrics:
     S_g, S_topk, S_er = of_matrices
     if S_g.mean() <= 0:
         raise ValueError(
-            f"the mean Hessian trace over {len(S_g)} matrices is {S_g.mean():.3g}, but Eq 7 needs a minimum, where it "
-            "is positive: train further, or use a curvature that cannot be negative, such as input_second_moment"
+            f"the mean Hessian trace over {len(S_g)} matrices is {S_g.mean():.3g}; Eq 7 needs a minimum: train "
+            "further, take more samples if it is an estimate, or use a curvature that is never negative: gauss_newton"
         )
     S_l = weighted(S_topk) + weighted(S_er)  # Eqs 11, 12
     theta = (weighted(S_g) + weighted(S_l)).clamp(min=0)  # Eqs 13, 14
