@@ -100,6 +100,7 @@ def test_layers_that_cannot_be_differentiated_are_named_not_flat(estimate, how):
 
 
 @every
+@pytest.mark.filterwarnings("ignore:.torch.cpu.amp.autocast:FutureWarning")  # torch 2.4's own
 def test_gradient_checkpointing_is_followed_or_refused(estimate):
     class Checkpointed(Frozen):
         def forward(self, x):
