@@ -27,7 +27,7 @@ def test_compare_trains_the_real_model_with_every_method(tmp_path):
     out, plot = tmp_path / "figures.json", tmp_path / "ranks.png"
     text = run("compare.py", "--steps", 2, "--seeds", 0, "--budget", 40, "--out", out, "--plot", plot, cwd=tmp_path)
     figures = json.loads(out.read_text())
-    assert {r["method"] for r in figures["runs"]} == {"uniform", "sensitivity"}
+    assert {r["method"] for r in figures["runs"]} == {"uniform", "sensitivity", "l1ra"}
     for record in figures["runs"]:
         assert len(record["ranks"]) == 36
         assert sum(record["ranks"].values()) == 40
@@ -45,7 +45,9 @@ def test_the_comparison_pairs_by_seed(monkeypatch):
     allocation = compare.Allocation({"a": 1}, {"a": 10}, 1)
 
     def record(method, seed, loss):
-        return compare.Run(method, seed, allocation, 0.0, 1.0, loss, {"loss": 0.0}, {"loss": loss, "accuracy": 0.0})
+        return compare.Run(
+            method, seed, allocation, 0.0, 1.0, loss, {"loss": 0.0}, {"loss": loss, "accuracy": 0.0}, None
+        )
 
     losses = {"uniform": [1.0, 5.0, 9.0], "sensitivity": [0.5, 4.0, 8.5]}
     runs = [record(m, s, loss) for m, values in losses.items() for s, loss in enumerate(values)]

@@ -16,12 +16,16 @@ ORDER = [
     "wrap",
     "resize",
     "budget",
+    "reassign",
     "table",
+    "history",
     "allocation",
     "measure",
     "hessian",
     "curvature",
     "sensitivity",
+    "gates",
+    "l1ra",
     "testing",
 ]
 
