@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .budget import best_ranks, proportional_ranks
-from .linear import linear_shape
 from .lora import LoRALinear
 from .table import draw_heat_map, draw_table
-from .targets import Targets, linear_targets, walk
+from .targets import Targets, layer_shape, linear_targets, walk
 
 Unit = Literal["rank", "parameters"]
 Bound = int | Mapping[str, int] | None
@@ -159,7 +158,7 @@ class UniformRanks(Allocator):
 
 
 def _shape(name: str, modules: Mapping[str, nn.Module]) -> tuple[int, int]:
-    shape = linear_shape(modules[name]) if name in modules else None
+    shape = layer_shape(modules[name]) if name in modules else None
     if shape is None:
         raise RuntimeError(f"the scores are stale: the model no longer has a linear layer {name!r}; call score() again")
     return shape

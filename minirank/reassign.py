@@ -2,9 +2,9 @@
 
 1. Prune every rank whose gate is at the threshold; a module keeps its `lower` largest, whatever they are.
 2. Hand out what that leaves of the budget, one rank each, round after round, in descending order of the modules'
-   smallest gate, to those that lost none: a module all of whose gates stay high can use more.
-3. What they cannot take (each at its upper bound, or too dear) goes round the modules that lost ranks, those with the
-   larger surviving gates first. So no rank is ever lost: one that nobody else takes is replaced by a fresh one.
+   smallest gate, to those with no gate at the threshold: a module all of whose gates stay high can use more.
+3. What they cannot take (each at its upper bound, or too dear) goes round the other modules, those with the larger
+   surviving gates first. So no rank is ever lost: one that nobody else takes is replaced by a fresh one.
 
 The paper leaves step 3 open, and its authors' code drops such ranks. Ties go to the module, or rank, that comes first.
 """
@@ -70,8 +70,9 @@ def reassign(
         for name, mask in zip(names, keep, strict=True)
     ]
     order = sorted(range(len(names)), key=lambda m: (-smallest[m], m))
-    for lost_some in (False, True):
-        left = hand_out(ranks, left, [m for m in order if all(keep[m]) is not lost_some], cost, high)
+    first = [m for m in order if all(keep[m]) and all(gate > threshold for gate in gates[names[m]])]
+    left = hand_out(ranks, left, first, cost, high)
+    hand_out(ranks, left, [m for m in order if m not in first], cost, high)
     return Reassignment(dict(zip(names, ranks, strict=True)), dict(zip(names, keep, strict=True)))
 
 

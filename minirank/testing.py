@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .allocation import Allocation, Allocator
-from .linear import linear_shape
-from .targets import walk
+from .targets import layer_shape, walk
 
 
 @contextmanager
@@ -66,7 +65,7 @@ def check_allocator(allocator: Allocator) -> None:
     modules = dict(walk(model))
     limits = {}
     for name, score in scores.items():
-        shape = linear_shape(modules[name])
+        shape = layer_shape(modules[name])
         assert shape is not None, f"score() names {name!r}, which is not a linear layer of the model"
         assert score.ndim <= 1, f"score of {name!r}: expected shape () or (r,), got {tuple(score.shape)}"
         assert torch.isfinite(score).all(), f"score of {name!r} is not finite: {score}"
