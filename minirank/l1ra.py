@@ -46,7 +46,8 @@ OPTIONS = (
 
 class L1RA(Allocator):
     """Moves ranks between the gated LoRA layers of `model` while `optimizer` trains them: `step()` after each
-    `optimizer.step()`. `score()` gives the gates, `allocate(budget)` what an update with that budget would do.
+    `optimizer.step()`. `score()` gives the gates, `allocate(budget)` what an update would do with
+    that budget and those bounds.
 
     The gates get a parameter group of their own, in place, with learning rate `gate_lr` and no weight decay (if they
     are in groups of their own already, these are checked). Just before every optimizer step that learning rate is set
@@ -55,7 +56,9 @@ class L1RA(Allocator):
     Args:
         l1, gate_lr: λ and η_c above. l1 = 0 shrinks nothing.
         interval: updates happen after every `interval` optimizer steps; 5-10 % of the training in the paper.
-        start, stop: ... but only in optimizer steps from `start` to `stop` (None: to the end). Gates shrink always.
+        start, stop: ... but only in optimizer steps from `start` to `stop` (None: to the end). Gates shrink from the
+            first step to `stop`; then none can fall any more, and they only train. Where the learning rate of A and B
+            decays, a `stop` before the end keeps the gates from shrinking when A and B can no longer make up for it.
         budget, unit: what to keep to: total rank, or with unit="parameters" Σ r · (d_out + d_in), as in `allocate`.
             None: what the model has now. Another one than now is reached by the first update.
         min_rank, max_rank: bounds of a module's rank, one for all or {name: bound}, as in `allocate`.
@@ -154,12 +157,13 @@ class L1RA(Allocator):
 
     @torch.no_grad()
     def step(self) -> Update | None:
-        """Call after `optimizer.step()`: shrinks every gate, once for each optimizer step since the last call (for
-        none, nothing happens), and at every interval moves ranks. Returns what an update did (see `history`)."""
+        """Call after `optimizer.step()`: shrinks every gate, once for each optimizer step since the last call (if there
+        was none, nothing happens), and at every interval moves ranks. Returns what an update did (see `history`)."""
         taken, self._pending = self._pending, 0
         if taken == 0:
             return None
-        shrink(list(self.gates.values()), taken * self.gate_lr * self.l1, self.shrinkage)
+        shrinking = taken if self.stop is None else max(0, min(taken, self.stop - self.steps))
+        shrink(list(self.gates.values()), shrinking * self.gate_lr * self.l1, self.shrinkage)
         latest_due = (self.steps + taken) // self.interval * self.interval
         due = latest_due > self.steps and self.start <= latest_due and (self.stop is None or latest_due <= self.stop)
         self.steps += taken

@@ -136,15 +136,16 @@ def test_gradient_accumulation_counts_optimizer_steps():
     assert updates == [12, 24]
 
 
-def test_several_optimizer_steps_before_one_step_count_each():
-    model, layers, optimizer, l1ra = made(torch.optim.SGD, interval=5, l1=1.0)
+@pytest.mark.parametrize(("stop", "shrinkages"), [(None, 7), (5, 5), (6, 6), (99, 7)])
+def test_several_optimizer_steps_before_one_step_count_each(stop, shrinkages):
+    model, layers, optimizer, l1ra = made(torch.optim.SGD, interval=5, l1=1.0, stop=stop)
     for _ in range(7):
         backward(model, optimizer, 0.0)
         optimizer.step()
     assert l1ra.step() is not None  # the interval's end is among them
     assert l1ra.steps == 7
     for gate in gates_of(layers).values():
-        torch.testing.assert_close(gate, torch.full_like(gate, 1 - 7 * 0.02), rtol=1e-12, atol=0)
+        torch.testing.assert_close(gate, torch.full_like(gate, 1 - shrinkages * 0.02), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -190,8 +191,9 @@ def test_updates_come_at_every_interval_inside_the_window(options, expected):
     model, layers, optimizer, l1ra = made(torch.optim.SGD, l1=0.1, **options)
     steps = [step for step in range(1, 13) if still_step(model, optimizer, l1ra)]
     assert steps == expected == [update.step for update in l1ra.history.updates]
-    for gate in gates_of(layers).values():  # which shrink at every step, inside the window or not
-        torch.testing.assert_close(gate, torch.full_like(gate, 1 - 12 * 0.002), rtol=1e-12, atol=0)
+    for gate in gates_of(layers).values():  # which shrink from the beginning to the last possible update
+        expected = 1 - min(12, options.get("stop", 12)) * 0.002
+        torch.testing.assert_close(gate, torch.full_like(gate, expected), rtol=1e-12, atol=0)
 
 
 def test_an_update_prunes_reassigns_and_records():
