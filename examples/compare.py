@@ -255,8 +255,17 @@ def main() -> None:
     arguments = parser.parse_args()
     steps = arguments.steps or (60 if arguments.quick else 250)
     seeds = arguments.seeds or ([0, 1] if arguments.quick else [0, 1, 2])
-    options = Options(arguments.budget, arguments.unit, arguments.targets, steps, arguments.device, arguments.l1, arguments.gate_lr,
-                      arguments.interval or max(1, steps // 20), round(arguments.stop * steps))  # fmt: skip
+    options = Options(
+        budget=arguments.budget,
+        unit=arguments.unit,
+        targets=arguments.targets,
+        steps=steps,
+        device=arguments.device,
+        l1=arguments.l1,
+        gate_lr=arguments.gate_lr,
+        interval=arguments.interval or max(1, steps // 20),
+        stop=round(arguments.stop * steps),
+    )
 
     data = load_data()
     sizes = f"{len(data.train)} training, {len(data.dev)} dev, {len(data.test)} test sentences, {len(data.tags)} tags"
