@@ -10,6 +10,8 @@ They start with 3 ranks each, and the budget stays at 9. L1RA is not told which 
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import get_args
 
 import torch
@@ -72,10 +74,12 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=1.0, help="of A and B; gates have none")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--reset-optimizer", action="store_true", help="as the authors' code does at every update")
+    parser.add_argument("--out", help="write every training's ranks to this JSON file")
     parser.add_argument("--plot", help="write the ranks over time of the first training to this image file")
     options = parser.parse_args()
+    results: dict[str, list[tuple[int, ...]]] = {}
     for shrinkage in get_args(Shrinkage):
-        found: list[bool] = []
+        results[shrinkage] = []
         for seed in range(options.seeds):
             l1ra, error = train(
                 seed,
@@ -85,12 +89,15 @@ def main() -> None:
                 steps=options.steps,
                 reset_optimizer=options.reset_optimizer,
             )
-            if options.plot and not found and shrinkage == "proximal":
+            if options.plot and seed == 0 and shrinkage == "proximal":
                 l1ra.history.plot(options.plot)
             ranks = tuple(l1ra.ranks.values())
-            found.append(ranks == PLANTED)
+            results[shrinkage].append(ranks)
             print(f"{shrinkage}, seed {seed}: ranks {ranks}, squared error {error:.4f}", flush=True)
-        print(f"{shrinkage}: {PLANTED} found in {sum(found)} of {len(found)}\n")
+        print(f"{shrinkage}: {PLANTED} found in {results[shrinkage].count(PLANTED)} of {options.seeds}\n")
+    if options.out:
+        content = {"torch": torch.__version__, "options": vars(options), "planted": PLANTED, "ranks": results}
+        Path(options.out).write_text(json.dumps(content) + "\n")
 
 
 if __name__ == "__main__":

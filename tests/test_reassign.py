@@ -175,6 +175,11 @@ def test_a_budget_in_parameters_is_not_exceeded_and_used_up():
     assert run(gates, costs=costs).ranks == {"wide": 2, "narrow": 2, "dear": 1}
 
 
+def test_what_a_smaller_budget_leaves_over_goes_to_modules_that_lost_nothing():
+    result = run({"a": [0.1, 0.9], "b": [0.2, 0.95], "c": [0.5]}, 20, costs={"a": 1, "b": 10, "c": 1})
+    assert result.ranks == {"a": 1, "b": 1, "c": 9}
+
+
 @pytest.mark.parametrize(
     ("gates", "budget", "message"),
     [
