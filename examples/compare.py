@@ -1,6 +1,6 @@
 """Which ranks train best? Each method gets the same pretrained model, the same budget and the same data order.
 
-    python examples/compare.py --quick                 # under 2 minutes on 2 cores
+    python examples/compare.py --quick                 # under 3 minutes on 2 cores
     python examples/compare.py --seeds 0 1 2 3 4       # the figures of the README
 
 The task is tagging.py's: MiniLM learns part-of-speech tags of the Brown corpus. Methods that need calibration or
