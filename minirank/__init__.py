@@ -2,6 +2,7 @@
 
 from . import budget, curvature, testing
 from .allocation import Allocation, Allocator, UniformRanks
+from .l1ra import L1RA
 from .lora import LoRALinear
 from .resize import resize
 from .sensitivity import SensitivityLoRA
@@ -11,6 +12,7 @@ from .wrap import disabled, lora_layers, merge, unmerge, unwrap, wrap
 __version__ = "0.1.0"
 
 __all__ = [
+    "L1RA",
     "Allocation",
     "Allocator",
     "LoRALinear",

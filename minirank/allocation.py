@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .budget import best_ranks, proportional_ranks
-from .linear import linear_shape
 from .lora import LoRALinear
 from .table import draw_heat_map, draw_table
-from .targets import Targets, linear_targets, walk
+from .targets import Targets, layer_shape, linear_targets, walk
 
 Unit = Literal["rank", "parameters"]
 Bound = int | Mapping[str, int] | None
@@ -30,7 +29,8 @@ class Allocation:
     budget: int
     unit: Unit = "rank"
     method: str = ""
-    keep: Mapping[str, Tensor] | None = None  # bool (r,) per module, where existing ranks were judged one by one
+    # bool (r,) per module, where existing ranks were judged one by one: the survivors (fresh ranks may come on top).
+    keep: Mapping[str, Tensor] | None = None
 
     @property
     def total_rank(self) -> int:
@@ -74,6 +74,7 @@ class Allocator(ABC):
     """score() measures and never changes the model; allocate(budget) divides and never touches it."""
 
     method = "Allocator"
+    grows = False  # whether scores per existing rank can also lead to more ranks than there are
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -131,9 +132,21 @@ class Allocator(ABC):
             if not isinstance(layer, LoRALinear) or layer.lora_A is not self._scored_ranks.get(name):
                 raise RuntimeError(f"the scores are stale: {name!r} was resized since score(); call score() again")
         each = {name: score.tolist() for name, score in scores.items()}
-        kept = best_ranks(each, budget, costs=spending, lower=lower, upper=upper)
+        ranks, kept = self._judge(each, budget, spending, lower, upper)
         keep = {name: torch.tensor(mask, dtype=torch.bool) for name, mask in kept.items()}
-        return Allocation({n: sum(mask) for n, mask in kept.items()}, costs, budget, unit, self.method, keep)
+        return Allocation(ranks, costs, budget, unit, self.method, keep)
+
+    def _judge(
+        self,
+        scores: Mapping[str, list[float]],
+        budget: int,
+        costs: Mapping[str, int] | None,
+        lower: Mapping[str, int],
+        upper: Mapping[str, int],
+    ) -> tuple[dict[str, int], dict[str, list[bool]]]:
+        """Which of the existing ranks survive, and how many a module then has. Here: the best of all modules do."""
+        kept = best_ranks(scores, budget, costs=costs, lower=lower, upper=upper)
+        return {name: sum(mask) for name, mask in kept.items()}, kept
 
 
 class UniformRanks(Allocator):
@@ -150,7 +163,7 @@ class UniformRanks(Allocator):
 
 
 def _shape(name: str, modules: Mapping[str, nn.Module]) -> tuple[int, int]:
-    shape = linear_shape(modules[name]) if name in modules else None
+    shape = layer_shape(modules[name]) if name in modules else None
     if shape is None:
         raise RuntimeError(f"the scores are stale: the model no longer has a linear layer {name!r}; call score() again")
     return shape

@@ -4,7 +4,7 @@ Two roundings, one for each kind of score:
 
 - `proportional_ranks`: one share per module (Sensitivity-LoRA Eq 15: r_w = θ_w / Σθ · R). Shares beyond a module's
   bounds are redistributed over the others, then largest remainders get the ranks that rounding down left over.
-- `best_ranks`: one score per existing rank (L1RA's gates, ShapLoRA's sensitivities). The best are kept, globally.
+- `best_ranks`: one score per existing rank (ShapLoRA's sensitivities). The best are kept, globally.
 
 Both count each rank of a module at a cost: 1 for a budget in ranks, which is met exactly, or d_out + d_in for a
 budget in trainable parameters, which is never exceeded and leaves no room for a further rank. Ties go to the module
@@ -44,7 +44,7 @@ def proportional_ranks(
     names = list(scores)
     cost = [1 if costs is None else costs[name] for name in names]
     low, high = [lower[name] for name in names], [upper[name] for name in names]
-    _check(scores, budget, cost, low, high, what="ranks" if costs is None else "parameters")
+    check_budget(scores, budget, cost, low, high, what="ranks" if costs is None else "parameters")
     weights = []
     for name in names:
         if scores[name] < 0:
@@ -55,13 +55,20 @@ def proportional_ranks(
     ranks = [math.floor(value) for value in ideal]
     left = budget - sum(rank * c for rank, c in zip(ranks, cost, strict=True))
     by_remainder = sorted(range(len(names)), key=lambda i: (ranks[i] - ideal[i], i))  # largest first, then in order
+    hand_out(ranks, left, by_remainder, cost, high)
+    return dict(zip(names, ranks, strict=True))
+
+
+def hand_out(ranks: list[int], left: int, order: Sequence[int], cost: Sequence[int], high: Sequence[int]) -> int:
+    """Add to `ranks`, in place, one each in `order`, round after round, wherever there is room below `high` and `left`
+    pays the cost. Returns what is left."""
     fits = True
-    while fits:  # one pass meets a budget in ranks; one in parameters may have room for further rounds
+    while fits:
         fits = False
-        for i in by_remainder:
+        for i in order:
             if ranks[i] < high[i] and cost[i] <= left:
                 ranks[i], left, fits = ranks[i] + 1, left - cost[i], True
-    return dict(zip(names, ranks, strict=True))
+    return left
 
 
 def _ideal_ranks(
@@ -126,7 +133,7 @@ def best_ranks(
     low = [lower[name] for name in names]
     high = [min(upper[name], len(scores[name])) for name in names]
     flat = {f"rank {i} of {name}": score for name in names for i, score in enumerate(scores[name])}
-    _check(flat, budget, cost, low, high, what="ranks" if costs is None else "parameters")
+    check_budget(flat, budget, cost, low, high, what="ranks" if costs is None else "parameters")
 
     order = {name: sorted(range(len(scores[name])), key=lambda i: (-scores[name][i], i)) for name in names}
     keep = {name: [False] * len(scores[name]) for name in names}
@@ -142,7 +149,7 @@ def best_ranks(
     return keep
 
 
-def _check(
+def check_budget(
     scores: Mapping[str, float],
     budget: int,
     cost: Sequence[int],
@@ -150,6 +157,7 @@ def _check(
     high: Sequence[int],
     what: str,
 ) -> None:
+    """Raise ValueError unless the scores are finite and some ranks within the bounds meet the budget."""
     if not cost:
         raise ValueError("there is no module to give ranks to: the scores are empty")
     if isinstance(budget, bool) or not isinstance(budget, int):

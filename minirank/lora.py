@@ -91,12 +91,12 @@ class LoRALinear(nn.Module):
                 + (", which already has an adapter: resize it instead" if isinstance(base, LoRALinear) else "")
             )
         self.out_features, self.in_features = shape
-        _require(is_rank(rank, min(shape)), "rank", rank, f"an integer from 0 to min(d_in, d_out) = {min(shape)}")
+        require(is_rank(rank, min(shape)), "rank", rank, f"an integer from 0 to min(d_in, d_out) = {min(shape)}")
         for key, number in (("alpha", alpha), ("reference_rank", reference_rank)):
-            _require(number is None or 0 < number < math.inf, key, number, "a positive number")
-        _require(gate is None or 0 <= gate <= 1, "gate", gate, "None (no gate) or a start value from 0 to 1")
-        _require(0 <= dropout < 1, "dropout", dropout, "at least 0 and below 1")
-        _require(dtype is None or dtype.is_floating_point, "dtype", dtype, "a floating-point type")
+            require(number is None or 0 < number < math.inf, key, number, "a positive number")
+        require(gate is None or 0 <= gate <= 1, "gate", gate, "None (no gate) or a start value from 0 to 1")
+        require(0 <= dropout < 1, "dropout", dropout, "at least 0 and below 1")
+        require(dtype is None or dtype.is_floating_point, "dtype", dtype, "a floating-point type")
         self.reference_rank = float(reference_rank if reference_rank is not None else max(rank, 1))
         self.alpha = float(alpha if alpha is not None else self.reference_rank)
         self.scaling = self.alpha / (math.sqrt(self.reference_rank) if rank_stabilized else self.reference_rank)
@@ -274,6 +274,6 @@ class LoRALinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, scaling={self.scaling:g}{state}"
 
 
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
+def require(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
         raise ValueError(f"{name} must be {expected}, got {value!r}")

@@ -40,8 +40,9 @@ def resize(
 
     Parameters change shape, so each changed one is a new nn.Parameter. `optimizer` gets it in the old one's place; one
     that is in use but not given here would keep the old parameters, and the new ones would not train. Moments and
-    gradients of surviving ranks are carried over bit for bit, those of new ranks are zero, scalars such as the step
-    count stay. State that is neither (see `Resized.state_reset`) starts afresh.
+    gradients of surviving ranks are carried over bit for bit, those of new ranks are zero. Scalars such as the step
+    count stay, and so do averages over ranks (one of Adafactor's two factors). A parameter with an entry whose shape
+    does not say where its ranks are starts afresh, and `Resized.state_reset` names the entry.
 
     Returns: what happened, for the layers that changed.
 
@@ -63,10 +64,11 @@ def resize(
     states: dict[nn.Parameter, dict[str, Any]] = {}
     for name, (layer, keep, parameters) in plan.items():
         reset: list[str] = []
+        rank = parameters["lora_A"].shape[0]
         for key, new in parameters.items():
             old = layer.get_parameter(key)
             if old.grad is not None:
-                new.grad = _carry(old.grad, RANK_DIM[key], keep, new.shape)
+                new.grad = _carry(old.grad, RANK_DIM[key], keep, rank)
             if optimizer is None:
                 continue
             if id(old) not in places:
@@ -75,9 +77,9 @@ def resize(
                 raise ValueError(
                     f"the optimizer does not hold {name}.{key}: make it after wrap(), from model.parameters()"
                 )
-            states[new], lost = _carry_state(optimizer.state.get(old, {}), old, RANK_DIM[key], keep, new.shape)
+            states[new], lost = _carry_state(optimizer.state.get(old, {}), old, RANK_DIM[key], keep, rank)
             reset += [f"{key}.{entry}" for entry in lost]
-        report[name] = Resized(layer.rank, parameters["lora_A"].shape[0], keep, tuple(reset))
+        report[name] = Resized(layer.rank, rank, keep, tuple(reset))
 
     for layer, _, parameters in plan.values():
         for key, new in parameters.items():
@@ -129,16 +131,16 @@ def _largest(values: Tensor, count: int) -> Tensor:
     return keep
 
 
-def _carry(value: Tensor, dim: int, keep: Tensor, shape: torch.Size) -> Tensor:
-    """The survivors of `value` along `dim`, then zeros up to the new shape."""
+def _carry(value: Tensor, dim: int, keep: Tensor, new_rank: int) -> Tensor:
+    """The survivors of `value` along `dim`, then zeros up to the new rank."""
     kept = survivors(value, dim, keep)
-    result = value.new_zeros(shape)
+    result = value.new_zeros([new_rank if d == dim else size for d, size in enumerate(value.shape)])
     result.narrow(dim, 0, kept.shape[dim]).copy_(kept)
     return result
 
 
 def _carry_state(
-    state: Mapping[str, Any], old: Tensor, dim: int, keep: Tensor, shape: torch.Size
+    state: Mapping[str, Any], old: Tensor, dim: int, keep: Tensor, new_rank: int
 ) -> tuple[dict[str, Any], list[str]]:
     """(new state, entries that could not be carried). An optimizer expects all of its entries or none, so one that
     cannot be carried resets the parameter's state."""
@@ -147,8 +149,38 @@ def _carry_state(
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.ndim == 0:
             carried[key] = value
-        elif value.shape == old.shape:
-            carried[key] = _carry(value, dim, keep, shape)
-        else:
+            if isinstance(value, list | tuple | dict):  # LBFGS's history of flat vectors, say
+                lost.append(key)
+            continue
+        axes = _rank_axes(key, value.shape, old.shape, dim)
+        if len(axes) != 1:
             lost.append(key)
+        else:
+            axis = axes.pop()
+            carried[key] = value if axis is None else _carry(value, axis, keep, new_rank)
     return ({}, lost) if lost else (carried, [])
+
+
+# torch.optim.Adafactor's factored second moment: means over the other axis of the parameter, which they keep at size 1.
+# At rank 1 their shapes alone could not be told from a full moment's.
+FACTORS = {"row_var": 0, "col_var": 1}
+
+
+def _rank_axes(key: str, shape: torch.Size, parameter: torch.Size, dim: int) -> set[int | None]:
+    """The axes of an optimizer entry that may count the ranks, None for "it has no such axis"; one if that is sure.
+
+    An entry is taken for a full moment, or for a statistic that keeps some axes of the parameter and has averaged the
+    others away (to size 1, or dropped). One that has averaged over the ranks does not depend on their number.
+    """
+    if key in FACTORS and len(shape) == len(parameter) == 2:
+        return {dim if FACTORS[key] == dim else None}
+    if shape == parameter:
+        return {dim}
+    if len(shape) == len(parameter):
+        fits = all(size in (1, full) for size, full in zip(shape, parameter, strict=True))
+        if not fits or parameter[dim] == 1:
+            return set()
+        return {dim if shape[dim] == parameter[dim] else None}
+    if len(shape) == 1:  # one number per entry of one axis
+        return {0 if axis == dim else None for axis, size in enumerate(parameter) if size == shape[0]}
+    return set()

@@ -1,4 +1,4 @@
-"""Ranks as a table a person can read: layers down, kinds of module across."""
+"""Ranks as tables and heat maps a person can read: layers down, kinds of module (or time) across."""
 
 from __future__ import annotations
 
@@ -67,13 +67,8 @@ def _cell(rank: int | None, top: int, number: int) -> str:
 
 def draw_heat_map(ranks: Mapping[str, int], title: str, path: str | None = None) -> Any:
     """The same grid as a matplotlib Figure, written to `path` if given."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plotting needs matplotlib: pip install 'minirank[plot]'") from error
     grid = arrange(ranks)
-    size = (2.5 + 1.1 * len(grid.columns), 1.8 + 0.4 * len(grid.rows))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = _new_figure(2.5 + 1.1 * len(grid.columns), 1.8 + 0.4 * len(grid.rows))
     axes = figure.subplots()
     image = fill_heat_map(axes, ranks, max(ranks.values(), default=0))
     axes.set_title(title, fontsize=10)
@@ -81,6 +76,36 @@ def draw_heat_map(ranks: Mapping[str, int], title: str, path: str | None = None)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
+
+
+def draw_rank_history(times: Mapping[int, Mapping[str, int]], path: str | None = None) -> Any:
+    """{step: ranks of all modules} as a heat map, modules down and steps across; a number where a rank changed."""
+    steps, names = list(times), list(times[next(iter(times))])
+    values = [[times[step][name] for step in steps] for name in names]
+    top = max((max(row) for row in values), default=0)
+    figure = _new_figure(3.5 + 0.32 * len(steps), 1.2 + 0.19 * len(names))
+    axes = figure.subplots()
+    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=top or 1, aspect="auto")
+    for i, row in enumerate(values):
+        for j, rank in enumerate(row):
+            if j == 0 or rank != row[j - 1]:
+                color = "white" if rank < 0.6 * top else "black"
+                axes.text(j, i, str(rank), ha="center", va="center", color=color, fontsize=7)
+    axes.set_xticks(range(len(steps)), [str(step) for step in steps], fontsize=7, rotation=90)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_xlabel("optimizer steps", fontsize=8)
+    figure.colorbar(image, label="rank", ticks=whole_ticks(image.norm.vmax))
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def _new_figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plotting needs matplotlib: pip install 'minirank[plot]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def whole_ticks(top: float) -> list[int]:

@@ -79,6 +79,13 @@ def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
                 yield from walk(child, f"{name}.{key}" if name else key)
 
 
+def layer_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(d_out, d_in) of a linear-like module or of a LoRA layer around one, else None."""
+    if isinstance(module, LoRALinear):
+        return module.out_features, module.in_features
+    return linear_shape(module)
+
+
 def close_names(name: str, known: Collection[str]) -> str:
     """A hint for an error message: the known names that look like `name`."""
     leaf = name.rsplit(".", 1)[-1]

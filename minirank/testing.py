@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .allocation import Allocation, Allocator
-from .linear import linear_shape
-from .targets import walk
+from .targets import layer_shape, walk
 
 
 @contextmanager
@@ -66,21 +65,21 @@ def check_allocator(allocator: Allocator) -> None:
     modules = dict(walk(model))
     limits = {}
     for name, score in scores.items():
-        shape = linear_shape(modules[name])
+        shape = layer_shape(modules[name])
         assert shape is not None, f"score() names {name!r}, which is not a linear layer of the model"
         assert score.ndim <= 1, f"score of {name!r}: expected shape () or (r,), got {tuple(score.shape)}"
         assert torch.isfinite(score).all(), f"score of {name!r} is not finite: {score}"
-        limits[name] = min(shape) if score.ndim == 0 else len(score)
+        limits[name] = min(shape) if score.ndim == 0 or allocator.grows else len(score)
     with unchanged(model):
         for budget in sorted({0, 1, len(limits), sum(limits.values()) // 2, sum(limits.values())}):
-            _check_ranks(allocator.allocate(budget), limits)
+            _check_ranks(allocator.allocate(budget), limits, allocator.grows)
             capped = {name: -(-limit // 2) for name, limit in limits.items()}
             if budget <= sum(capped.values()):
-                _check_ranks(allocator.allocate(budget, max_rank=capped), capped)
+                _check_ranks(allocator.allocate(budget, max_rank=capped), capped, allocator.grows)
         costs = allocator.allocate(0).costs
         for share in (0.0, 0.31, 0.77, 1.0):
             budget = int(share * sum(limit * costs[name] for name, limit in limits.items()))
-            _check_ranks(allocator.allocate(budget, unit="parameters"), limits)
+            _check_ranks(allocator.allocate(budget, unit="parameters"), limits, allocator.grows)
         for budget in (-1, sum(limits.values()) + 1):
             try:
                 allocator.allocate(budget)
@@ -89,13 +88,15 @@ def check_allocator(allocator: Allocator) -> None:
             raise AssertionError(f"a budget of {budget} ranks cannot be met, and must raise ValueError")
 
 
-def _check_ranks(allocation: Allocation, limits: dict[str, int]) -> None:
+def _check_ranks(allocation: Allocation, limits: dict[str, int], grows: bool) -> None:
     ranks, costs = allocation.ranks, allocation.costs
     assert list(ranks) == list(limits), f"expected ranks for {list(limits)}, got {list(ranks)}"
     assert all(0 <= rank <= limits[name] for name, rank in ranks.items()), f"ranks {ranks} exceed {limits}"
     if allocation.keep is not None:
         kept = {name: int(mask.sum()) for name, mask in allocation.keep.items()}
-        assert kept == dict(ranks), f"keep masks hold {kept}, but the ranks are {ranks}"
+        fits = all(count <= ranks[name] if grows else count == ranks[name] for name, count in kept.items())
+        assert kept.keys() == ranks.keys(), f"expected keep masks for {list(ranks)}, got {list(kept)}"
+        assert fits, f"keep masks hold {kept}, but the ranks are {ranks}"
     if allocation.unit == "rank":
         assert sum(ranks.values()) == allocation.budget, f"{ranks} miss the budget of {allocation.budget}"
         return

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from minirank import Allocator, LoRALinear, SensitivityLoRA, UniformRanks, testing, wrap
+from minirank import L1RA, Allocator, LoRALinear, SensitivityLoRA, UniformRanks, testing, wrap
 
 
 class Block(nn.Module):
@@ -43,10 +43,19 @@ def wrapped():
     return model
 
 
+def gated():
+    model = Block()
+    layers = wrap(model, {"up": 3, "down": 4}, gate=1.0)
+    with torch.no_grad():
+        layers["up"].gate.copy_(torch.tensor([0.3, 0.0, 0.9]))
+    return L1RA(model, torch.optim.Adam(model.parameters()), interval=5)
+
+
 ALLOCATORS = {
     "uniform": lambda: UniformRanks(Block()),
     "sensitivity": lambda: SensitivityLoRA(Block(), loss_fn, batches(), progress=False),
     "scores per rank": lambda: RankScores(wrapped()),
+    "L1RA": gated,
 }
 
 
@@ -92,7 +101,31 @@ def broken_allocators():
         def _measure(self):
             return {name: score * float("nan") for name, score in super()._measure().items()}
 
-    return [ChangesTheModel, LeavesEvalMode, DrawsFromTheGlobalGenerator, LosesARank, NeedsNoScores, GivesNaN]
+    class KeepsMoreThanItGives(RankScores):
+        grows = True
+
+        def __init__(self, model):
+            super().__init__(wrapped())
+
+        def _judge(self, scores, *args):
+            ranks, _ = super()._judge(scores, *args)
+            return ranks, {name: [True] * len(values) for name, values in scores.items()}
+
+    class ForgetsAMask(KeepsMoreThanItGives):
+        def _judge(self, scores, *args):
+            ranks, keep = RankScores._judge(self, scores, *args)
+            return ranks, {"up": keep["up"]}
+
+    return [
+        KeepsMoreThanItGives,
+        ForgetsAMask,
+        ChangesTheModel,
+        LeavesEvalMode,
+        DrawsFromTheGlobalGenerator,
+        LosesARank,
+        NeedsNoScores,
+        GivesNaN,
+    ]
 
 
 @pytest.mark.parametrize("broken", broken_allocators())

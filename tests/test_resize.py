@@ -169,24 +169,93 @@ def test_survivors_keep_values_gradients_and_moments_bit_for_bit_and_new_ranks_s
             axis, state = AXIS[k], optimizer.state.get(parameter, {})
             assert torch.equal(parameter.narrow(axis, 0, count), pick(old[n][k], axis, mask))
             carried = {"": (gradients[n, k], parameter.grad)}
-            if name == "adafactor" and k != "gate" and n in report:  # its row and column statistics cannot be cut
-                assert set(report[n].state_reset) == {f"{k}.{e}" for k in ("lora_A", "lora_B") for e in FACTORS}
-                assert not state
-            else:
-                assert state.keys() == states[n, k].keys()
-                carried |= {entry: (states[n, k][entry], value) for entry, value in state.items()}
+            assert state.keys() == states[n, k].keys()
+            carried |= {entry: (states[n, k][entry], value) for entry, value in state.items()}
             for entry, (before, after) in carried.items():
-                if entry == "step" or n not in report:
+                averaged = AVERAGED_OVER_RANKS.get(k) == entry
+                if entry == "step" or averaged or n not in report:
                     assert before is after is None or torch.equal(before, after), entry
                 elif before is not None:
-                    assert after.shape == parameter.shape
+                    assert after.shape == parameter.shape or entry in AVERAGED_OVER_RANKS.values()
+                    assert after.shape[axis] == layer.rank
                     assert torch.equal(after.narrow(axis, 0, count), pick(before, axis, mask)), entry
                     assert after.narrow(axis, count, layer.rank - count).eq(0).all(), entry
     train(model, optimizer)  # and it still trains
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-FACTORS = ("row_var", "col_var")
+AVERAGED_OVER_RANKS = {"lora_A": "col_var", "lora_B": "row_var"}  # Adafactor's
+
+
+def carried_entries(old_rank, new_rank, **entries):
+    """State entries of A after a resize of a 5 → 4 layer; and what the report says was reset."""
+    model = nn.Sequential(nn.Linear(5, 4))
+    layer = wrap(model, {"0": old_rank})["0"]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer.state[layer.lora_A].update(entries)
+    report = resize(model, {"0": new_rank}, optimizer)["0"]
+    return optimizer.state.get(layer.lora_A, {}), report.state_reset
+
+
+def test_entries_of_other_shapes_are_cut_where_their_shape_says_where_the_ranks_are():
+    per_rank, per_input = torch.arange(1.0, 4.0), torch.arange(1.0, 6.0)
+    entries = {
+        "full": per_rank[:, None] * per_input,
+        "row": per_rank,
+        "row_kept": per_rank[:, None],
+        "column": per_input,
+        "column_kept": per_input[None],
+        "scalar": torch.tensor(7.0),
+        "number": 3,
+        "nothing": None,
+    }
+    state, reset = carried_entries(3, 4, **entries)
+    assert reset == ()
+    grown = torch.tensor([1.0, 2.0, 3.0, 0.0])
+    expected = {**entries, "full": grown[:, None] * per_input, "row": grown, "row_kept": grown[:, None]}
+    assert state.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(state[key], value) if isinstance(value, torch.Tensor) else state[key] is value
+    state, reset = carried_entries(3, 2, **entries)
+    assert reset == ()
+    assert torch.equal(state["row"], per_rank[:2])
+    assert state["full"].shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("old_rank", "entry"),
+    [
+        (4, torch.ones(7)),  # neither the ranks nor the inputs
+        (4, torch.ones(2, 5)),
+        (4, torch.ones(1, 4, 5)),
+        (1, torch.ones(1, 1)),  # one rank, or an average over ranks?
+        (4, [torch.ones(4, 5)]),
+    ],
+)
+def test_an_entry_whose_shape_does_not_say_resets_its_parameter_and_is_named(old_rank, entry):
+    state, reset = carried_entries(old_rank, 2, odd=entry, moment=torch.ones(old_rank, 5))
+    assert state == {}
+    assert reset == ("lora_A.odd",)
+
+
+def test_a_vector_that_could_belong_to_either_axis_is_not_guessed():
+    model = nn.Sequential(nn.Linear(3, 4))
+    layer = wrap(model, {"0": 3})["0"]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer.state[layer.lora_A]["either"] = torch.ones(3)
+    assert resize(model, {"0": 2}, optimizer)["0"].state_reset == ("lora_A.either",)
+
+
+@pytest.mark.skipif("adafactor" not in OPTIMIZERS, reason="from torch 2.5")
+def test_adafactors_factors_survive_rank_one_where_their_shapes_say_nothing():
+    model, layers, optimizer = in_training("adafactor")
+    for rank in (1, 3, 1, 6):
+        report = resize(model, {"head": rank}, optimizer)
+        assert not report or report["head"].state_reset == ()
+        A, B = (optimizer.state[p] for p in (layers["head"].lora_A, layers["head"].lora_B))
+        assert (A["row_var"].shape, A["col_var"].shape) == ((rank, 1), (1, 6))
+        assert (B["row_var"].shape, B["col_var"].shape) == ((11, 1), (1, rank))
+        train(model, optimizer)
 
 
 @pytest.mark.parametrize("name", ["momentum", "adam", "adamw", "amsgrad"])
