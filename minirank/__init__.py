@@ -1,6 +1,6 @@
 """minirank: how many LoRA ranks each linear layer gets. See the README for the order to read the files in."""
 
-from . import budget, curvature, testing
+from . import budget, curvature, shapley, testing
 from .allocation import Allocation, Allocator, UniformRanks
 from .l1ra import L1RA
 from .lora import LoRALinear
@@ -25,6 +25,7 @@ __all__ = [
     "lora_layers",
     "merge",
     "resize",
+    "shapley",
     "testing",
     "unmerge",
     "unwrap",

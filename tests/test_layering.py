@@ -26,6 +26,7 @@ ORDER = [
     "sensitivity",
     "gates",
     "l1ra",
+    "shapley",
     "testing",
 ]
 
