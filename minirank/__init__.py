@@ -6,6 +6,7 @@ from .l1ra import L1RA
 from .lora import LoRALinear
 from .resize import resize
 from .sensitivity import SensitivityLoRA
+from .shaplora import ShapLoRA
 from .targets import linear_targets
 from .wrap import disabled, lora_layers, merge, unmerge, unwrap, wrap
 
@@ -17,6 +18,7 @@ __all__ = [
     "Allocator",
     "LoRALinear",
     "SensitivityLoRA",
+    "ShapLoRA",
     "UniformRanks",
     "budget",
     "curvature",

@@ -27,6 +27,7 @@ ORDER = [
     "gates",
     "l1ra",
     "shapley",
+    "shaplora",
     "testing",
 ]
 

@@ -1,0 +1,607 @@
+"""shaplora.py: Eqs 6–10 against plain loops, the facts that follow from them, and what score() leaves alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from models import Conv1DLike, LinearLike, assert_unchanged, randomize, snapshot
+from torch import nn
+
+from minirank import ShapLoRA, UniformRanks, lora_layers, merge, resize, wrap
+from minirank.shapley import coalition_masks
+from minirank.shaplora import ipt, mean_gradient, san
+
+RANKS = {"up": 3, "mid": 2, "down": 2}
+PLAYERS = 7
+SCALING = 1.5
+
+
+class Net(nn.Module):
+    """A nested linear, a transposed one and a look-alike, with things that differ between training and evaluation."""
+
+    def __init__(self, dropout=0.5):
+        super().__init__()
+        self.up = nn.Linear(5, 6)
+        self.mid = Conv1DLike(7, 6)
+        self.down = LinearLike(7, 4)
+        self.drop = nn.Dropout(dropout)
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.mid(self.drop(self.norm(torch.tanh(self.up(x)))))))
+
+
+def loss_fn(model, batch):
+    x, y = batch
+    return (model(x) - y).square().mean()
+
+
+def data(sizes=(4, 6, 1), dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    n = sum(sizes)
+    x = torch.randn(n, 5, generator=generator, dtype=torch.float64).to(dtype)
+    y = torch.randn(n, 4, generator=generator, dtype=torch.float64).to(dtype)
+    return list(zip(x.split(sizes), y.split(sizes), strict=True))
+
+
+def trained(dtype=torch.float64, seed=0, ranks=RANKS, **options):
+    """A wrapped model as if trained: no gate, P or Q is zero, and BatchNorm has seen something."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Net()
+        model.norm.running_mean.normal_()
+        model.norm.running_var.uniform_(0.5, 2)
+        nn.init.uniform_(model.norm.weight, 0.5, 2)
+    model = model.to(dtype)
+    layers = wrap(model, ranks, **{"gate": 0.0, "alpha": SCALING, "reference_rank": 1, **options})
+    randomize(layers, seed)
+    return model
+
+
+def scored(model=None, batches=None, loss=loss_fn, **options):
+    allocator = ShapLoRA(
+        trained() if model is None else model, loss, data() if batches is None else batches, progress=False, **options
+    )
+    return allocator.score(), allocator
+
+
+# ---- the equations -------------------------------------------------------------------------------------------------
+
+
+def oracle(model, batches, masks):
+    """Eqs 6–10 a second time: the network written out, one loss over all samples, loops over every entry."""
+    x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+    norm = model.norm
+    san_of_coalition = []
+    for mask in masks:
+        parts = {}
+        position = 0
+        for name in RANKS:
+            layer = getattr(model, name)
+            inside = mask[position : position + layer.rank].double()
+            position += layer.rank
+            values = (layer.gate.detach() * inside, layer.lora_B.detach(), layer.lora_A.detach())
+            parts[name] = [v.clone().requires_grad_() for v in values]
+
+        def apply(name, h, parts=parts):
+            gate, P, Q = parts[name]
+            W, b = getattr(model, name).base.weight, getattr(model, name).base.bias
+            z = h @ (W if name == "mid" else W.T) + (0 if b is None else b)
+            for i in range(len(gate)):
+                z = z + SCALING * gate[i] * torch.outer(h @ Q[i], P[:, i])
+            return z
+
+        h = torch.tanh(apply("up", x))
+        h = (h - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
+        ((apply("down", torch.tanh(apply("mid", h))) - y) ** 2).mean().backward()
+        sans = []
+        for (gate, P, Q), (g_gate, g_P, g_Q) in [
+            ([v.detach() for v in p], [v.grad for v in p]) for p in parts.values()
+        ]:
+            for i in range(len(gate)):
+                of_P = [abs(float(P[j, i] * g_P[j, i])) for j in range(len(P))]
+                of_Q = [abs(float(Q[i, j] * g_Q[i, j])) for j in range(Q.shape[1])]
+                sans.append(abs(float(gate[i] * g_gate[i])) + sum(of_P) / len(of_P) + sum(of_Q) / len(of_Q))
+        san_of_coalition.append(sans)
+    return torch.tensor(san_of_coalition, dtype=torch.float64)
+
+
+def flat(scores):
+    return torch.cat(list(scores.values()))
+
+
+@pytest.mark.parametrize("coalitions", [18, 90])
+def test_scores_and_standard_errors_equal_plain_loops(coalitions):
+    model = trained()
+    scores, allocator = scored(model, coalitions=coalitions, generator=5)
+    sample = oracle(model, data(), coalition_masks(PLAYERS, coalitions, generator=5))
+    assert {name: score.shape for name, score in scores.items()} == {name: (r,) for name, r in RANKS.items()}
+    assert all(score.dtype == torch.float64 for score in scores.values())
+    torch.testing.assert_close(flat(scores), sample.mean(0), rtol=1e-12, atol=0)
+    pairs = torch.stack([(sample[k] + sample[k + 1]) / 2 for k in range(0, coalitions, 2)])
+    expected = ((pairs - pairs.mean(0)) ** 2).sum(0).div(len(pairs) - 1).sqrt() / math.sqrt(len(pairs))
+    torch.testing.assert_close(flat(allocator.standard_errors), expected, rtol=1e-10, atol=0)
+    assert (expected > 0).all()
+
+
+def test_no_coalitions_is_the_plain_sensitivity():
+    model = trained()
+    scores, allocator = scored(model, coalitions=0)
+    expected = oracle(model, data(), [torch.ones(PLAYERS, dtype=torch.bool)])[0]
+    torch.testing.assert_close(flat(scores), expected, rtol=1e-12, atol=0)
+    assert allocator.standard_errors == {}
+
+
+def test_magnitude_needs_no_data():
+    model = trained()
+    scores, allocator = scored(model, batches=[], importance="magnitude")
+    for name, score in scores.items():
+        layer = getattr(model, name)
+        for i in range(layer.rank):
+            column, row = layer.lora_B[:, i].tolist(), layer.lora_A[i].tolist()
+            by_hand = abs(layer.gate[i].item())
+            by_hand += sum(map(abs, column)) / len(column) + sum(map(abs, row)) / len(row)
+            assert score[i].item() == pytest.approx(by_hand, rel=1e-13)
+    assert allocator.standard_errors == {}
+
+
+def test_the_pieces_by_hand():
+    assert ipt(torch.tensor([2.0, -3.0]), torch.tensor([-1.0, 4.0])).tolist() == [2.0, 12.0]  # Eq 8
+    P = torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, 1.0]])  # (d_out, r) = (3, 2)
+    Q = torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 8.0]])  # (r, d_in) = (2, 4)
+    assert san(torch.tensor([10.0, 20.0]), P, Q).tolist() == [10 + 3 + 2.5, 20 + 3 + 2]  # Eq 7
+
+
+def coalition_of(model, mask):
+    """The model with the gates of the ranks outside set to zero by hand."""
+    result = copy.deepcopy(model)
+    position = 0
+    with torch.no_grad():
+        for layer in lora_layers(result).values():
+            layer.gate *= mask[position : position + layer.rank]
+            position += layer.rank
+    return result.eval()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_rank_outside_has_gradients_times_weights_of_exactly_zero(seed):
+    mask = torch.rand(PLAYERS, generator=torch.Generator().manual_seed(seed)) < 0.5
+    model = coalition_of(trained(), mask)
+    assert mask.any()
+    assert not mask.all()
+    position = 0
+    for layer in lora_layers(model).values():
+        parameters = [layer.gate, layer.lora_B, layer.lora_A]
+        of_gate, of_P, of_Q = mean_gradient(model, loss_fn, [(b, len(b[0])) for b in data()], parameters)
+        outside = ~mask[position : position + layer.rank]
+        assert (layer.gate * of_gate)[outside].tolist() == [0.0] * int(outside.sum())
+        assert not of_P[:, outside].any()
+        assert not of_Q[outside].any()
+        assert (of_gate != 0).all()  # only the product with the gate is zero
+        assert of_P[:, ~outside].all()
+        position += layer.rank
+
+
+def test_the_three_signed_sums_agree():
+    model = coalition_of(trained(), torch.tensor([1, 0, 1, 1, 1, 0, 1]))
+    for layer in lora_layers(model).values():
+        parameters = [layer.gate, layer.lora_B, layer.lora_A]
+        of_gate, of_P, of_Q = mean_gradient(model, loss_fn, [(b, len(b[0])) for b in data()], parameters)
+        expected = layer.gate * of_gate
+        torch.testing.assert_close((layer.lora_B * of_P).sum(0), expected, rtol=1e-11, atol=1e-16)
+        torch.testing.assert_close((layer.lora_A * of_Q).sum(1), expected, rtol=1e-11, atol=1e-16)
+        assert expected.any()
+
+
+# ---- what the scores do and do not depend on -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(1,) * 11, (11,), (2, 9), (10, 1), (3, 3, 3, 2)])
+def test_the_batch_size_does_not_matter(sizes):
+    one, _ = scored(batches=data((4, 6, 1)), coalitions=18)
+    other, _ = scored(batches=data(sizes), coalitions=18)
+    torch.testing.assert_close(flat(other), flat(one), rtol=1e-12, atol=0)
+
+
+def test_a_mean_over_words_takes_their_number_as_weight():
+    """Three samples of 1, 2 and 3 words: the loss is a mean over words, so samples alone are the wrong weight."""
+
+    def loss(model, batch):
+        x, y, words = batch
+        return ((model(x) - y).square().mean(1) * words).sum() / words.sum()
+
+    x, y = data((3,))[0]
+    words = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    whole = [(x, y, words)]
+    parts = [(x[:1], y[:1], words[:1]), (x[1:], y[1:], words[1:])]
+    options = {"loss": loss, "coalitions": 18, "batch_weight": lambda batch: batch[2].sum()}
+    one, _ = scored(batches=whole, **options)
+    two, _ = scored(batches=parts, **options)
+    torch.testing.assert_close(flat(two), flat(one), rtol=1e-12, atol=0)
+    wrong, _ = scored(batches=parts, loss=loss, coalitions=18)
+    assert not torch.allclose(flat(wrong), flat(one), rtol=1e-3)
+
+
+def test_identical_generators_give_identical_scores_and_another_does_not():
+    one, _ = scored(coalitions=18, generator=1)
+    two, _ = scored(coalitions=18, generator=1)
+    other, _ = scored(coalitions=18, generator=2)
+    assert torch.equal(flat(one), flat(two))
+    assert not torch.equal(flat(one), flat(other))
+    generators = [torch.Generator().manual_seed(7) for _ in range(2)]
+    three, four = (scored(coalitions=18, generator=g)[0] for g in generators)
+    assert torch.equal(flat(three), flat(four))
+    further, _ = scored(coalitions=18, generator=generators[0])  # it has moved on
+    assert not torch.equal(flat(three), flat(further))
+
+
+@pytest.mark.parametrize("generator", [3, torch.Generator().manual_seed(3)], ids=["seed", "generator"])
+def test_scoring_again_takes_the_same_coalitions(generator):
+    first, allocator = scored(coalitions=18, generator=generator)
+    errors = allocator.standard_errors
+    assert torch.equal(flat(first), flat(allocator.score()))
+    assert torch.equal(flat(errors), flat(allocator.standard_errors))
+
+
+def test_dropout_is_off_and_batch_statistics_are_not_taken():
+    training, evaluation = trained().train(), trained().eval()
+    assert torch.equal(flat(scored(training, coalitions=18)[0]), flat(scored(evaluation, coalitions=18)[0]))
+
+
+def test_a_loader_that_shuffles_is_read_once():
+    reads = []
+
+    class Shuffling:
+        def __iter__(self):
+            reads.append(1)
+            order = torch.randperm(3)
+            return iter([data()[i] for i in order])
+
+    one, _ = scored(batches=Shuffling(), coalitions=18)
+    assert reads == [1]
+    torch.testing.assert_close(flat(one), flat(scored(coalitions=18)[0]), rtol=1e-12, atol=0)
+
+
+def test_every_coalition_costs_one_forward_pass_per_batch():
+    calls = []
+
+    def counting(model, batch):
+        calls.append(1)
+        return loss_fn(model, batch)
+
+    scored(loss=counting, coalitions=18)
+    assert len(calls) == 18 * 3
+    scored(loss=counting, coalitions=0)
+    assert len(calls) == 19 * 3
+
+
+def test_a_layer_and_a_batch_that_are_not_reached_count_as_nothing():
+    model = trained()
+    model.unused = nn.Linear(5, 5).double()
+    randomize(wrap(model, {"unused": 2}, gate=0.0))
+    far = torch.ones((), dtype=torch.float64)
+
+    def loss(model, batch):
+        return loss_fn(model, batch) if len(batch[0]) > 1 else far
+
+    scores, _ = scored(model, loss=loss, coalitions=18)
+    assert scores.pop("unused").tolist() == [0.0, 0.0]
+    assert all(score.all() for score in scores.values())
+    assert ShapLoRA(model, loss, data(), coalitions=0, progress=False).score()["unused"].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precision(dtype):
+    scores, _ = scored(trained(dtype), data(dtype=dtype), coalitions=18)
+    exact, _ = scored(coalitions=18)
+    assert flat(scores).dtype == torch.float64
+    torch.testing.assert_close(flat(scores), flat(exact), rtol=1e-4 if dtype == torch.float32 else 0.3, atol=0)
+
+
+# ---- nothing changes -----------------------------------------------------------------------------------------------
+
+
+def test_score_leaves_everything_as_it_was():
+    model = trained().train()
+    model.drop.eval()
+    model.norm.weight.requires_grad_(False)
+    loss_fn(model, data()[0]).backward()  # gradients from before are kept
+    before, state = snapshot(model), torch.get_rng_state()
+    scored(model, coalitions=18)
+    assert_unchanged(model, before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("call", [1, 2, 5, 20])
+def test_everything_is_restored_after_an_exception(call):
+    calls = []
+
+    def failing(model, batch):
+        calls.append(1)
+        if len(calls) == call:
+            raise OSError("the disk is on fire")
+        return loss_fn(model, batch)
+
+    model = trained().train()
+    before, state = snapshot(model), torch.get_rng_state()
+    allocator = ShapLoRA(model, failing, data(), coalitions=18, progress=False)
+    with pytest.raises(OSError, match="on fire"):
+        allocator.score()
+    assert_unchanged(model, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(RuntimeError, match="call score"):
+        allocator.allocate(3)
+
+
+def test_only_the_adapters_take_gradients_inside():
+    seen = []
+
+    def looking(model, batch):
+        seen.append({name for name, p in model.named_parameters() if p.requires_grad})
+        return loss_fn(model, batch)
+
+    model = trained()
+    assert model.norm.weight.requires_grad
+    scored(model, loss=looking, coalitions=18)
+    assert set.union(*seen) == {f"{name}.{part}" for name in RANKS for part in ("lora_A", "lora_B", "gate")}
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_scoring_works_where_gradients_are_off(context):
+    expected, _ = scored(coalitions=18)
+    model, batches = trained(), data()
+    with context():
+        scores, _ = scored(model, batches, coalitions=18)
+    assert torch.equal(flat(scores), flat(expected))
+
+
+def test_scores_do_not_alias_the_allocators_own():
+    scores, allocator = scored(coalitions=18)
+    expected = allocator.allocate(4).ranks
+    for score in scores.values():
+        score.zero_()
+    assert allocator.allocate(4).ranks == expected
+
+
+# ---- from scores to ranks ------------------------------------------------------------------------------------------
+
+
+def test_allocate_keeps_the_best_ranks_of_all_modules():
+    scores, allocator = scored(coalitions=18)
+    for budget in range(PLAYERS + 1):
+        allocation = allocator.allocate(budget)
+        best = flat(scores) >= flat(scores).sort(descending=True).values[budget - 1] if budget else flat(scores) < 0
+        assert torch.equal(flat(allocation.keep), best)
+        assert allocation.total_rank == budget
+        assert allocation.method == "ShapLoRA"
+
+
+def test_bounds_and_parameters():
+    _, allocator = scored(coalitions=18)
+    assert min(allocator.allocate(3, min_rank=1).ranks.values()) == 1
+    assert max(allocator.allocate(3, max_rank=1).ranks.values()) == 1
+    allocation = allocator.allocate(40, unit="parameters")
+    assert 40 - 13 < allocation.parameters <= 40  # the dearest rank costs 13
+
+
+def test_a_model_can_be_pruned_in_place_too():
+    model = trained()
+    _, allocator = scored(model, coalitions=18)
+    kept = {name: getattr(model, name).gate.detach()[mask] for name, mask in allocator.allocate(4).keep.items()}
+    resize(model, allocator.allocate(4))
+    for name, gate in kept.items():
+        assert torch.equal(getattr(model, name).gate, gate)
+    with pytest.raises(RuntimeError, match="stale"):
+        allocator.allocate(3)
+    again = allocator.score()  # layers of rank 0 stay, and count none
+    assert [len(score) for score in again.values()] == [len(gate) for gate in kept.values()]
+    assert sum(len(score) for score in again.values()) == 4
+    assert allocator.allocate(2).total_rank == 2
+
+
+def test_ranks_that_learned_nothing_go_first():
+    """Three layers with four ranks each regress onto changes of rank 1, 4 and 0: the third layer's ranks, which had
+    nothing to learn, all fall before any other."""
+    layers = nn.ModuleList(nn.Linear(10, 10, bias=False).requires_grad_(False) for _ in range(3))
+    generator = torch.Generator().manual_seed(0)
+    targets = []
+    for layer, rank in zip(layers, (1, 4, 0), strict=True):
+        U, V = (torch.linalg.qr(torch.randn(10, rank, generator=generator)).Q for _ in range(2))
+        layer.weight.normal_(generator=generator)
+        targets.append(layer.weight.detach() + U @ V.T)
+
+    def loss(model, x):
+        errors = [(layer(x) - x @ target.T).square().mean() for layer, target in zip(model, targets, strict=True)]
+        return torch.stack(errors).sum()
+
+    wrap(layers, {str(i): 4 for i in range(3)}, gate=0.0, alpha=4)
+    optimizer = torch.optim.Adam([p for p in layers.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss(layers, torch.randn(64, 10, generator=generator)).backward()
+        optimizer.step()
+    _, allocator = scored(layers, [torch.randn(64, 10, generator=generator)], loss)
+    assert allocator.allocate(8).ranks == {"0": 4, "1": 4, "2": 0}
+
+
+# ---- two stages ----------------------------------------------------------------------------------------------------
+
+
+def two_stages(first_stage):
+    """The workflow as the README has it; `first_stage` trains the trial copy in its own way."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Net().double()
+    trial = copy.deepcopy(model)
+    wrap(trial, RANKS, gate=0.0, trainable=[])
+    first_stage(trial)
+    shaplora = ShapLoRA(trial, loss_fn, data((5,), seed=9), coalitions=18, progress=False)
+    shaplora.score()
+    shaplora.allocate(4)
+    wrap(model, {"up": 1, "mid": 2, "down": 1}, trainable=[])  # the same ranks, whatever the first stage found
+    train(model, steps=5, lr=0.1)
+    return model
+
+
+def train(model, steps, lr):
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=lr)
+    model.train()
+    for _ in range(steps):
+        for batch in data((4, 6)):
+            optimizer.zero_grad()
+            loss_fn(model, batch).backward()
+            optimizer.step()
+
+
+def test_nothing_of_stage_one_leaks_into_stage_two():
+    results = []
+    for steps, lr in ((2, 0.01), (9, 0.5)):
+        torch.manual_seed(3)  # dropout in stage two draws from the global generator
+        state = torch.get_rng_state()
+
+        def first_stage(trial, steps=steps, lr=lr, state=state):
+            train(trial, steps, lr)
+            torch.set_rng_state(state)
+
+        model = two_stages(first_stage)
+        results.append({name: value.clone() for name, value in model.state_dict().items()})
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+# ---- errors --------------------------------------------------------------------------------------------------------
+
+
+def ungated():
+    model = trained()
+    wrap(model := Net().double(), RANKS)
+    return model
+
+
+def frozen():
+    model = trained()
+    model.mid.lora_A.requires_grad_(False)
+    return model
+
+
+def merged():
+    model = trained()
+    merge(model)
+    return model
+
+
+def switched_off():
+    model = trained()
+    model.up.enabled = False
+    return model
+
+
+def partly_gated():
+    model = trained(ranks={"up": 3})
+    wrap(model, {"mid": 2})
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (Net, "no LoRA layer with ranks to score: wrap"),
+        (ungated, "'up' has no gates"),
+        (partly_gated, "'mid' has no gates"),
+        (frozen, "the adapter of 'mid' is frozen: requires_grad_"),
+        (merged, "'up' is merged: unmerge"),
+        (switched_off, "'up' is disabled"),
+    ],
+)
+def test_a_model_that_cannot_be_scored_is_refused_at_once(make, match):
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=match):
+        ShapLoRA(model, loss_fn, data())
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("importance", ["sensitivity", "magnitude"])
+def test_an_untrained_model_is_told_so(importance):
+    model = Net().double()
+    wrap(model, RANKS, gate=0.0)
+    allocator = ShapLoRA(model, loss_fn, data(), importance=importance, progress=False)
+    with pytest.raises(ValueError, match=r"every gate is zero.*: train the model first"):
+        allocator.score()
+
+
+def test_one_trained_gate_is_enough():
+    model = Net().double()
+    layers = wrap(model, RANKS, gate=0.0)
+    layers["mid"].gate.data[1] = 0.3
+    scores, allocator = scored(model, coalitions=18)
+    assert flat(scores).nonzero().flatten().tolist() == [4]
+    assert allocator.allocate(1).ranks == {"up": 0, "mid": 1, "down": 0}
+
+
+def test_frozen_after_it_was_made():
+    model = trained()
+    allocator = ShapLoRA(model, loss_fn, data(), progress=False)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="is frozen"):
+        allocator.score()
+
+
+@pytest.mark.parametrize(
+    ("option", "error", "match"),
+    [
+        ({"coalitions": 20}, ValueError, "coalitions must be a multiple of 18"),
+        ({"coalitions": -18}, ValueError, "coalitions must be an integer of at least 18"),
+        ({"coalitions": None}, ValueError, "coalitions must be"),
+        ({"importance": "hessian"}, ValueError, r"importance must be one of \('sensitivity', 'magnitude'\)"),
+        ({"loss_fn": "mse"}, TypeError, "loss_fn must be a function, got str"),
+        ({"batch_weight": 3}, TypeError, "batch_weight must be a function, got int"),
+        ({"batches": 3}, TypeError, "batches must be an iterable of what loss_fn takes, got one int"),
+    ],
+)
+def test_wrong_arguments_are_told_at_once(option, error, match):
+    with pytest.raises(error, match=match):
+        ShapLoRA(trained(), **{"loss_fn": loss_fn, "batches": data(), **option})
+
+
+@pytest.mark.parametrize(
+    ("option", "match"),
+    [
+        ({"batches": []}, "batches is empty"),
+        ({"batches": iter(())}, "a generator that was used up"),
+        ({"batch_weight": lambda batch: 0}, "weigh nothing"),
+        ({"batch_weight": lambda batch: -1.0}, r"batch_weight\(batch\) must be a number of at least 0, got -1.0"),
+        ({"batch_weight": lambda batch: math.nan}, r"batch_weight\(batch\) must be"),
+        ({"batch_weight": lambda batch: math.inf}, r"batch_weight\(batch\) must be"),
+        ({"loss": lambda model, batch: loss_fn(model, batch).detach()}, "the loss depends on no adapter"),
+        ({"loss": lambda model, batch: (model(batch[0]) - batch[1]).square()}, "must return a scalar"),
+        ({"loss": lambda model, batch: loss_fn(model, batch).item()}, "must return a scalar"),
+        ({"loss": lambda model, batch: loss_fn(model, batch) * math.nan}, "the sensitivity of 'up' is not finite"),
+    ],
+)
+def test_wrong_data_and_losses_are_told_by_score(option, match):
+    model = trained()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=match):
+        scored(model, coalitions=18, **option)
+    assert_unchanged(model, before)
+
+
+def test_a_bar_that_can_be_switched_off(capsys):
+    scored(coalitions=18)
+    assert capsys.readouterr().err == ""
+    ShapLoRA(trained(), loss_fn, data(), coalitions=18).score()
+    assert "coalitions" in capsys.readouterr().err
+
+
+def test_uniform_ranks_start_stage_one():
+    model = Net()
+    uniform = UniformRanks(model)
+    uniform.score()
+    layers = wrap(model, uniform.allocate(6), gate=0.0)
+    assert [layer.rank for layer in layers.values()] == [2, 2, 2]
+    assert ShapLoRA(model, loss_fn, data(dtype=torch.float32)).seed == 0
