@@ -13,6 +13,9 @@
 A rank outside S has λ_i = 0, and so has λ_i · ∂L/∂λ_i; ∂L/∂P[:, i] and ∂L/∂Q[i, :] carry the factor λ_i. So it scores
 exactly 0 there. The mean of Eq 10 is over all coalitions, and every rank is in half of them.
 
+It is no estimate of the Shapley value of a loss. At the minimum a rank with a direction of its own meets no gradient,
+whoever else is on, and scores 0; ranks that share one score as soon as some are off (README, "What it measured").
+
     trial = copy.deepcopy(model)                            # stage one, thrown away
     wrap(trial, {name: 8 for name in names}, gate=0.0)
     ...                                                     # train it to convergence

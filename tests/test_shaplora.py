@@ -11,7 +11,7 @@ from models import Conv1DLike, LinearLike, assert_unchanged, randomize, snapshot
 from torch import nn
 
 from minirank import ShapLoRA, UniformRanks, lora_layers, merge, resize, wrap
-from minirank.shapley import coalition_masks
+from minirank.shapley import coalition_masks, exact_shapley_values
 from minirank.shaplora import ipt, mean_gradient, san
 
 RANKS = {"up": 3, "mid": 2, "down": 2}
@@ -425,6 +425,38 @@ def test_ranks_that_learned_nothing_go_first():
         optimizer.step()
     _, allocator = scored(layers, [torch.randn(64, 10, generator=generator)], loss)
     assert allocator.allocate(8).ranks == {"0": 4, "1": 4, "2": 0}
+
+
+def test_what_the_sensitivity_sees_and_what_it_does_not():
+    """Two ranks of layer 0 share one direction, half of it each; those of layer 1 have one of their own. All are at the
+    minimum of L = Σ ‖ΔW - T‖². The Shapley values of -L are 1/2 for the first two and 1 for the others. But a rank with
+    a direction of its own meets no gradient there, whoever else is on: sensitivity 0. A shared one does as soon as
+    the other is off: |λ ∂L/∂λ| = 1/2, and as a mean over two entries 1/4 each for P and Q, hence 1."""
+    layers = nn.ModuleList(nn.Linear(2, 2, bias=False).double() for _ in range(2))
+    eye = torch.eye(2, dtype=torch.float64)
+    targets = [torch.diag(eye[0]), eye]
+    for layer in layers:
+        nn.init.zeros_(layer.weight)
+    for adapter in wrap(layers, {"0": 2, "1": 2}, gate=0.0, alpha=1, reference_rank=1).values():
+        adapter.lora_A.data.copy_(eye)
+        adapter.lora_B.data.copy_(eye)
+        adapter.gate.data.fill_(1.0)
+    for matrix in (layers[0].lora_A, layers[0].lora_B):
+        matrix.data.zero_()
+    layers[0].lora_A.data[:, 0] = 1
+    layers[0].lora_B.data[0, :] = 1
+    layers[0].gate.data.fill_(0.5)
+
+    def loss(model, x):
+        return sum((layer(x) - x @ target.T).square().sum() for layer, target in zip(model, targets, strict=True))
+
+    scores, _ = scored(layers, [eye], loss, generator=4)
+    masks = coalition_masks(4, 90, generator=4)
+    alone = [(masks[:, 0] & ~masks[:, 1]).double().mean(), (masks[:, 1] & ~masks[:, 0]).double().mean()]
+    torch.testing.assert_close(scores["0"], torch.stack(alone), rtol=1e-14, atol=0)
+    assert scores["1"].tolist() == [0.0, 0.0]
+    values = exact_shapley_values(lambda mask: -loss(coalition_of(layers, mask), eye).item(), 4)
+    torch.testing.assert_close(values, torch.tensor([0.5, 0.5, 1, 1], dtype=torch.float64), rtol=1e-14, atol=0)
 
 
 # ---- two stages ----------------------------------------------------------------------------------------------------
