@@ -132,12 +132,8 @@ class ShapLoRA(Allocator):
             self.standard_errors = {}
             return _by_module(_san_of_all(layers, [_wide(w).abs() for w in _adapters(layers)]), layers)
         bar = tqdm(self._masks(layers), desc="coalitions", disable=not self.progress, leave=False)
-        with (
-            measuring(self.model),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            _adapters_only(self.model, layers),
-        ):
+        # Leaving inference mode also turns gradients on.
+        with measuring(self.model), torch.inference_mode(False), _adapters_only(self.model, layers):
             data = _weighted(self.batches, self.batch_weight)
             sample = torch.stack([self._sensitivity(layers, mask, data) for mask in bar])  # (coalitions, players)
         scores = _by_module(sample.mean(0), layers)  # Eqs 9, 10
