@@ -129,7 +129,6 @@ class ShapLoRA(Allocator):
         if not any(layer.gate.any() for layer in layers.values() if layer.gate is not None):
             raise ValueError("every gate is zero, as wrap(model, ranks, gate=0.0) leaves them: train the model first")
         if self.importance == "magnitude":
-            self.standard_errors = {}
             return _by_module(_san_of_all(layers, [_wide(w).abs() for w in _adapters(layers)]), layers)
         bar = tqdm(self._masks(layers), desc="coalitions", disable=not self.progress, leave=False)
         # Leaving inference mode also turns gradients on.

@@ -301,6 +301,15 @@ def test_lower_precision(dtype):
     torch.testing.assert_close(flat(scores), flat(exact), rtol=1e-4 if dtype == torch.float32 else 0.3, atol=0)
 
 
+def test_gradients_of_half_precision_add_up_in_float32():
+    """A thousand batches with a gradient of 1 and one of 0.5 each: bfloat16 would stop adding at 256."""
+    model = nn.Linear(1, 1)
+    w = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    (gradient,) = mean_gradient(model, lambda _, factor: (w * factor).sum(), [(1.0, 1), (0.5, 1)] * 1000, [w])
+    assert gradient.dtype == torch.float32
+    assert gradient.item() == 0.75
+
+
 # ---- nothing changes -----------------------------------------------------------------------------------------------
 
 
