@@ -259,7 +259,7 @@ def save_plot(path: str, runs: list[Run], methods: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 seeds of 60 steps")
+    parser.add_argument("--quick", action="store_true", help="2 seeds of 40 steps")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
                         help=f"of {', '.join(METHODS)}; the first is what the others are compared with")  # fmt: skip
     parser.add_argument("--budget", type=int, default=72, help="total over all targets (default 72: 36 layers at 2)")
@@ -280,7 +280,7 @@ def main() -> None:
     parser.add_argument("--plot", help="write a heat map of the ranks to this image file")
     parser.add_argument("--history-plot", help="write L1RA's ranks over time, of the first seed, to this image file")
     arguments = parser.parse_args()
-    steps = arguments.steps or (60 if arguments.quick else 250)
+    steps = arguments.steps or (40 if arguments.quick else 250)
     seeds = arguments.seeds or ([0, 1] if arguments.quick else [0, 1, 2])
     options = Options(
         budget=arguments.budget,
