@@ -11,6 +11,7 @@ with its standard error over seeds, and differences from the first method are pa
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -22,9 +23,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tagging import Data, Tagger, batches, build_model, evaluate, load_data, loss_fn, make_optimizer, train
+from tagging import Data, Tagger, batches, build_model, evaluate, load_data, loss_fn, make_optimizer, train, words
 
-from minirank import L1RA, Allocation, Allocator, SensitivityLoRA, UniformRanks, wrap
+from minirank import L1RA, Allocation, Allocator, SensitivityLoRA, ShapLoRA, UniformRanks, wrap
 from minirank.history import History
 from minirank.table import arrange, fill_heat_map, whole_ticks
 
@@ -44,6 +45,8 @@ class Options:
     gate_lr: float
     interval: int  # L1RA's optimizer steps between updates
     stop: int  # after which its ranks stay
+    coalitions: int  # ShapLoRA's
+    sentences: int  # of the dev split, which they are scored on
 
 
 @dataclass
@@ -65,7 +68,7 @@ class Trained(NamedTuple):
     """What a method returns."""
 
     allocation: Allocation  # the ranks at the end
-    scoring_seconds: float  # spent on finding them, before training
+    scoring_seconds: float  # spent on finding them before training, a first training included
     result: dict[str, float]  # what train() returned
     history: History | None = None  # of ranks that moved during training
 
@@ -111,7 +114,29 @@ def l1ra(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
     return Trained(replace(start, ranks=moving.ranks, method="L1RA"), 0.0, result, moving.history)
 
 
-METHODS: dict[str, Method] = {"uniform": uniform, "sensitivity": sensitivity, "l1ra": l1ra}
+def shaplora(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
+    start = time.perf_counter()
+    trial = copy.deepcopy(model)  # stage one: trained with twice the budget, scored, thrown away
+    twice = UniformRanks(trial, options.targets)
+    twice.score()
+    ranks = twice.allocate(2 * options.budget, unit=options.unit)  # type: ignore[arg-type]
+    wrap(trial, ranks, alpha=SCALING, reference_rank=1, gate=0.0, trainable=["head"], generator=seed)
+    train(trial, data.train, steps=options.steps, seed=seed)
+    chosen = data.dev[:: max(1, len(data.dev) // options.sentences)][: options.sentences]
+    validation = list(batches(chosen, 24, device=options.device))
+    allocator = ShapLoRA(trial, loss_fn, validation, coalitions=options.coalitions, batch_weight=words, generator=seed)
+    first_stage = time.perf_counter() - start
+    # Stage two trains plain LoRA like the other methods, so that nothing differs but the ranks.
+    trained = allocate_then_train(allocator, model, data, options, seed)
+    return trained._replace(scoring_seconds=first_stage + trained.scoring_seconds)
+
+
+METHODS: dict[str, Method] = {
+    "uniform": uniform,
+    "sensitivity": sensitivity,
+    "l1ra": l1ra,
+    "shaplora": shaplora,
+}
 
 
 def allocate_then_train(allocator: Allocator, model: Tagger, data: Data, options: Options, seed: int) -> Trained:
@@ -235,7 +260,7 @@ def save_plot(path: str, runs: list[Run], methods: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 seeds of 60 steps")
+    parser.add_argument("--quick", action="store_true", help="2 seeds of 40 steps")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
                         help=f"of {', '.join(METHODS)}; the first is what the others are compared with")  # fmt: skip
     parser.add_argument("--budget", type=int, default=72, help="total over all targets (default 72: 36 layers at 2)")
@@ -249,12 +274,14 @@ def main() -> None:
     parser.add_argument(
         "--stop", type=float, default=STOP, help=f"share of training with L1RA updates (default {STOP})"
     )
+    parser.add_argument("--coalitions", type=int, help="ShapLoRA's, a multiple of 18 (default 90; quick: 18)")
+    parser.add_argument("--sentences", type=int, help="dev sentences that ShapLoRA scores (default 120; quick: 24)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", help="write every figure to this JSON file")
     parser.add_argument("--plot", help="write a heat map of the ranks to this image file")
     parser.add_argument("--history-plot", help="write L1RA's ranks over time, of the first seed, to this image file")
     arguments = parser.parse_args()
-    steps = arguments.steps or (60 if arguments.quick else 250)
+    steps = arguments.steps or (40 if arguments.quick else 250)
     seeds = arguments.seeds or ([0, 1] if arguments.quick else [0, 1, 2])
     options = Options(
         budget=arguments.budget,
@@ -266,6 +293,8 @@ def main() -> None:
         gate_lr=arguments.gate_lr,
         interval=arguments.interval or max(1, steps // 20),
         stop=round(arguments.stop * steps),
+        coalitions=arguments.coalitions or (18 if arguments.quick else 90),
+        sentences=arguments.sentences or (24 if arguments.quick else 120),
     )
 
     data = load_data()

@@ -170,6 +170,11 @@ def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE)
 
 
+def words(batch: Batch) -> int:
+    """Labelled words in the batch: what `loss_fn` is a mean over."""
+    return int((batch["labels"] != IGNORE).sum())
+
+
 def make_optimizer(model: nn.Module, lr: float = 3e-3, head_lr: float = 5e-3) -> torch.optim.Optimizer:
     """AdamW without weight decay on the parameters that require gradients, the head in a group of its own."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

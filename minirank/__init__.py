@@ -1,11 +1,12 @@
 """minirank: how many LoRA ranks each linear layer gets. See the README for the order to read the files in."""
 
-from . import budget, curvature, testing
+from . import budget, curvature, shapley, testing
 from .allocation import Allocation, Allocator, UniformRanks
 from .l1ra import L1RA
 from .lora import LoRALinear
 from .resize import resize
 from .sensitivity import SensitivityLoRA
+from .shaplora import ShapLoRA
 from .targets import linear_targets
 from .wrap import disabled, lora_layers, merge, unmerge, unwrap, wrap
 
@@ -17,6 +18,7 @@ __all__ = [
     "Allocator",
     "LoRALinear",
     "SensitivityLoRA",
+    "ShapLoRA",
     "UniformRanks",
     "budget",
     "curvature",
@@ -25,6 +27,7 @@ __all__ = [
     "lora_layers",
     "merge",
     "resize",
+    "shapley",
     "testing",
     "unmerge",
     "unwrap",

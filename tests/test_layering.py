@@ -33,6 +33,8 @@ ORDER = [
     "sensitivity",
     "gates",
     "l1ra",
+    "shapley",
+    "shaplora",
     "testing",
 ]
 
