@@ -76,7 +76,7 @@ def errors(found: Diagonal, exact: Diagonal) -> dict[str, float]:
 def error_table(counts: list[int], seeds: int, unit: int) -> dict[str, Any]:
     model, batch = mlp(unit), data(2 * unit)
     exact = exact_hessian_diagonal(model, loss_fn, [batch])
-    print(f"{sum(h.numel() for h in exact.values())} weights, {seeds} seeds")
+    print(f"\n{sum(h.numel() for h in exact.values())} weights, {seeds} seeds")
     print(f"{'':<24}{'products':>9}{'largest entry':>15}{'norm':>8}{'traces':>8}{'ms':>9}")
     table: dict[str, Any] = {}
     for name, estimate in estimators().items():
@@ -110,7 +110,7 @@ def memory_table(chunk_sizes: list[int], width: int, positions: int, samples: in
     """Each in a process of its own, since a peak does not come down."""
     context = multiprocessing.get_context("spawn")
     growth = {}
-    print(f"\nexact diagonal of a transformer block, width {width}, {positions} positions, {samples} samples, float64:")
+    print(f"exact diagonal of a transformer block, width {width}, {positions} positions, {samples} samples, float64:")
     print("growth of the process's peak memory after one backward pass")
     for chunk_size in chunk_sizes:
         with context.Pool(1) as pool:
@@ -127,10 +127,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    counts, unit = ([1, 10], 4) if arguments.small else ([10, 100, 1000], 32)
-    results: dict[str, Any] = {"torch": torch.__version__, "errors": error_table(counts, arguments.seeds, unit)}
     sizes = ([1, 4], 8, 4, 4) if arguments.small else ([1, 16, 64, 256], 64, 16, 32)
-    results["memory_mb"] = memory_table(*sizes)
+    results: dict[str, Any] = {"options": vars(arguments), "torch": torch.__version__}
+    results["memory_mb"] = memory_table(*sizes)  # first: a child's peak starts from its parent's
+    counts, unit = ([1, 10], 4) if arguments.small else ([10, 100, 1000], 32)
+    results["errors"] = error_table(counts, arguments.seeds, unit)
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(results, indent=1) + "\n")
 

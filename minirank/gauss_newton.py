@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .estimate import DiagonalMean, Estimate
+from .estimate import DiagonalMean, Estimate, check_tolerance
 from .measure import LossFn, batch_length, differentiable_loss, differentiable_twice, repeatable
 from .outputs import (
     NUDGE,
@@ -31,7 +31,7 @@ from .outputs import (
     shifted_outputs,
     shifts_of,
 )
-from .probes import Probed, check_samples, outer_products, probe, random_signs
+from .probes import Probed, check_sampling, outer_products, probe, random_signs
 from .targets import Targets, close_names
 
 DENSE_LIMIT = 512  # columns of y for which an H_y that is neither diagonal nor softmax's is taken apart numerically
@@ -72,10 +72,10 @@ def gauss_newton(
     Returns: {name: (d_out, d_in)}, with standard errors over batches if exact, over probes if sampled.
 
     Raises ValueError: as for `exact_hessian_diagonal`; y is no tensor, comes more than once, or the loss is not convex
-    in it or mixes its rows; samples without a generator.
+    in it or mixes its rows. TypeError: samples without a generator.
     """
     modules = curvature_targets(model, targets, chunk_size)
-    check_samples(1 if samples is None else samples, tolerance)
+    check_tolerance(tolerance)
     names = dict(model.named_modules(remove_duplicate=False))
     if output not in names:
         raise ValueError(f"output={output!r} names no module: {close_names(output, names)}")
@@ -101,8 +101,8 @@ def gauss_newton(
         return _Run(calls, y, half)
 
     if samples is not None:
-        if generator is None:
-            raise ValueError("samples= draws at random: give generator=torch.Generator().manual_seed(…) with it")
+        check_sampling(samples, tolerance, generator)
+        assert generator is not None
 
         total = DiagonalMean(modules, over="probes")
 

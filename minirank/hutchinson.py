@@ -31,7 +31,7 @@ from .outputs import (
     slopes_of,
     weight_shifts,
 )
-from .probes import Probed, check_samples, outer_products, probe, random_signs
+from .probes import Probed, check_sampling, outer_products, probe, random_signs
 from .targets import Targets
 
 
@@ -60,8 +60,9 @@ def hutchinson_weights(
         generator: of the random signs. One seed gives one result on every device if it is a CPU generator.
         samples: random vectors per batch, at most.
         tolerance: stop once the standard error of every trace is at most this fraction of the mean |trace| over the
-            layers (checked after every `chunk_size` samples, from 10 on). None: take all samples. A run stopped this
-            way errs a little more often than its standard errors say.
+            layers (checked after every `chunk_size` samples, from 10 on), or `samples` are used up: the result's
+            standard errors tell. None: take all samples. A run stopped this way errs a little more often than its
+            standard errors say.
         chunk_size: products taken together, and samples per pass over the batches, which more than one pass iterates
             anew. 1 takes them one by one, for models that torch.vmap cannot handle.
         batch_weight: what a batch's mean loss weighs in the total; the number of its samples.
@@ -69,10 +70,11 @@ def hutchinson_weights(
     Returns: {name: (d_out, d_in)}, entries of either sign; float32 for a half-precision model; with standard errors
     over probes.
 
-    Raises ValueError: as for `exact_hessian_diagonal`, and batches that a second pass finds used up.
+    Raises ValueError: as for `exact_hessian_diagonal`, and batches that a second pass finds used up. TypeError: no
+    generator.
     """
     modules = curvature_targets(model, targets, chunk_size)
-    check_samples(samples, tolerance)
+    check_sampling(samples, tolerance, generator)
 
     def one_batch(batch: Any, count: int) -> Probed:
         E = weight_shifts(modules)
@@ -118,7 +120,7 @@ def hutchinson_outputs(
     Returns and raises: as for `hutchinson_weights`; also ValueError for samples that interact.
     """
     modules = curvature_targets(model, targets, chunk_size)
-    check_samples(samples, tolerance)
+    check_sampling(samples, tolerance, generator)
     total = DiagonalMean(modules, over="probes")
 
     def one_batch(batch: Any, count: int) -> Probed:

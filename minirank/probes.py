@@ -83,7 +83,9 @@ def random_signs(like: Tensor, count: int, generator: torch.Generator) -> Tensor
     return (2 * bits - 1).to(like)
 
 
-def check_samples(samples: int, tolerance: float | None) -> None:
+def check_sampling(samples: int, tolerance: float | None, generator: torch.Generator | None) -> None:
+    if not isinstance(generator, torch.Generator):  # a seed would give groups of batches the same vectors
+        raise TypeError(f"random vectors need generator=torch.Generator().manual_seed(…), got {generator!r}")
     check_tolerance(tolerance)
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")

@@ -224,15 +224,14 @@ class SensitivityLoRA(Allocator):
         resamples: int = 300,
         generator: torch.Generator | int = 0,
     ) -> Stability:
-        """Which ranks of `allocate(budget)` would change within the sampling error of the scores?
+        """Which ranks of `allocate(budget)` would change within the sampling error of the scores? The error is that of
+        the batches as a sample of such data, random vectors included. (Of these alone: give the same batches often.)
 
-        The error is that of the calibration batches as a sample of such data, random vectors of the curvature
-        included. For that of random vectors on fixed data, give the same batches many times over.
-
-        Raises RuntimeError: no `groups`, or `score` has not run. ValueError: as for `allocate`.
-        """
+        Raises RuntimeError: no `groups`, or no `score`. ValueError: as for `allocate`."""
+        if self.groups is None:
+            raise RuntimeError("stability needs scores by group: SensitivityLoRA(…, groups=10)")
         if self._measured is None:
-            raise RuntimeError("stability needs scores by group: SensitivityLoRA(…, groups=10), then score()")
+            raise RuntimeError("stability needs scores: call score() first")
 
         def theta(metrics: Tensor) -> Tensor:  # of drawn metrics: the local ones cannot be negative, and S_er counts
             S_g, S_topk, S_er = metrics.view(3, -1)
@@ -245,12 +244,13 @@ class SensitivityLoRA(Allocator):
             return self._divide(by_name, budget, unit, min_rank, max_rank)
 
         metrics, deviations = self._measured.jackknife(lambda h: self._matrix_metrics(h, whole=False).flatten())
-        return stability(theta, divide, metrics, deviations, confidence, resamples, as_generator(generator))
+        sampling = (confidence, resamples, as_generator(generator), self._measured.batches)
+        return stability(theta, divide, metrics, deviations, *sampling)
 
     def settle(self, budget: int, *, moved: int = 0, **options: Any) -> Stability:
         """`score()`, but of no more batches than it takes until at most `moved` ranks of `allocate(budget)` would move
-        within the sampling error. It is asked when there are `groups` batches and whenever these have doubled; with
-        the batches at an end, the result's own `moved` tells how far it came. Options and errors: see `stability`."""
+        within the sampling error (asked at `groups` batches, and whenever they have doubled). With the batches at an
+        end, the result's own `moved` tells how far it came. Options and errors: see `stability`."""
         if self.groups is None:
             raise RuntimeError("settle needs scores by group: SensitivityLoRA(…, groups=10)")
 

@@ -33,6 +33,7 @@ class Groups:
             raise ValueError(f"groups must be at least {MIN_GROUPS}, to tell how they vary, got {least!r}")
         self.least = least
         self.batches_per_group = 1
+        self.batches = 0
         self._groups: list[tuple[dict[str, float], Diagonals]] = []  # (weights, means)
 
     def __len__(self) -> int:
@@ -40,6 +41,7 @@ class Groups:
 
     def add(self, diagonals: Diagonals, batches: int) -> None:
         """An estimate's own weights count; anything else counts by its number of batches."""
+        self.batches += batches
         weights = diagonals.weights if isinstance(diagonals, Estimate) else dict.fromkeys(diagonals, float(batches))
         self._groups.append((weights, diagonals))
         if len(self) == 2 * self.least:
@@ -109,6 +111,7 @@ class Stability:
     moved: int
     same: float
     groups: int
+    batches: int
 
     @property
     def open(self) -> dict[str, tuple[int, int]]:
@@ -119,7 +122,7 @@ class Stability:
         ranks = self.allocation.ranks
         lines = [
             f"{self.allocation.method}, {self.allocation.total_rank} ranks: with {self.confidence:.0%} confidence at "
-            f"most {self.moved} of them would move with other data of this kind ({self.groups} groups of batches); "
+            f"most {self.moved} of them would move with other data of this kind (from {self.batches} batches); "
             f"{len(self.open)} of {len(ranks)} modules are open, {self.same:.0%} of resampled allocations are the same"
         ]
         width = max((len(name) for name in self.open), default=0)
@@ -135,6 +138,7 @@ def stability(
     confidence: float,
     resamples: int,
     generator: torch.Generator,
+    batches: int,
 ) -> Stability:
     """`metrics` and `deviations` are those of `Groups.jackknife`; score(metrics) gives one score per module, in the
     order of divide(scores).ranks."""
@@ -162,4 +166,5 @@ def stability(
         int(moved.quantile(confidence, interpolation="higher")),
         float((moved == 0).double().mean()),
         len(deviations),
+        batches,
     )

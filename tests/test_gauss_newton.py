@@ -255,7 +255,6 @@ def twice(model, batch):
         (saddle, {}, "not convex in the model's output"),
         (across_samples, {}, "the loss mixes rows of the model's output"),
         (twice, {}, "the output '' came 2 times in one loss"),
-        (classify, {"samples": 3}, r"give generator=torch\.Generator"),
         (classify, {"samples": 0, "generator": seeded()}, "samples must be at least 1"),
         (classify, {"tolerance": -1.0}, "tolerance must be above 0"),
     ],
@@ -263,6 +262,12 @@ def twice(model, batch):
 def test_what_gauss_newton_refuses(loss_fn, options, match):
     with pytest.raises(ValueError, match=match):
         gauss_newton(build(mlp), loss_fn, pairs((5,), (4,)), **options)
+
+
+@pytest.mark.parametrize("generator", [None, 0])
+def test_samples_need_a_generator(generator):
+    with pytest.raises(TypeError, match=r"random vectors need generator=torch\.Generator.* got (None|0)"):
+        gauss_newton(build(mlp), classify, pairs((5,), (4,)), samples=3, generator=generator)
 
 
 def test_samples_that_meet_inside_the_network_are_detected():

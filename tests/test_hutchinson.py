@@ -251,6 +251,13 @@ def test_options_out_of_range_are_errors(estimate, options, match):
         estimate(build(mlp), classify, pairs((5,), (2,)), generator=seeded(), **options)
 
 
+@pytest.mark.parametrize("estimate", BOTH)
+def test_a_seed_is_no_generator(estimate):
+    """Every call would start anew, and groups of batches would share their vectors."""
+    with pytest.raises(TypeError, match=r"random vectors need generator=torch\.Generator.* got 0"):
+        estimate(build(mlp), classify, pairs((5,), (2,)), generator=0)
+
+
 def test_signs_are_plus_and_minus_one_evenly():
     signs = hutchinson.random_signs(torch.zeros(50, 20), 10, seeded())
     assert signs.shape == (10, 50, 20)

@@ -156,7 +156,7 @@ def largest_gets_all(scores):
 
 def report(score, spread, **options):
     deviations = torch.eye(5, dtype=torch.float64)[:, :2] * spread
-    arguments = {"confidence": 0.9, "resamples": 500, "generator": seeded(), **options}
+    arguments = {"confidence": 0.9, "resamples": 500, "generator": seeded(), "batches": 7, **options}
     return stability(torch.exp, largest_gets_all, torch.tensor(score, dtype=torch.float64), deviations, **arguments)
 
 
@@ -238,6 +238,8 @@ def test_more_data_settles_more():
     assert last.moved <= first.moved
     assert last.allocation.ranks == many.allocate(12).ranks
     assert 10 <= last.groups < 20
+    assert (first.batches, last.batches) == (20, 320)
+    assert "(from 320 batches)" in str(last)
     assert last.open.keys() <= last.intervals.keys() == last.allocation.ranks.keys()
     for name, (low, high) in last.intervals.items():
         assert low <= last.allocation.ranks[name] <= high
@@ -336,9 +338,10 @@ def test_errors_say_what_to_do():
         few.stability(12)
     with pytest.raises(ValueError, match="batches is empty"):
         allocator(model, [], groups=4).score()
-    for groups in (None, 10):
-        with pytest.raises(RuntimeError, match=r"needs scores by group: SensitivityLoRA\(…, groups=10\)"):
-            allocator(model, batches, groups=groups).stability(12)
+    with pytest.raises(RuntimeError, match=r"needs scores by group: SensitivityLoRA\(…, groups=10\)"):
+        allocator(model, batches).stability(12)
+    with pytest.raises(RuntimeError, match=r"stability needs scores: call score\(\) first"):
+        allocator(model, batches, groups=10).stability(12)
     with pytest.raises(RuntimeError, match="settle needs scores by group"):
         allocator(model, batches).settle(12)
     one = allocator(model, batches, groups=4)
