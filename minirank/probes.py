@@ -69,11 +69,13 @@ def outer_products(u: Tensor, v: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, 
     for k in range(len(u)):
         for first in range(0, len(x), block):
             some = slice(first, first + block)
-            left = u[k, some].transpose(1, 2) @ x[some]
-            right = left if v is u and y is x else v[k, some].transpose(1, 2) @ (y[some] if y.ndim == 3 else y[k, some])
-            h = (left * right).sum(0)
-            total += h
-            traces[k] += h.sum()
+            left = u[k, some].transpose(1, 2) @ x[some]  # (block, d_out, d_in)
+            if v is u and y is x:
+                left.square_()
+            else:
+                left.mul_(v[k, some].transpose(1, 2) @ (y[some] if y.ndim == 3 else y[k, some]))
+            total += left[0] if len(left) == 1 else left.sum(0)
+            traces[k] += left.sum()
     return total, traces
 
 
