@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .measure import NO_BATCH
+
 MIN_SAMPLES = 10  # below, a standard error is itself too uncertain to stop on
 Over = Literal["batches", "probes"]
 
@@ -113,10 +115,7 @@ class DiagonalMean:
     def result(self, passes: float = 1) -> Estimate:
         """`passes`: how often each batch was added."""
         if not any(self.weights.values()):
-            raise ValueError(
-                "batches is empty, or its batches weigh nothing: give at least one (a generator that was used up "
-                "gives none)"
-            )
+            raise ValueError(NO_BATCH)
         diagonals = {}
         for name, mean in self.means.items():
             if mean is None:

@@ -115,7 +115,7 @@ def gauss_newton(
     total = DiagonalMean(modules)
     with differentiable_twice(model):
         for batch in repeatable(model, loss_fn, batches):
-            of = run(batch, checks=True)
+            of, weight = run(batch, checks=True), batch_weight(batch)
             sums: dict[str, Tensor | None] = dict.fromkeys(modules)
             for xi in _unit_vectors(of.y, chunk_size):
                 for name, found in _squares(of, xi, independent).items():
@@ -123,7 +123,7 @@ def gauss_newton(
                         before = sums[name]
                         sums[name] = found[0] if before is None else before + found[0]
             for name, h in sums.items():
-                total.add(name, h, batch_weight(batch))
+                total.add(name, h, weight)
             if total.known_to(tolerance):
                 break
     return total.result()

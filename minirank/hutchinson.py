@@ -128,7 +128,8 @@ def hutchinson_outputs(
             loss = differentiable_loss(model, loss_fn, batch)
         slopes = slopes_of(loss, calls, twice=True)
         shifts, flat = shifts_of(calls), [g for found in slopes.values() for g in found]
-        if independent and not total.samples:
+        check = independent and not total.samples
+        if check:
             check_independent(shifts, flat)
         signs = [random_signs(shift, count, generator) for shift in shifts]
         curved = iter(products(flat, shifts, signs))
@@ -137,14 +138,14 @@ def hutchinson_outputs(
         for name, of_layer in calls.items():
             v = [next(of_call) for _ in of_layer]
             Hv = [next(curved) for _ in of_layer]
-            found[name] = _through_outputs(of_layer, slopes[name], v, Hv, independent) if of_layer else None
+            found[name] = _through_outputs(of_layer, slopes[name], v, Hv, independent, check) if of_layer else None
         return found
 
     return probe(model, loss_fn, batches, one_batch, total, samples, tolerance, chunk_size, batch_weight)
 
 
 def _through_outputs(
-    found: list[Call], slopes: list[Tensor], v: list[Tensor], Hv: list[Tensor], independent: bool
+    found: list[Call], slopes: list[Tensor], v: list[Tensor], Hv: list[Tensor], independent: bool, check: bool
 ) -> tuple[Tensor, Tensor]:
     """One layer, one batch; v and Hv: (K, *shift.shape) for every call → what `outer_products` returns."""
     inputs, shifts = [call.x for call in found], [call.shift for call in found]
@@ -154,7 +155,7 @@ def _through_outputs(
     if len(inputs) > 1 and any(x.requires_grad for x in inputs):
         # The layer is called again on its own outputs: 2 Σ (Σ_t v_ti x_tj) (Σ_t' ∂L/∂z_t'i · (∂x/∂z v)_t'j)
         w, back = path_slopes(inputs, shifts)
-        if independent:
+        if check:
             check_independent(w, back)
         moved = rows(products(back, w, v), independent, batched=True)  # (K, n, T, d_in)
         g = rows([slope.detach() for slope in slopes], independent).expand_as(signs)

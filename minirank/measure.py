@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LossFn = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar mean loss: the only contract with user code
+NO_BATCH = (
+    "batches is empty, or its batches weigh nothing: give at least one (a generator that was used up before gives none)"
+)
 HALF = (torch.float16, torch.bfloat16)
 
 

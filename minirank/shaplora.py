@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 
 from .allocation import Allocator
 from .lora import LoRALinear, require
-from .measure import LossFn, batch_length, measuring, repeatable, scalar_loss
+from .measure import NO_BATCH, LossFn, batch_length, measuring, repeatable, scalar_loss
 from .shapley import coalition_masks, standard_error
 from .wrap import lora_layers
 
@@ -174,10 +174,7 @@ def mean_gradient(
             if gradient is not None:
                 sum_.add_(gradient, alpha=weight)
     if total == 0:
-        raise ValueError(
-            "batches is empty, or its batches weigh nothing: give at least one (a generator that was used up before "
-            "gives none)"
-        )
+        raise ValueError(NO_BATCH)
     if not depends:
         raise ValueError(
             "the loss depends on no adapter: loss_fn must return it with its graph (no torch.no_grad(), no detach()), "

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .allocation import Allocation
 from .estimate import Estimate
+from .measure import NO_BATCH
 
 Diagonals = Mapping[str, Tensor]
 MIN_GROUPS = 4
@@ -51,7 +52,7 @@ class Groups:
 
     def mean(self) -> dict[str, Tensor]:
         if not self._groups:
-            raise ValueError("batches is empty: give at least one (a generator that was used up before gives none)")
+            raise ValueError(NO_BATCH)
         return dict(functools.reduce(_joined, self._groups)[1])
 
     def jackknife(self, statistic: Callable[[Diagonals], Tensor]) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from estimators import seeded
+from estimators import coverage_of_traces, seeded
 from test_hessian import CASES, build, classify, dense_diagonal, mlp, pairs
 from torch import nn
 
@@ -130,16 +130,9 @@ def test_standard_errors_are_those_of_single_samples(estimate, case):
 
 @pytest.mark.parametrize("estimate", BOTH)
 def test_a_95_percent_interval_of_a_trace_covers_the_exact_one_in_92_to_98_percent(estimate):
-    """250 runs of 40 samples on three layers; 2.02 is Student's t for 39 degrees of freedom."""
     model, batches = build(mlp), pairs((5,), (6, 3))
     exact = exact_hessian_diagonal(model, classify, batches)
-    generator, hits, runs = seeded(3), 0, 250
-    for _ in range(runs):
-        found = estimate(model, classify, batches, generator=generator, samples=40, chunk_size=40)
-        hits += sum(
-            abs(float(found[name].sum() - h.sum())) < 2.02 * found.standard_errors[name] for name, h in exact.items()
-        )
-    assert 0.92 <= hits / (3 * runs) <= 0.98
+    assert 0.92 <= coverage_of_traces(estimate, exact, model, classify, batches) <= 0.98
 
 
 @pytest.mark.parametrize("estimate", BOTH)
