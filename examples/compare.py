@@ -32,6 +32,7 @@ from minirank.table import arrange, fill_heat_map, whole_ticks
 SCALING = 2.0  # of every LoRA layer, whatever its rank
 L1, GATE_LR, STOP = 0.3, 0.05, 0.5  # L1RA's: of what was tried on the dev split, with another seed, the
 # mildest that moves more than one rank in 250 steps
+FIRST_GATE_LR = 0.3  # of the gates in ShapLoRA's first training: from 0, at the adapters' 0.003, 250 steps are too few
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Options:
     stop: int  # after which its ranks stay
     coalitions: int  # ShapLoRA's
     sentences: int  # of the dev split, which they are scored on
+    first_gate_lr: float  # of the gates, in its first training
 
 
 @dataclass
@@ -121,7 +123,8 @@ def shaplora(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
     twice.score()
     ranks = twice.allocate(2 * options.budget, unit=options.unit)  # type: ignore[arg-type]
     wrap(trial, ranks, alpha=SCALING, reference_rank=1, gate=0.0, trainable=["head"], generator=seed)
-    train(trial, data.train, steps=options.steps, seed=seed)
+    optimizer = make_optimizer(trial, gate_lr=options.first_gate_lr)
+    train(trial, data.train, steps=options.steps, seed=seed, optimizer=optimizer)
     chosen = data.dev[:: max(1, len(data.dev) // options.sentences)][: options.sentences]
     validation = list(batches(chosen, 24, device=options.device))
     allocator = ShapLoRA(trial, loss_fn, validation, coalitions=options.coalitions, batch_weight=words, generator=seed)
@@ -276,6 +279,8 @@ def main() -> None:
     )
     parser.add_argument("--coalitions", type=int, help="ShapLoRA's, a multiple of 18 (default 90; quick: 18)")
     parser.add_argument("--sentences", type=int, help="dev sentences that ShapLoRA scores (default 120; quick: 24)")
+    parser.add_argument("--first-gate-lr", type=float, default=FIRST_GATE_LR,
+                        help=f"of the gates, in ShapLoRA's first training (default {FIRST_GATE_LR})")  # fmt: skip
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", help="write every figure to this JSON file")
     parser.add_argument("--plot", help="write a heat map of the ranks to this image file")
@@ -295,6 +300,7 @@ def main() -> None:
         stop=round(arguments.stop * steps),
         coalitions=arguments.coalitions or (18 if arguments.quick else 90),
         sentences=arguments.sentences or (24 if arguments.quick else 120),
+        first_gate_lr=arguments.first_gate_lr,
     )
 
     data = load_data()

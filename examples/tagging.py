@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -175,14 +175,23 @@ def words(batch: Batch) -> int:
     return int((batch["labels"] != IGNORE).sum())
 
 
-def make_optimizer(model: nn.Module, lr: float = 3e-3, head_lr: float = 5e-3) -> torch.optim.Optimizer:
-    """AdamW without weight decay on the parameters that require gradients, the head in a group of its own."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if "head" not in name.split(".")], "lr": lr},
-        {"params": [p for name, p in named if "head" in name.split(".")], "lr": head_lr},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+def make_optimizer(
+    model: nn.Module, lr: float = 3e-3, head_lr: float = 5e-3, gate_lr: float | None = None
+) -> torch.optim.Optimizer:
+    """AdamW without weight decay on the parameters that require gradients, the head in a group of its own, and with
+    `gate_lr` the gates too."""
+    groups: dict[str, dict[str, Any]] = {
+        "adapters": {"params": [], "lr": lr},
+        "head": {"params": [], "lr": head_lr},
+        "gates": {"params": [], "lr": gate_lr},
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts = name.split(".")
+            gate = parts[-1] == "gate" and gate_lr is not None
+            kind = "head" if "head" in parts else "gates" if gate else "adapters"
+            groups[kind]["params"].append(parameter)
+    return torch.optim.AdamW([group for group in groups.values() if group["params"]], weight_decay=0.0)
 
 
 def train(

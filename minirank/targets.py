@@ -79,6 +79,15 @@ def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
                 yield from walk(child, f"{name}.{key}" if name else key)
 
 
+def matching_modules(model: nn.Module, pattern: str, what: str) -> dict[str, nn.Module]:
+    """The modules of any kind, LoRA layers included, whose name is `pattern` or matches it as a glob, under every name.
+    Raises ValueError, naming the argument `what`, if there is none."""
+    found = {name: module for name, module in walk(model) if name == pattern or fnmatchcase(name, pattern)}
+    if not found:
+        raise ValueError(f"{what}={pattern!r} matches no module: {close_names(pattern, dict(walk(model)))}")
+    return found
+
+
 def layer_shape(module: nn.Module) -> tuple[int, int] | None:
     """(d_out, d_in) of a linear-like module or of a LoRA layer around one, else None."""
     if isinstance(module, LoRALinear):

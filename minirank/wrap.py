@@ -6,9 +6,9 @@ the model as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from .linear import applies_weight, linear_shape
 from .lora import LoRALinear, as_generator, is_rank
-from .targets import close_names, first_names, no_match, walk
+from .targets import first_names, matching_modules, no_match, walk
 
 
 class HasRanks(Protocol):
@@ -69,29 +69,39 @@ def wrap(
         ValueError: unknown or already wrapped name, rank out of range, meta device, two ranks for one module.
         TypeError: the model itself is the linear layer, so there is no parent to put the new one into.
     """
-    wanted = _plan(model, plain_ranks(ranks))
-    modules = dict(walk(model))
-    adapted = {id(p) for name, rank in wanted.items() if rank > 0 for p in modules[name].parameters()}
-    chosen = None if trainable is None else _parameters_of(model, trainable, adapted)
+    wanted = plan(model, plain_ranks(ranks))
+    if not any(wanted.values()):
+        raise ValueError("every rank is 0: there is nothing to wrap")
     if reference_rank is None:
         reference_rank = sum(wanted.values()) / len(wanted)
-    generator = as_generator(generator)
+    make = partial(
+        LoRALinear,
+        alpha=alpha,
+        reference_rank=reference_rank,
+        rank_stabilized=rank_stabilized,
+        gate=gate,
+        dropout=dropout,
+        dtype=dtype,
+        generator=as_generator(generator),
+    )
+    return insert(model, {name: partial(make, rank=rank) for name, rank in wanted.items() if rank > 0}, trainable)
+
+
+def insert(
+    model: nn.Module,
+    make: Mapping[str, Callable[[nn.Module], LoRALinear]],
+    trainable: str | Sequence[str] | None,
+) -> dict[str, LoRALinear]:
+    """Put make[name](module) into the place of every named module; names as `plan` returns them, `trainable` as in
+    `wrap`. If anything raises, the model is as it was."""
+    modules = dict(walk(model))
+    adapted = {id(p) for name in make for p in modules[name].parameters()}
+    chosen = None if trainable is None else _parameters_of(model, trainable, adapted)
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     layers: dict[str, LoRALinear] = {}
     try:
-        for name, rank in wanted.items():
-            if rank > 0:
-                layers[name] = LoRALinear(
-                    modules[name],
-                    rank,
-                    alpha=alpha,
-                    reference_rank=reference_rank,
-                    rank_stabilized=rank_stabilized,
-                    gate=gate,
-                    dropout=dropout,
-                    dtype=dtype,
-                    generator=generator,
-                )
+        for name, make_layer in make.items():
+            layers[name] = make_layer(modules[name])
     except BaseException:
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
@@ -113,8 +123,8 @@ def plain_ranks(ranks: Mapping[str, int] | HasRanks) -> Mapping[str, int]:
     return found
 
 
-def _plan(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
-    """`ranks` in module order and under first names, checked."""
+def plan(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
+    """`ranks` in module order and under first names, checked: every named module can get its LoRA layer."""
     if linear_shape(model) is not None:
         raise TypeError(f"the model itself is a {type(model).__name__}: wrap nn.Sequential(model), or use LoRALinear")
     first, modules = first_names(model), dict(walk(model))
@@ -136,8 +146,6 @@ def _plan(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
             raise ValueError(
                 f"{name!r} and {first[name]!r} are one module, but got ranks {rank} and {wanted[first[name]]}"
             )
-    if not any(wanted.values()):
-        raise ValueError("every rank is 0: there is nothing to wrap")
     return {name: wanted[name] for name in dict.fromkeys(first.values()) if name in wanted}
 
 
@@ -145,10 +153,8 @@ def _parameters_of(model: nn.Module, patterns: str | Sequence[str], adapted: set
     """The ids of the parameters in the modules that each name or glob matches, some of them not in `adapted`."""
     chosen: set[int] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = [module for name, module in walk(model) if name == pattern or fnmatchcase(name, pattern)]
-        if not found:
-            raise ValueError(f"trainable={pattern!r} matches no module: {close_names(pattern, dict(walk(model)))}")
-        ids = {id(p) for module in found for p in module.parameters() if p.is_floating_point() or p.is_complex()}
+        found = matching_modules(model, pattern, "trainable")
+        ids = {id(p) for module in found.values() for p in module.parameters() if p.is_floating_point() or p.is_complex()}
         if ids and ids <= adapted:
             raise ValueError(
                 f"trainable={pattern!r} names only layers that get an adapter, whose own weights stay frozen: leave it "
