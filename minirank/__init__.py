@@ -2,8 +2,10 @@
 
 from . import budget, curvature, shapley, testing
 from .allocation import Allocation, Allocator, UniformRanks
+from .checkpoint import load_adapter, read_adapter, save_adapter
 from .l1ra import L1RA
 from .lora import LoRALinear
+from .peft_files import export_peft, import_peft
 from .resize import resize
 from .sensitivity import SensitivityLoRA
 from .shaplora import ShapLoRA
@@ -23,10 +25,15 @@ __all__ = [
     "budget",
     "curvature",
     "disabled",
+    "export_peft",
+    "import_peft",
     "linear_targets",
+    "load_adapter",
     "lora_layers",
     "merge",
+    "read_adapter",
     "resize",
+    "save_adapter",
     "shapley",
     "testing",
     "unmerge",

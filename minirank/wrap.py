@@ -154,7 +154,9 @@ def _parameters_of(model: nn.Module, patterns: str | Sequence[str], adapted: set
     chosen: set[int] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = matching_modules(model, pattern, "trainable")
-        ids = {id(p) for module in found.values() for p in module.parameters() if p.is_floating_point() or p.is_complex()}
+        ids = {
+            id(p) for module in found.values() for p in module.parameters() if p.is_floating_point() or p.is_complex()
+        }
         if ids and ids <= adapted:
             raise ValueError(
                 f"trainable={pattern!r} names only layers that get an adapter, whose own weights stay frozen: leave it "

@@ -35,6 +35,11 @@ ORDER = [
     "l1ra",
     "shapley",
     "shaplora",
+    "files",
+    "fingerprint",
+    "saved",
+    "checkpoint",
+    "peft_files",
     "testing",
 ]
 

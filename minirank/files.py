@@ -1,0 +1,102 @@
+"""Files on disk: safetensors, written whole or not at all, and read with errors that say what is wrong."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """The entries of `tensor`, of any device, in row-major order."""
+    whole = tensor.detach().cpu().contiguous()
+    return ctypes.string_at(whole.data_ptr(), whole.nbytes) if whole.nbytes else b""
+
+
+def checksum(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 of the text and of names, types, shapes and entries of the tensors, whatever their order."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file: the length of its header in 8 bytes, the header in JSON, the tensors' entries.
+
+    By hand, since safetensors.torch.save needs numpy. Wider types come first, so that every tensor is aligned.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    content: list[bytes] = []
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name!r} is {tensor.dtype}, which cannot be saved: expected one of {list(DTYPES)}")
+        if tensor.is_meta:
+            raise ValueError(f"{name!r} is on the meta device and has no values to save: load the model's weights")
+        content.append(tensor_bytes(tensor))
+        start, end = end, end + len(content[-1])
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *content])
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors on the CPU, metadata). Raises FileNotFoundError; ValueError if it is no whole safetensors file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Clones, because the tensors are views of the file, which may change.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, MemoryError, OverflowError) as error:
+        raise ValueError(
+            f"{str(path)!r} is not a whole safetensors file ({error}): it was cut off or damaged, or is something else"
+        ) from error
+
+
+def write_files(files: Mapping[Path, bytes]) -> None:
+    """Write all of them, in their folders, which must exist. Each appears under its name when all are on the disk, so
+    that a crash or a full disk leaves the old ones whole."""
+    parts: dict[Path, Path] = {}
+    try:
+        for path, content in files.items():
+            target = path.resolve()  # of a link: the file it points to
+            if target.is_dir():
+                raise IsADirectoryError(f"{str(path)!r} is a folder: expected the name of a file")
+            if not target.parent.is_dir():
+                raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to write {path.name!r} in")
+            part = target.with_name(f".{uuid.uuid4().hex}.part")
+            parts[part] = target
+            with open(part, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for part, target in parts.items():
+            os.replace(part, target)
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
