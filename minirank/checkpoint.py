@@ -162,8 +162,6 @@ def read_adapter(path: str | PathLike[str]) -> SavedAdapter:
         adapter = SavedAdapter(layers, others, record["method"], record["budget"], record["unit"])
         if tensors:
             raise ValueError(f"the tensors {some(list(tensors))} belong to no layer")
-        for name, layer in layers.items():
-            layer.check(name)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{str(path)!r} cannot be used: {what}") from error
@@ -171,10 +169,11 @@ def read_adapter(path: str | PathLike[str]) -> SavedAdapter:
 
 
 def _layer(tensors: dict[str, Tensor], name: str, fields: Mapping[str, Any]) -> SavedLayer:
-    """The layer of this name, its tensors taken out of `tensors`."""
+    """The layer of this name, checked; its tensors are taken out of `tensors`."""
     own = {key: tensors.pop(f"{name}.{key}") for key in RANK_DIM if f"{name}.{key}" in tensors}
     numbers = {key: fields[key] for key in FIELDS if key not in ("rank", "shape")}
     layer = SavedLayer(own, **numbers)
+    layer.check(name)
     if [layer.rank, list(layer.shape)] != [fields["rank"], fields["shape"]]:
         raise ValueError(f"{name!r} has rank {layer.rank} and shape {layer.shape}, announced {fields}")
     return layer

@@ -69,7 +69,7 @@ class SavedLayer:
 
 
 def savable_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The LoRA layers of `model`; ValueError if there is none, or one that is merged."""
+    """The LoRA layers of `model`; ValueError if there is none, or one that is merged or on the meta device."""
     layers = lora_layers(model)
     if not layers:
         raise ValueError("the model has no LoRA layer to save: wrap() puts them in")
@@ -81,6 +81,9 @@ def savable_layers(model: nn.Module) -> dict[str, LoRALinear]:
             f"{some(merged)} merged, where the file needs A, B and the base's own weight: unmerge() first, or unwrap() "
             "and save the plain model with ΔW in its weights"
         )
+    without = [name for name, layer in layers.items() if any(p.is_meta for p in layer.parameters())]
+    if without:
+        raise ValueError(f"{some(without)} on the meta device, without values to save: load the model's weights first")
     return layers
 
 

@@ -1,0 +1,186 @@
+"""Files are written whole or not at all, in the safetensors format, without numpy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from models import same_bits
+from torch import nn
+
+from minirank.files import DTYPES, checksum, read_safetensors, safetensors_bytes, write_files
+from minirank.fingerprint import fingerprint, same_base
+
+
+def tensors_of_every_type():
+    generator = torch.Generator().manual_seed(0)
+    odd = {f"odd {dtype}": torch.randn(3, generator=generator).mul(9).to(dtype) for dtype in DTYPES}
+    views = {"transposed": torch.arange(6.0).reshape(2, 3).t(), "part": torch.arange(9)[2::3]}
+    return odd | views | {"scalar": torch.tensor(2.0), "empty": torch.zeros(0, 4), 'a "name"\n': torch.ones(2)}
+
+
+def test_the_format_is_what_safetensors_reads(tmp_path):
+    tensors = tensors_of_every_type()
+    content = safetensors_bytes(tensors, {"key": "välue"})
+    theirs = safetensors.torch.load(content)
+    (tmp_path / "file").write_bytes(content)
+    ours, metadata = read_safetensors(tmp_path / "file")
+    assert metadata == {"key": "välue"}
+    for read in (theirs, ours):
+        assert read.keys() == tensors.keys()
+        assert all(same_bits(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_every_tensor_is_aligned_in_the_file():
+    tensors = tensors_of_every_type()
+    content = safetensors_bytes(tensors, {})
+    start = 8 + int.from_bytes(content[:8], "little")
+    assert start % 8 == 0
+    for name, entry in json.loads(content[8:start]).items():
+        if name != "__metadata__":
+            assert entry["data_offsets"][0] % tensors[name].element_size() == 0
+
+
+def test_what_was_read_does_not_follow_the_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(safetensors_bytes({"a": torch.ones(1000)}, {}))
+    tensors, _ = read_safetensors(path)
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(tensors["a"], torch.ones(1000))
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(2, dtype=torch.complex64), torch.ones(2, device="meta")])
+def test_a_tensor_that_cannot_be_saved_is_named(tensor):
+    with pytest.raises(ValueError, match=r"'x' is (torch.complex64|on the meta device)"):
+        safetensors_bytes({"x": tensor}, {})
+
+
+def test_the_checksum_sees_entries_names_types_shapes_and_text_but_not_order():
+    a, b = torch.arange(4.0), torch.ones(2)
+    known = checksum({"a": a, "b": b}, "text")
+    assert checksum({"b": b, "a": a}, "text") == known
+    flipped = a.clone()
+    flipped.view(torch.uint8)[5] ^= 1
+    others = [{"a": flipped, "b": b}, {"c": a, "b": b}, {"a": a.view(torch.int32), "b": b}, {"a": a.view(2, 2), "b": b}]
+    assert len({known, checksum({"a": a, "b": b}, "texd"), *map(checksum, others)}) == 6
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "folder").mkdir()
+    target = tmp_path / "folder" / "file"
+    target.write_bytes(b"old")
+    (tmp_path / "link").symlink_to(target)
+    write_files({tmp_path / "link": b"new"})
+    assert (tmp_path / "link").is_symlink()
+    assert target.read_bytes() == b"new"
+    assert os.listdir(tmp_path / "folder") == ["file"]
+
+
+def test_a_write_that_fails_leaves_all_old_files_and_nothing_else(tmp_path):
+    """The limit on a file's size acts as a full disk: the second file is cut off in the middle."""
+    resource = pytest.importorskip("resource")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    files = {tmp_path / "a": b"1" * 10, tmp_path / "b": b"2" * 10_000}
+    for path in files:
+        path.write_bytes(b"old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write_files(files)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old", "b": b"old"}
+
+
+def test_a_process_killed_in_the_middle_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    code = f"""
+import os, signal
+from pathlib import Path
+from minirank import files
+files.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+files.write_files({{Path({str(path)!r}): b"new"}})
+"""
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode < 0
+    assert path.read_bytes() == b"old"
+
+
+def test_a_wrong_place_is_named(tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder: expected the name of a file"):
+        write_files({tmp_path: b""})
+    with pytest.raises(FileNotFoundError, match=r"there is no folder '.*none' to write 'x' in"):
+        write_files({tmp_path / "none" / "x": b""})
+    with pytest.raises(FileNotFoundError, match=r"there is no file '.*x'"):
+        read_safetensors(tmp_path / "x")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        read_safetensors(tmp_path)
+
+
+def test_no_numpy_is_needed(tmp_path):
+    code = """
+import sys
+sys.modules["numpy"] = None
+import torch
+from torch import nn
+import minirank
+for folder in ("p", "q"):
+    model = nn.Sequential(nn.Linear(4, 3))
+    if folder == "p":
+        state = model.state_dict()
+        minirank.wrap(model, {"0": 2}, gate=0.0, trainable=[])
+        y = model(torch.ones(1, 4))
+        minirank.save_adapter(model, "a")
+        minirank.export_peft(model, "p")
+    else:
+        model.load_state_dict(state)
+        minirank.load_adapter(model, "a", trainable=[])
+        assert torch.equal(model(torch.ones(1, 4)), y)
+        minirank.unwrap(model)
+        minirank.import_peft(model, "p", trainable=[])
+"""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, check=True)
+
+
+# ---- fingerprints --------------------------------------------------------------------------------------------------
+
+
+def linear(dtype=torch.float32, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Linear(5, 7).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_module_is_recognised_in_every_type_and_another_one_in_none(dtype):
+    known = fingerprint(linear())
+    assert same_base(linear(dtype), known)
+    assert same_base(linear(), fingerprint(linear(dtype)))
+    assert not same_base(linear(dtype, seed=1), known)
+    assert not same_base(nn.Linear(5, 7, bias=False, dtype=dtype), known)
+
+
+def test_in_the_same_type_one_bit_is_enough_to_tell_modules_apart():
+    for key in ("weight", "bias"):
+        changed = linear()
+        with torch.no_grad():
+            changed.get_parameter(key).view(-1)[3].nextafter_(torch.tensor(9.0))
+        assert not same_base(changed, fingerprint(linear()))
+
+
+def test_rounding_to_the_coarser_type_is_forgiven_and_twice_that_is_not():
+    known = fingerprint(linear())
+    for factor, same in ((1 + 2**-9, True), (1 + 2**-6, False)):
+        changed = linear()
+        with torch.no_grad():
+            changed.weight.mul_(factor)
+        assert same_base(changed.bfloat16(), known) == same
