@@ -124,7 +124,7 @@ def test_training_and_resizing_go_on_as_if_nothing_had_happened(path, gate):
 def test_l1ra_goes_on_from_the_file_in_the_middle_of_its_course(path):
     def course(model):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, weight_decay=0.3)
-        return optimizer, L1RA(model, optimizer, l1=0.5, interval=4, generator=5)
+        return optimizer, L1RA(model, optimizer, l1=2.0, interval=4, generator=5)
 
     def steps(model, optimizer, l1ra, count):
         for _ in range(count):
