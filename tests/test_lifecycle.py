@@ -1,17 +1,18 @@
-"""wrap → train → resize → merge → unmerge → unwrap on random models: whatever the shape of the model, the functions
-in between are the ones built by hand, and the base comes out as it went in, bit for bit."""
+"""wrap → train → resize → save → load → resize → merge → unmerge → unwrap on random models: whatever the shape of the
+model, the functions in between are the ones built by hand, and the base comes out as it went in, bit for bit."""
 
 from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import Conv1DLike, LinearLike, assert_unchanged, randomize, snapshot, with_deltas_by_hand
+from models import Conv1DLike, LinearLike, assert_unchanged, randomize, same_bits, snapshot, with_deltas_by_hand
 from torch import nn
 
-from minirank import linear_targets, lora_layers, merge, resize, unmerge, unwrap, wrap
+from minirank import linear_targets, load_adapter, lora_layers, merge, resize, save_adapter, unmerge, unwrap, wrap
 from minirank.targets import all_names
 
 SIZES = st.integers(1, 5)
@@ -57,9 +58,10 @@ def largest_rank(module):
     return min(module.weight.shape)
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.filterwarnings("ignore:.*require a gradient:UserWarning")  # the models' own parameters may, at random
+@settings(max_examples=500, deadline=None)
 @given(model_and_width=models(), data=st.data())
-def test_a_whole_life_leaves_the_base_bit_for_bit(model_and_width, data):
+def test_a_whole_life_leaves_the_base_bit_for_bit(tmp_path_factory, model_and_width, data):
     model, width = model_and_width
     plain, before = copy.deepcopy(model), snapshot(model)
     x = torch.randn(3, width, dtype=torch.float64)
@@ -97,12 +99,27 @@ def test_a_whole_life_leaves_the_base_bit_for_bit(model_and_width, data):
             for parameter in layer.parameters(recurse=False):
                 assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape
 
+    path = tmp_path_factory.mktemp("life") / "adapter"
+    save_adapter(model, path)
+    loaded = copy.deepcopy(plain)
+    before_loading = snapshot(loaded)
+    load_adapter(loaded, path)
+    ours, theirs = dict(model.named_parameters()), dict(loaded.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(same_bits(ours[name], theirs[name]) for name in ours)
+    assert torch.equal(loaded(x), model(x))
+    assert unwrap(model) == list(layers)
     model.zero_grad()
+    assert_unchanged(model, before)
+
+    model, before, layers = loaded, before_loading, lora_layers(loaded)
+    resize(model, {name: data.draw(st.integers(0, layer.rank)) for name, layer in layers.items()})
     wrapped = snapshot(model)
     assert merge(model, untie=True) == list(layers)
     same_as_by_hand()
     assert unmerge(model) == list(layers)
     assert_unchanged(model, wrapped)
+    same_as_by_hand()
     assert unwrap(model) == list(layers)
     assert not lora_layers(model)
     assert_unchanged(model, before)
