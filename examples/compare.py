@@ -19,14 +19,28 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tagging import Data, Tagger, batches, build_model, evaluate, load_data, loss_fn, make_optimizer, train, words
+from tagging import (
+    Data,
+    Tagger,
+    batches,
+    build_model,
+    evaluate,
+    load_data,
+    loss_fn,
+    make_optimizer,
+    spread,
+    train,
+    words,
+)
 
-from minirank import L1RA, Allocation, Allocator, SensitivityLoRA, ShapLoRA, UniformRanks, wrap
+from minirank import L1RA, Allocation, Allocator, SensitivityLoRA, ShapLoRA, UniformRanks, curvature, wrap
 from minirank.history import History
+from minirank.sensitivity import Curvature
 from minirank.table import arrange, fill_heat_map, whole_ticks
 
 SCALING = 2.0  # of every LoRA layer, whatever its rank
@@ -48,6 +62,7 @@ class Options:
     stop: int  # after which its ranks stay
     coalitions: int  # ShapLoRA's
     sentences: int  # of the dev split, which they are scored on
+    curvature: str  # Sensitivity-LoRA's
     first_gate_lr: float  # of the gates, in its first training
 
 
@@ -77,6 +92,11 @@ class Trained(NamedTuple):
 
 Method = Callable[[Tagger, Data, Options, int], Trained]
 
+CURVATURES: dict[str, Curvature] = {
+    "input_second_moment": curvature.input_second_moment,
+    "empirical_fisher": partial(curvature.empirical_fisher, batch_weight=words),
+}
+
 
 # A method takes the plain model, allocates, wraps and trains it in place. To add one, write such a function and name it
 # in METHODS.
@@ -88,7 +108,8 @@ def uniform(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
 
 def sensitivity(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
     calibration = list(batches(data.dev, 24, device=options.device))
-    allocator = SensitivityLoRA(model, loss_fn, calibration, targets=options.targets)
+    estimate = CURVATURES[options.curvature]
+    allocator = SensitivityLoRA(model, loss_fn, calibration, targets=options.targets, curvature=estimate)
     return allocate_then_train(allocator, model, data, options, seed)
 
 
@@ -125,8 +146,7 @@ def shaplora(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
     wrap(trial, ranks, alpha=SCALING, reference_rank=1, gate=0.0, trainable=["head"], generator=seed)
     optimizer = make_optimizer(trial, gate_lr=options.first_gate_lr)
     train(trial, data.train, steps=options.steps, seed=seed, optimizer=optimizer)
-    chosen = data.dev[:: max(1, len(data.dev) // options.sentences)][: options.sentences]
-    validation = list(batches(chosen, 24, device=options.device))
+    validation = list(batches(spread(data.dev, options.sentences), 24, device=options.device))
     allocator = ShapLoRA(trial, loss_fn, validation, coalitions=options.coalitions, batch_weight=words, generator=seed)
     first_stage = time.perf_counter() - start
     # Stage two trains plain LoRA like the other methods, so that nothing differs but the ranks.
@@ -271,6 +291,8 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["encoder.*"], help="names or globs of linear layers")
     parser.add_argument("--steps", type=int, help="training steps of 24 sentences (default 250)")
     parser.add_argument("--seeds", type=int, nargs="+", help="one training per method and seed (default 0 1 2)")
+    parser.add_argument("--curvature", choices=list(CURVATURES), default="input_second_moment",
+                        help="Sensitivity-LoRA's")  # fmt: skip
     parser.add_argument("--l1", type=float, default=L1, help=f"L1RA's penalty (default {L1})")
     parser.add_argument("--gate-lr", type=float, default=GATE_LR, help=f"of L1RA's gates (default {GATE_LR})")
     parser.add_argument("--interval", type=int, help="L1RA's steps between updates (default: 5 %% of the training)")
@@ -300,6 +322,7 @@ def main() -> None:
         stop=round(arguments.stop * steps),
         coalitions=arguments.coalitions or (18 if arguments.quick else 90),
         sentences=arguments.sentences or (24 if arguments.quick else 120),
+        curvature=arguments.curvature,
         first_gate_lr=arguments.first_gate_lr,
     )
 

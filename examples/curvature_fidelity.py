@@ -33,8 +33,8 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from agreement import Diagonals, Row, entries, kendall, relative_error, save_plot, spearman, table, traces
-from curvature_stability import fine_tune, with_trained_head, words
-from tagging import Batch, Data, Example, Tagger, batches, evaluate, load_data, loss_fn, train
+from curvature_stability import fine_tune, with_trained_head
+from tagging import Batch, Data, Example, Tagger, batches, evaluate, load_data, loss_fn, train, words
 from torch import Tensor, nn
 
 from minirank import SensitivityLoRA, curvature, linear_targets

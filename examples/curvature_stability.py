@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from agreement import kendall
-from tagging import IGNORE, Batch, Data, Example, Tagger, batches, build_model, evaluate, load_data, loss_fn, train
+from tagging import Data, Example, Tagger, batches, build_model, evaluate, load_data, loss_fn, spread, train, words
 from torch import Tensor
 
 from minirank import SensitivityLoRA, curvature, linear_targets, merge, unwrap, wrap
@@ -37,11 +37,6 @@ DOMAINS = {"press": (0, 972), "learned": (3171, 3981), "fiction": (3981, 6000)} 
 TARGETS = ["encoder.*"]
 PAPER = {"domains": "0.971 to 0.983", "10 %": "0.986", "fine-tuning": "at least 0.98"}
 Measured = dict[str, Tensor]  # {"theta", "trace"}: (layers,)
-
-
-def words(batch: Batch) -> int:
-    """What a batch's mean loss weighs: it is a mean over words."""
-    return int((batch["labels"] != IGNORE).sum())
 
 
 def with_trained_head(data: Data, steps: int, seed: int = 0) -> Tagger:
@@ -64,11 +59,6 @@ def measure(estimate: str, model: Tagger, examples: list[Example]) -> Measured:
     allocator.score()
     of_layers = allocator.metrics.values()
     return {key: torch.tensor([metrics[key] for metrics in of_layers]) for key in ("theta", "trace")}
-
-
-def spread(examples: list[Example], count: int) -> list[Example]:
-    """`count` of them at even distances."""
-    return [examples[i * len(examples) // count] for i in range(count)]
 
 
 def tau(a: Measured, b: Measured) -> dict[str, float]:

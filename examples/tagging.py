@@ -90,6 +90,11 @@ def load_data(folder: Path = Path(__file__).parent / "data", max_length: int = 1
     return Data(examples("train"), examples("dev"), examples("test"), tags)
 
 
+def spread(examples: list[Example], count: int) -> list[Example]:
+    """`count` of them at even distances."""
+    return [examples[i * len(examples) // count] for i in range(count)]
+
+
 def batches(
     examples: list[Example],
     batch_size: int,

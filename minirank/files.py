@@ -31,7 +31,7 @@ DTYPES = {
 def tensor_bytes(tensor: Tensor) -> bytes:
     """The entries of `tensor`, of any device, in row-major order."""
     whole = tensor.detach().cpu().contiguous()
-    return ctypes.string_at(whole.data_ptr(), whole.nbytes) if whole.nbytes else b""
+    return ctypes.string_at(whole.data_ptr(), whole.nbytes)
 
 
 def checksum(tensors: Mapping[str, Tensor], text: str = "") -> str:

@@ -217,6 +217,9 @@ def test_the_file_says_where_its_ranks_came_from(path):
     assert (read.method, read.budget, read.unit) == ("uniform", 9, "rank")
     assert str(read).splitlines()[0] == "uniform: 9 ranks (budget 9 rank)"
     assert str(allocation).splitlines()[1:] == str(read).splitlines()[1:]
+    assert allocation.ranks["blocks.0.0"] > 0
+    aliased = {("alias" if n == "blocks.0.0" else n): rank for n, rank in allocation.ranks.items()}
+    save_adapter(model, path, allocation=dataclasses.replace(allocation, ranks=aliased))
     resize(model, {"like": 4})
     with pytest.raises(ValueError, match=r"not those of the allocation.*dataclasses.replace"):
         save_adapter(model, path, allocation=allocation)
@@ -243,7 +246,7 @@ def classifier(dtype=torch.float64, seed=0):
         return Classifier(dtype)
 
 
-@pytest.mark.parametrize("modules", ["head", ["head"], ["head.*"], ["h*", "body.1"]])
+@pytest.mark.parametrize("modules", ["head", ["head"], ["head.*"], ["h*", "body"]])
 def test_other_trained_modules_come_along_with_their_buffers(path, modules):
     model = classifier()
     wrap(model, {"body.0": 2}, trainable=["head"])
@@ -251,10 +254,8 @@ def test_other_trained_modules_come_along_with_their_buffers(path, modules):
     model(inputs(5, 4)).square().sum().backward()
     optimizer.step()
     model.eval()
-    if "body.1" in modules:
-        save_adapter(model, path, modules=modules)
-    else:
-        save_adapter(model, path, modules=modules)
+    save_adapter(model, path, modules=modules)
+    if "body" not in modules:
         model.body[1].load_state_dict(classifier().body[1].state_dict())  # its running mean was not asked for
     fresh = classifier().eval()
     fresh.head["out"].reset_parameters()
@@ -280,6 +281,8 @@ def test_a_tied_parameter_is_saved_once_and_not_missed(path):
     model = zoo()
     wrap(model, {"like": 2}, trainable=["emb"])
     save_adapter(model, path, modules=["head"])  # the same parameter
+    assert list(read_adapter(path).others) == ["head.weight"]
+    save_adapter(model, path, modules=["head", "emb"])
     assert list(read_adapter(path).others) == ["head.weight"]
 
 
@@ -402,6 +405,12 @@ CRAFTED = {
     "expected one rank": lambda tensors, _: tensors.update({"like.gate": torch.ones(5).double()}),
     "expected lora_A \\(r, d_in\\)": lambda tensors, _: tensors.update({"like.gate": torch.ones(6, 1).double()}),
     "must have one floating-point type": lambda tensors, _: tensors.update({"like.gate": torch.ones(6)}),
+    "one floating-point type": lambda tensors, _: tensors.update(
+        {f"like.{key}": tensors[f"like.{key}"].long() for key in ("lora_A", "lora_B", "gate")}
+    ),
+    "expected one rank, of at most 6": lambda tensors, _: tensors.update(
+        {"like.lora_A": torch.ones(7, 6), "like.lora_B": torch.ones(6, 7), "like.gate": torch.ones(7)}
+    ),
     "'like' has rank 6 and shape \\(6, 6\\), announced": set_field("like", "rank", 5),
     "KeyError: 'scaling'": lambda _, record: record["layers"]["like"].pop("scaling"),
     "scaling of 'like' is nan": set_field("like", "scaling", float("nan")),
@@ -415,6 +424,11 @@ CRAFTED = {
 def test_a_file_that_contradicts_itself_is_refused(saved, message):
     craft(saved, CRAFTED[message])
     refuse(saved, message)
+
+
+def test_whole_numbers_do_not_become_weights(saved):
+    craft(saved, lambda tensors, _: tensors.update({"body.norm.weight": torch.ones(8, dtype=torch.long)}))
+    refuse(saved, "the file holds 'body.norm.weight', torch.int64 .*; the model has torch.float64")
 
 
 def test_an_unaltered_crafted_file_loads(saved):
