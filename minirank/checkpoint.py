@@ -45,7 +45,8 @@ class SavedAdapter:
         return {name: layer.rank for name, layer in self.layers.items()}
 
     def __str__(self) -> str:
-        budget = "" if self.budget is None else f" (budget {self.budget:,} {self.unit})"
+        unit = "ranks" if self.unit == "rank" else self.unit
+        budget = "" if self.budget is None else f" (budget {self.budget:,} {unit})"
         total = f"{self.method or 'adapter'}: {sum(self.ranks.values()):,} ranks{budget}"
         return f"{total}\n{draw_table(self.ranks)}"
 

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "examples" / "results" / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -16,20 +17,26 @@ def test_there_are_blocks():
     assert len(BLOCKS) >= 3
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"block {i + 1}" for i in range(len(BLOCKS))])
 def test_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
-def test_every_script_and_file_that_the_readme_names_exists():
-    names = set(re.findall(r"\b(?:examples|tests|minirank)/[\w/]+\.(?:py|txt|json|png)", README))
+def test_every_script_and_file_that_the_pages_name_exists():
+    names = set(re.findall(r"\b(?:examples|tests|minirank)/[\w/]+\.(?:py|txt|json|png|md)", README + RESULTS))
     assert names
     assert not [name for name in names if not (ROOT / name).exists()]
+    links = re.findall(r"\]\(([^)#:]+)\)", RESULTS)
+    assert links
+    assert not [link for link in links if not (ROOT / "examples" / "results" / link).exists()]
 
 
-def test_every_option_of_the_comparison_that_the_readme_names_exists():
+def test_every_option_of_the_comparison_that_the_pages_name_exists():
     source = (ROOT / "examples" / "compare.py").read_text(encoding="utf-8")
-    options = {o for line in re.findall(r"compare\.py(.*)", README) for o in re.findall(r"--[a-z]+", line)}
+    options = {
+        o for line in re.findall(r"compare\.py(.*)", README + RESULTS) for o in re.findall(r"--[a-z0-9-]+", line)
+    }
     assert options
     assert not [option for option in options if f'"{option}"' not in source]

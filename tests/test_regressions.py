@@ -8,20 +8,46 @@
     AdaLoRA: ties keep no rank at all               test_resize: test_equal_contributions_keep_the_earlier_ranks
     AdaLoRA: init_r == target_r crashes             test_resize: test_nothing_to_do_changes_nothing
     L1RA: broken merge                              test_merge: test_merging_puts_the_sum_into_the_weight_...
+    L1RA: no saving, no loading                     test_checkpoint: test_l1ra_goes_on_from_the_file_...,
+                                                      test_l1ra_training: test_a_saved_training_goes_on_...
+    L1RA: an interval of 0, updates in the middle   test_l1ra: test_bad_options_are_refused_...,
+      of a gradient accumulation, a dead zone         test_gradient_accumulation_counts_optimizer_steps,
+                                                      test_the_authors_step_has_a_dead_zone
     L1RA: lost moments, lost ranks                  test_resize: ..._survivors_keep_values_gradients_and_moments_...,
                                                       test_rank_zero_is_the_base_function_and_grows_again
-    merging an attention's out_proj twice, unseen   test_merging_an_attention_output_applies_its_delta_once
-      by a merged == unmerged test
+    merging an attention's out_proj twice, unseen   test_merging_an_attention_output_applies_its_delta_once,
+      by a merged == unmerged test                    test_peft_applies_an_attention_outputs_delta_twice
     merging a tied weight changes the other module  test_merge: test_merging_a_tied_weight_is_refused_or_unties_it,
                                                       test_peft_merges_into_a_tied_embedding
     one module under two names is wrapped twice     test_a_shared_module_is_adapted_once_and_applied_once_per_use
     wrapping twice stacks adapters                  test_wrap: test_a_refused_wrap_changes_nothing[already adapted],
                                                       test_wrapping_twice_is_refused_and_adds_no_second_adapter
-    bf16 merge and unmerge drift                    test_a_hundred_half_precision_merges_do_not_drift
+    bf16 merge and unmerge drift                    test_a_hundred_half_precision_merges_do_not_drift,
+                                                      test_peft_drifts_when_half_precision_is_merged_again_and_again
     eval() calls train(False), which merges         test_merge: test_training_and_evaluating_do_not_merge
     suffix and substring matching                   test_targets: test_names_are_exact_and_globs_cover_the_whole_name
     a pattern that matches nothing is ignored       test_targets: ..._finds_nothing_is_an_error_that_helps
     alpha / r rescales silently when ranks change   test_the_trained_function_is_not_rescaled_when_ranks_change
+
+    curvature and budgets: the fault elsewhere      the test here
+    ----------------------------------------------  ----------------------------------------------------------------
+    double backward fails in scaled_dot_product_    test_pytorch_cannot_differentiate_its_attention_twice,
+      attention and in the encoder's fast path        test_hessian: test_fast_diagonal_equals_...[encoder layer],
+                                                      test_curvature: test_the_transformer_fast_path_does_not_...
+    BackPACK: no GELU, LayerNorm, branches,         test_hessian: test_fast_diagonal_equals_the_dense_hessian,
+      attention                                       test_reference_equals_the_dense_hessian
+    curvlinops: exact only through H @ I            test_hessian: test_fast_diagonal_equals_the_dense_hessian
+    estimators draw from the global generator       test_hutchinson: test_the_generator_alone_decides,
+                                                      test_curvature: test_the_model_and_the_rng_are_as_before_...
+    estimators without standard errors              test_hutchinson: test_standard_errors_are_those_of_single_samples,
+                                                      test_a_95_percent_interval_of_a_trace_covers_...
+    a stopping rule stops at a negative trace       test_hutchinson: test_a_negative_trace_does_not_stop_early
+    batches of unequal size count alike             test_curvature_traps: test_batches_weigh_by_samples_or_as_told
+    dict, tuple and tensor batches                  test_curvature_traps: test_batches_of_any_type
+    dropout and BatchNorm in training mode          test_curvature: test_dropout_is_off, test_curvature_traps:
+                                                      test_the_model_is_left_as_it_was_frozen_or_training
+    rank budgets are missed                         test_budget: test_rank_budget_is_met_exactly_within_bounds
+    AdaLoRA and others: ties lose ranks             test_budget: test_ties_between_ranks_keep_the_exact_number_in_order
 
     invariant                                       the test here
     ----------------------------------------------  ----------------------------------------------------------------
@@ -32,8 +58,10 @@
                                                       test_lifecycle
     merging twice is a no-op; unmerge is bitwise    test_merge: test_merging_puts_the_sum_into_the_weight_...
     non-finite adapters refuse to merge             test_merge: test_an_adapter_that_is_not_finite_refuses_...
+    save, load under another seed: equal outputs    test_checkpoint: test_a_loaded_adapter_is_the_saved_one_bit_for_bit
     no stray keys                                   test_mechanisms: test_state_dict_has_the_expected_keys_...
-    bf16 and fp16 forward, merge                    test_mechanisms: test_half_precision_models, test_merge
+    bf16 and fp16 forward, merge, save              test_mechanisms: test_half_precision_models, test_merge,
+                                                      test_checkpoint: test_a_loaded_adapter_is_the_saved_...
     gradient checkpointing, torch.compile           test_mechanisms: ..._checkpointing_..., test_torch_compile_...
     deepcopy and pickle                             test_mechanisms: test_copies_are_equal_and_independent
     rank 0 and rank = min(d_in, d_out)              test_lora: test_rank_zero_is_the_base, test_every_rank_up_to_...
@@ -41,7 +69,8 @@
     requires_grad of untouched parameters           test_wrap: test_only_the_wrapped_weights_are_frozen
     meta-device models load                         test_a_model_from_the_meta_device_is_adapted_once_it_is_loaded
 
-Saving and loading, PEFT's format, curvature, budgets and L1RA's own schedule are tested with the files they live in.
+A test named test_peft_... or test_pytorch_... shows that the fault is there, so that the list stays honest: where one
+fails after an upgrade, the fault may have been mended.
 """
 
 from __future__ import annotations
@@ -107,6 +136,52 @@ def test_peft_merges_into_a_tied_embedding():
         nn.init.normal_(theirs.base_model.model.head.lora_B["default"].weight)
         merged = theirs.merge_and_unload()
     assert not torch.allclose(merged.emb.weight, plain.emb.weight)
+
+
+def test_peft_applies_an_attention_outputs_delta_twice():
+    """The fault in PEFT: its forward merges, and so its merged and unmerged outputs agree, on the wrong function."""
+    peft = pytest.importorskip("peft")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, batch_first=True)}), torch.randn(2, 3, 8)
+        once, twice = copy.deepcopy(model["attn"]), copy.deepcopy(model["attn"])
+        theirs = peft.get_peft_model(model, peft.LoraConfig(target_modules=["attn"], r=2, lora_alpha=2)).eval()
+        layer = theirs.base_model.model["attn"]
+        adapters = [layer, layer.base_layer.out_proj]
+        for adapter in adapters:
+            nn.init.normal_(adapter.lora_B["default"].weight)
+    inner, outer = (a.lora_B["default"].weight @ a.lora_A["default"].weight for a in adapters)
+    with torch.no_grad():
+        for expected, times in ((once, 1), (twice, 2)):
+            expected.in_proj_weight += inner
+            expected.out_proj.weight += times * outer
+        y = layer(x, x, x)[0]
+        torch.testing.assert_close(y, twice(x, x, x)[0])
+        assert not torch.allclose(y, once(x, x, x)[0], atol=0.1)
+
+
+def test_peft_drifts_when_half_precision_is_merged_again_and_again():
+    """The fault in PEFT; test_a_hundred_half_precision_merges_do_not_drift has it right."""
+    peft = pytest.importorskip("peft")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64)).bfloat16()
+        before = model[0].weight.detach().clone()
+        theirs = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"], r=4))
+        nn.init.normal_(theirs.base_model.model[0].lora_B["default"].weight)
+    for _ in range(10):
+        theirs.merge_adapter()
+        theirs.unmerge_adapter()
+    assert not torch.equal(theirs.base_model.model[0].base_layer.weight, before)
+
+
+def test_pytorch_cannot_differentiate_its_attention_twice():
+    """The fault in PyTorch's default kernel, for which curvature is measured with another one."""
+    x = torch.ones(1, 2, 3, 4, requires_grad=True)
+    y = nn.functional.scaled_dot_product_attention(x, x, x).square().sum()
+    (slope,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"derivative for .*scaled_dot_product.* is not implemented"):
+        torch.autograd.grad(slope.sum(), x)
 
 
 def test_shrinking_frees_parameters_and_optimizer_state():
