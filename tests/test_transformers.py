@@ -31,7 +31,7 @@ from minirank import (
 )
 
 pytest.importorskip("transformers")
-from transformer_models import FAMILIES, batches, logits, loss_fn, train
+from transformer_models import FAMILIES, OTHER_FAMILIES, batches, logits, loss_fn, other_family, train
 
 pytestmark = [
     # transformers 5 renames what PEFT 0.21 asks every model for, and what users of older versions call.
@@ -43,6 +43,14 @@ pytestmark = [
 ]
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 decoders = pytest.mark.parametrize("family", [FAMILIES["gpt2"], FAMILIES["llama"]], ids=["gpt2", "llama"])
+
+
+@pytest.fixture(autouse=True)
+def _own_generator():
+    """PEFT draws its adapters from the global one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def adapted(family, seed=0, trainable=(), **options):
@@ -127,6 +135,17 @@ def test_a_method_meets_its_budget_and_only_its_adapters_and_the_head_train(fami
     assert head  # of GPT-2 it is the embedding
     assert moved == adapters | head
     assert not torch.allclose(logits(model), logits(plain), atol=1e-3)
+
+
+@every_family
+@pytest.mark.parametrize("method", [sensitivity, gauss_newton])
+def test_what_stands_in_the_padding_makes_no_difference_to_the_scores(family, method):
+    allocator, _ = method(family, 0)
+    scores = allocator.score()
+    for batch in allocator.batches:
+        batch["input_ids"] = batch["input_ids"].where(batch["attention_mask"] == 1, 20)
+    for name, score in allocator.score().items():
+        torch.testing.assert_close(score, scores[name], rtol=1e-4, atol=1e-5)
 
 
 # ---- our file ------------------------------------------------------------------------------------------------------
@@ -352,6 +371,28 @@ def test_gradient_checkpointing_gives_the_same_gradients(family):
             assert gradient.any(), name
 
 
+@every_family
+def test_the_kernel_of_attention_makes_no_difference(family):
+    scores, outputs = [], []
+    for kernel in ("eager", "sdpa"):
+        model = family(attn_implementation=kernel)
+        allocator = SensitivityLoRA(
+            model,
+            loss_fn,
+            batches(model, 1),
+            targets=family.targets,
+            curvature=partial(curvature.gauss_newton, output=family.head),
+            progress=False,
+        )
+        scores.append(allocator.score())
+        wrap(model, dict.fromkeys(family.names, 2), gate=0.0)  # whose adapters are no zeros
+        layers = lora_layers(model)
+        randomize(layers)
+        outputs.append(logits(model))
+    torch.testing.assert_close(*map(torch.stack, map(list, map(dict.values, scores))), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+
+
 # ---- names and shapes ----------------------------------------------------------------------------------------------
 
 
@@ -389,3 +430,29 @@ def test_rows_and_columns_are_told_apart():
         assert allocation.costs == {name: sum(shape) for name, shape in expected.items()}
         layers = wrap(allocator.model, allocation)
         assert {name: (len(x.lora_B), x.lora_A.shape[1]) for name, x in layers.items()} == expected
+
+
+# ---- other families ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", OTHER_FAMILIES)
+def test_another_family_is_scored_trained_saved_and_read_by_the_real_peft(kind, tmp_path):
+    peft = pytest.importorskip("peft")
+    plain, model = other_family(kind), other_family(kind)
+    allocator = SensitivityLoRA(model, loss_fn, batches(model), targets=OTHER_FAMILIES[kind][0], progress=False)
+    allocator.score()
+    allocation = allocator.allocate(2 * len(allocator.targets))
+    layers = wrap(model, allocation, trainable=[])
+    assert same_bits(logits(model), logits(plain))
+    train(model, 1, torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=0.1))
+    assert all(layer.lora_B.any() for layer in layers.values())
+    save_adapter(model, tmp_path / "a.safetensors", allocation=allocation)
+    again = other_family(kind)
+    load_adapter(again, tmp_path / "a.safetensors")
+    assert same_bits(logits(again), logits(model))
+    export_peft(model, tmp_path / "peft")
+    theirs = peft.PeftModel.from_pretrained(other_family(kind), tmp_path / "peft").eval()
+    assert_same_function(theirs, model)
+    assert not torch.allclose(logits(model), logits(plain), atol=1e-3)
+    unwrap(model)
+    assert all(same_bits(p, plain.state_dict()[key]) for key, p in model.state_dict().items())
