@@ -456,3 +456,12 @@ def test_another_family_is_scored_trained_saved_and_read_by_the_real_peft(kind, 
     assert not torch.allclose(logits(model), logits(plain), atol=1e-3)
     unwrap(model)
     assert all(same_bits(p, plain.state_dict()[key]) for key, p in model.state_dict().items())
+
+
+def test_a_model_that_lays_its_sentences_end_to_end_has_the_curvature_that_the_refusal_names():
+    kind = "OPT, rows of all sentences in one"
+    model, targets = other_family(kind), OTHER_FAMILIES[kind][0]
+    with pytest.raises(ValueError, match=r"seen: \[4, 28\]\): use gauss_newton\(…, independent=False\)"):
+        curvature.empirical_fisher(model, loss_fn, batches(model, 1), targets)
+    found = curvature.gauss_newton(model, loss_fn, batches(model, 1), targets, output="lm_head", independent=False)
+    assert all(diagonal.min() >= 0 and diagonal.any() for diagonal in found.values())
