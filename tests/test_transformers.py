@@ -72,26 +72,24 @@ def words(batch):
     return (batch["labels"] != -100).sum().item()
 
 
-def uniform(family, budget):
-    return UniformRanks(family(), family.targets), budget
+def uniform(family):
+    return UniformRanks(family(), family.targets)
 
 
-def sensitivity(family, budget, measured=curvature.input_second_moment):
+def sensitivity(family, measured=curvature.input_second_moment):
     model = family()
-    return SensitivityLoRA(
-        model, loss_fn, batches(model), targets=family.targets, curvature=measured, progress=False
-    ), budget
+    return SensitivityLoRA(model, loss_fn, batches(model), targets=family.targets, curvature=measured, progress=False)
 
 
-def fisher(family, budget):
-    return sensitivity(family, budget, partial(curvature.empirical_fisher, batch_weight=words))
+def fisher(family):
+    return sensitivity(family, partial(curvature.empirical_fisher, batch_weight=words))
 
 
-def gauss_newton(family, budget):
-    return sensitivity(family, budget, partial(curvature.gauss_newton, output=family.head, batch_weight=words))
+def gauss_newton(family):
+    return sensitivity(family, partial(curvature.gauss_newton, output=family.head, batch_weight=words))
 
 
-def l1ra(family, budget):
+def l1ra(family):
     model = family()
     wrap(model, dict.fromkeys(family.names, 2), gate=1.0, trainable=[])
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-2)
@@ -100,20 +98,20 @@ def l1ra(family, budget):
     assert [update.step for update in moving.history.updates] == [2, 4]
     assert any(update.given for update in moving.history.updates)  # a rank moved
     assert sum(layer.rank for layer in lora_layers(model).values()) == 2 * len(family.names)
-    return moving, budget
+    return moving
 
 
-def shaplora(family, budget):
+def shaplora(family):
     model = family()
     wrap(model, dict.fromkeys(family.names, 3), gate=0.0, trainable=[])
     train(model)
-    return ShapLoRA(model, loss_fn, batches(model), coalitions=18, batch_weight=words, progress=False), budget
+    return ShapLoRA(model, loss_fn, batches(model), coalitions=18, batch_weight=words, progress=False)
 
 
 @every_family
 @pytest.mark.parametrize("method", [uniform, sensitivity, fisher, gauss_newton, l1ra, shaplora])
 def test_a_method_meets_its_budget_and_only_its_adapters_and_the_head_train(family, method):
-    allocator, budget = method(family, 2 * len(family.names))
+    allocator, budget = method(family), 2 * len(family.names)
     before = snapshot(allocator.model)
     allocator.score()
     allocation = allocator.allocate(budget)
@@ -140,7 +138,7 @@ def test_a_method_meets_its_budget_and_only_its_adapters_and_the_head_train(fami
 @every_family
 @pytest.mark.parametrize("method", [sensitivity, gauss_newton])
 def test_what_stands_in_the_padding_makes_no_difference_to_the_scores(family, method):
-    allocator, _ = method(family, 0)
+    allocator = method(family)
     scores = allocator.score()
     for batch in allocator.batches:
         batch["input_ids"] = batch["input_ids"].where(batch["attention_mask"] == 1, 20)
@@ -258,7 +256,7 @@ def test_what_the_real_peft_trained_is_imported(family, rslora, tmp_path):
 @every_family
 def test_the_real_peft_takes_the_ranks_of_an_allocation(family):
     peft = pytest.importorskip("peft")
-    allocator, budget = sensitivity(family, len(family.names))
+    allocator, budget = sensitivity(family), len(family.names)
     allocator.score()
     allocation = allocator.allocate(budget, max_rank={family.names[0]: 0, family.names[3]: 0})
     assert len(set(allocation.ranks.values())) > 2
