@@ -166,10 +166,12 @@ def check_independent(inputs: Sequence[Tensor], slopes: Sequence[Tensor], *, cur
     live = [slope for slope in slopes if slope.requires_grad]
     if not inputs or (len(lengths) == 1 and (not live or _products_scale(live, inputs, max(lengths), curved))):
         return
+    way_out = "pass independent=False, which assumes nothing, or use hessian_diagonal_reference"
+    if not curved:  # the Fisher, which is about single samples
+        way_out = "use gauss_newton(…, independent=False), which assumes nothing"
     raise ValueError(
         "the samples of a batch interact (a loss across samples, batch statistics, or layer inputs whose first "
-        f"dimension does not count samples; first dimensions seen: {sorted(lengths)}): pass independent=False, which "
-        "assumes nothing, or use hessian_diagonal_reference"
+        f"dimension does not count samples; first dimensions seen: {sorted(lengths)}): {way_out}"
     )
 
 

@@ -195,8 +195,9 @@ def merge(model: nn.Module, *, untie: bool = False) -> list[str]:
     forward pass then costs what the base model's does. `unmerge` restores W bit for bit.
 
     A weight that is shared with another module (a head tied to an embedding) is refused, since the two would differ
-    from then on; untie=True accepts that, and leaves the other module's weight as it is. Until `unmerge` or `unwrap`,
-    a merged layer does not train, and its state_dict is refused.
+    from then on; untie=True accepts that, and leaves the other module's weight as it is (transformers may tie the
+    two again on loading: set its config.tie_word_embeddings to False). Until `unmerge` or `unwrap`, a merged layer does
+    not train, and its state_dict is refused.
 
     Returns the names of the layers merged now.
 
