@@ -250,7 +250,7 @@ def _layers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
         if rank != announced or rank == 0:
             raise ValueError(
                 f"{name!r} has rank {rank} in {TENSORS} and {announced!r} in {CONFIG}, expected the same positive one: "
-                "are the two files of one adapter?"
+                "are the two files of one adapter? (If two patterns match the name: PEFT's saving sorts them)"
             )
         alpha = _of_layer(config, "alpha_pattern", "lora_alpha", name)
         if not _is_number(alpha) or not 0 < alpha < math.inf:

@@ -53,7 +53,6 @@ CONFIGS = {
     "excluded": ({"target_modules": ["fc"], "exclude_modules": ["enc.fc"]}, ["fc"]),
     "gaussian": ({"target_modules": ["fc"], "init_lora_weights": "gaussian"}, ["fc", "enc.fc"]),
     "random": ({"target_modules": ["fc"], "init_lora_weights": False}, ["fc", "enc.fc"]),
-    "orthogonal": ({"target_modules": ["fc"], "init_lora_weights": "orthogonal"}, ["fc", "enc.fc"]),
 }
 
 
@@ -73,6 +72,10 @@ def check_import(plain, folder, theirs, x, names):
     y, expected = (y, expected) if isinstance(y, torch.Tensor) else (y.logits, expected.logits)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     return model
+
+
+if "orthogonal" in str(peft.LoraConfig.__annotations__["init_lora_weights"]):  # PEFT 0.18 or newer
+    CONFIGS["orthogonal"] = ({"target_modules": ["fc"], "init_lora_weights": "orthogonal"}, ["fc", "enc.fc"])
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -112,7 +115,7 @@ def test_peft_sorts_the_keys_when_it_saves(tmp_path):
 
 
 # PEFT looks for the key among those that match as patterns, but gives the layer its rank all the same.
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match any targeted module")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match any targeted module")
 def test_a_key_that_is_the_name_counts_where_it_does_not_match_as_a_pattern(tmp_path):
     names = [name for name in REGEX if name not in ("c*", "$h", "^t", "back\\slash")]
     config = peft.LoraConfig(
@@ -127,8 +130,9 @@ def test_a_key_that_is_the_name_counts_where_it_does_not_match_as_a_pattern(tmp_
     check_import(chain(REGEX), tmp_path, theirs, x, REGEX[:-1])
 
 
-# PEFT asks transformers by an old name.
+# PEFT asks transformers by an old name; PEFT 0.15 looks for the files of a model that never had any.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume:UserWarning")
 @pytest.mark.parametrize(
     ("options", "names"),
     [
@@ -147,22 +151,27 @@ def test_a_transformer_of_conv1d_layers(tmp_path, options, names):
     check_import(gpt2(), tmp_path, theirs, TOKENS, [f"transformer.{name}" for name in names])
 
 
-# PEFT says so when the configuration is made without one.
-@pytest.mark.filterwarnings("ignore:`init_lora_weights` is 'eva' but `eva_config` is not specified")
 def test_a_start_that_distributes_ranks(tmp_path):
-    """EVA finds the ranks in data, and PEFT writes what it found."""
-    config, x = peft.LoraConfig(target_modules=["fc", "xfc"], r=2, init_lora_weights="eva"), inputs(40, 6)
+    """EVA finds the ranks in data, and PEFT writes what it found under full names."""
+    eva = {"init_lora_weights": "eva", "eva_config": peft.EvaConfig()}
+    config, x = peft.LoraConfig(target_modules=["a", "b", "c"], r=2, **eva), inputs(40, 6, dtype=torch.float32)
+    x[:, 1:] *= 0.1
     with torch.random.fork_rng():
-        theirs = peft.get_peft_model(chain(dtype=torch.float32), config, low_cpu_mem_usage=True)
-        batches = [{"x": part} for part in x.float().split(8)]
-        peft.initialize_lora_eva_weights(theirs, batches, show_progress_bar=False)
+        theirs = peft.get_peft_model(chain("abcd", dtype=torch.float32), config, low_cpu_mem_usage=True)
+        peft.initialize_lora_eva_weights(
+            theirs,
+            [{"x": part} for part in x.split(8)],
+            prepare_model_inputs_fn=None,
+            prepare_layer_inputs_fn=lambda given, *_: given[0] if isinstance(given, tuple) else given,
+            show_progress_bar=False,
+        )
         for layer in theirs.modules():
             if isinstance(layer, peft.tuners.lora.LoraLayer):
                 torch.nn.init.normal_(layer.lora_B["default"].weight)
         theirs.save_pretrained(tmp_path)
-    model = chain(dtype=torch.float32)
-    assert import_peft(model, tmp_path)
-    torch.testing.assert_close(model(x.float()), theirs.eval()(x.float()), rtol=1e-6, atol=1e-5)
+    model = chain("abcd", dtype=torch.float32)
+    assert len({layer.rank for layer in import_peft(model, tmp_path).values()}) > 1
+    torch.testing.assert_close(model(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_start_that_changes_the_base_counts_once_peft_has_converted_it(tmp_path):
