@@ -51,7 +51,7 @@ def export_peft(
         base_model_name_or_path, task_type: written to the configuration as they are.
 
     Where B is multiplied by gates or scaling it is rounded once to its type; all else is bit for bit. PEFT has one
-    dropout for all layers: the largest is written.
+    dropout for all layers: the largest is written. It adapts nn.Linear and transformers' Conv1D, no look-alikes.
 
     Warns (UserWarning) of parameters that require a gradient and are not in the files, and of an
     nn.TransformerEncoderLayer, whose fast path leaves PEFT's adapters out.
@@ -140,10 +140,7 @@ def _check_places(model: nn.Module, names: Iterable[str]) -> None:
         module = modules[name]
         if places[id(module)] > 1:
             same = aliases[first[name]]
-            raise ValueError(
-                f"{some(same)} are one module, of which PEFT adapts {same[0]!r} only; adapters here are in all its "
-                "places. Adapt another module, or give the places modules of their own"
-            )
+            raise ValueError(f"{some(same)} are one module, of which PEFT adapts {same[0]!r} only, minirank all places")
         base = module.base if isinstance(module, LoRALinear) else module
         if isinstance(base, NonDynamicallyQuantizableLinear):
             raise ValueError(
@@ -205,8 +202,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     start = config.get("init_lora_weights")
     if start not in HARMLESS_STARTS:
         raise ValueError(
-            f"{str(path)!r} has init_lora_weights={start!r}, which may have changed the base weights: convert it to "
-            "plain LoRA in PEFT, by save_pretrained with path_initial_model_for_weight_conversion"
+            f"{str(path)!r} has init_lora_weights={start!r}, which may have changed the base weights, expected a start "
+            "that leaves them. PEFT converts pissa, olora, corda and lora_ga to plain LoRA: save_pretrained with "
+            "path_initial_model_for_weight_conversion"
         )
     special = {key: value for key, value in config.items() if value and key not in USED | WITHOUT_EFFECT}
     if config.get("bias", "none") != "none":
@@ -227,7 +225,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if not Path(folder, TENSORS).is_file():
         if Path(folder, "adapter_model.bin").is_file():
             raise ValueError(f"{str(folder)!r} has a pickled adapter_model.bin, no {TENSORS}: save it anew with PEFT")
-        raise FileNotFoundError(f"{str(folder)!r} has a {CONFIG} but no {TENSORS}: was it copied completely?")
+        raise FileNotFoundError(f"{str(folder)!r} has {CONFIG} but no {TENSORS}: was it copied completely?")
     return read_safetensors(Path(folder, TENSORS))[0]
 
 
@@ -237,10 +235,13 @@ def _layers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
     for key, tensor in tensors.items():
         found = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_[AB])\.weight", key)
         if found is None:
-            raise ValueError(f"{TENSORS} holds {key!r}, expected lora_A and lora_B of linear layers only. {INSTEAD}")
+            raise ValueError(
+                f"{TENSORS} holds {key!r}, expected lora_A and lora_B of linear layers only. {INSTEAD}; "
+                "save_pretrained(save_embedding_layers=False) there leaves weights out that did not train"
+            )
         pairs.setdefault(found[1], {})[found[2]] = tensor
     if not pairs:
-        raise ValueError(f"{TENSORS} holds no tensors")
+        raise ValueError(f"{TENSORS} holds no tensors, expected lora_A and lora_B of every layer")
     layers = {}
     for name, pair in pairs.items():
         if pair.keys() != {"lora_A", "lora_B"} or pair["lora_A"].ndim != 2:

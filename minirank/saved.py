@@ -62,8 +62,8 @@ class SavedLayer:
             )
         if self.rank > min(self.shape):
             raise ValueError(
-                f"{name!r} has rank {self.rank}, expected at most min(d_in, d_out) = {min(self.shape)}: more ranks add "
-                "nothing, and a LoRALinear does not hold them"
+                f"{name!r} has rank {self.rank}, expected at most min(d_in, d_out) = {min(self.shape)}: more add "
+                "nothing, and a LoRALinear does not hold them: train with fewer"
             )
         dtypes = {value.dtype for value in self.tensors.values()}
         if len(dtypes) != 1 or not dtypes.pop().is_floating_point:

@@ -7,7 +7,7 @@ import copy
 import peft
 import pytest
 import torch
-from models import assert_unchanged, inputs, snapshot, with_deltas_by_hand
+from models import TOKENS, assert_unchanged, inputs, snapshot, with_deltas_by_hand
 from peft_cases import (
     REGEX,
     chain,
@@ -23,7 +23,6 @@ from peft_cases import (
 
 from minirank import export_peft, import_peft, load_adapter, lora_layers, merge, resize, save_adapter
 
-TOKENS = torch.tensor([[1, 4, 2], [10, 0, 3]])
 ALL = ["fc", "enc.fc", "xfc", "enc.xfc", "fc2"]
 
 # LoraConfig's arguments, and the names it takes them for. "fc" alone also means enc.fc.

@@ -9,7 +9,7 @@ import re
 import peft
 import pytest
 import torch
-from models import assert_unchanged, inputs, snapshot
+from models import TOKENS, assert_unchanged, inputs, snapshot
 from peft_cases import chain, gpt2, in_peft, made, peft_trained, rewrite, tensors_of, trained
 from safetensors.torch import save_file
 from torch import nn
@@ -67,7 +67,6 @@ def test_real_adapters_of_other_methods_are_refused_by_name(tmp_path, config, na
 
 
 # PEFT warns of the tied embedding, asks transformers by an old name, and looks for the files of a model without any.
-@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume:UserWarning")
@@ -84,8 +83,23 @@ def test_real_adapters_of_other_methods_are_refused_by_name(tmp_path, config, na
 )
 def test_real_adapters_of_embeddings_are_refused_by_name(tmp_path, options, named):
     config = peft.LoraConfig(r=2, fan_in_fan_out=True, **options)
-    peft_trained(gpt2(), config, torch.tensor([[1, 4, 2]]), tmp_path)
+    peft_trained(gpt2(), config, TOKENS, tmp_path)
     import_refused(gpt2(), tmp_path, named, "expected", "linear layers")
+
+
+# As above; and PEFT saves the weight of a head beside its adapter, and says so.
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True` and")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_a_head_that_peft_saved_beside_its_adapter_is_refused_with_the_way_out(tmp_path):
+    theirs = peft_trained(gpt2(), peft.LoraConfig(target_modules=["lm_head"], r=2), TOKENS, tmp_path)
+    assert len(tensors_of(tmp_path)) > 2
+    import_refused(gpt2(), tmp_path, "lm_head", "expected lora_A and lora_B", "save_embedding_layers=False")
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    model = gpt2()
+    assert list(import_peft(model, tmp_path)) == ["lm_head"]
+    torch.testing.assert_close(model(TOKENS).logits, theirs(TOKENS).logits, rtol=1e-12, atol=1e-12)
 
 
 def test_a_real_adapter_of_a_convolution_is_refused_by_name(tmp_path):
