@@ -232,6 +232,7 @@ NAN = torch.tensor([[math.nan] * 6] * 2, dtype=torch.float64)
         (lambda t: t.update({"fc.lora_A.weight": NAN}), ("fc.lora_A is not finite",)),
         (lambda t: t.update({"fc.lora_B.weight": NAN.T.contiguous() * math.inf}), ("fc.lora_B is not finite",)),
         (lambda t: t.update({"fc.lora_A.weight": torch.ones(2)}), ("'fc' has", "(2,)", "expected lora_A (r, d_in)")),
+        (lambda t: t.update({"fc.lora_A.weight": torch.tensor(1.0)}), ("'fc' has", "()", "expected lora_A (r, d_in)")),
         (lambda t: t.update({"fc.lora_B.weight": torch.ones(6)}), ("'fc' has shapes", "(6,)", "expected lora_A")),
         (
             lambda t: t.update({"fc.lora_B.weight": torch.ones(6, 3).double()}),
@@ -245,7 +246,7 @@ NAN = torch.tensor([[math.nan] * 6] * 2, dtype=torch.float64)
         ),
         (lambda t: t.update({"fc.lora_A.default.weight": NAN}), ("holds", "fc.lora_A.default.weight'")),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_tensors_that_make_no_layer(folder, change, parts):
     with_tensors(folder, change)
