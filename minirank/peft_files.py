@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from .files import read_safetensors, safetensors_bytes, write_files
 from .linear import is_transposed
 from .lora import LoRALinear
 from .saved import SavedLayer, match, savable_layers, some, warn_of_losses
-from .targets import all_names
+from .targets import all_names, first_names, walk
 from .wrap import insert
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -49,9 +51,10 @@ def export_peft(
         base_model_name_or_path, task_type: written to the configuration as they are.
 
     Where B is multiplied by gates or scaling it is rounded once to its type; all else is bit for bit. PEFT has one
-    dropout for all layers: the largest is written.
+    dropout for all layers: the largest is written. It adapts nn.Linear and transformers' Conv1D, no look-alikes.
 
-    Warns (UserWarning) of parameters that require a gradient and are not in the files.
+    Warns (UserWarning) of parameters that require a gradient and are not in the files, and of an
+    nn.TransformerEncoderLayer, whose fast path leaves PEFT's adapters out.
 
     Raises ValueError: no LoRA layer with ranks, one that is merged, disabled or not finite; or that PEFT would compute
     otherwise: a module in several places, of which PEFT adapts one, and nn.MultiheadAttention's out_proj. OSError: from
@@ -60,19 +63,22 @@ def export_peft(
     layers = {name: layer for name, layer in savable_layers(model).items() if layer.rank > 0}
     if not layers:
         raise ValueError("every layer has rank 0, which PEFT's files cannot say: there is nothing to export")
-    aliases = all_names(model)
+    _check_places(model, layers)
     tensors: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
     for name, layer in layers.items():
-        _check_exportable(name, layer, aliases[name])
+        if not layer.enabled:
+            raise ValueError(f"{name!r} is disabled, which PEFT's files cannot say: enable it, or resize it to 0")
+        own = {key: value.detach() for key, value in layer.named_parameters(recurse=False)}
+        SavedLayer(own, layer.alpha, layer.reference_rank, layer.scaling, layer.initial_gate).check(name)
         # PEFT multiplies by alpha / r: by 1 if portable.
         B = _folded(layer, layer.scaling if portable else 1.0)
+        if not torch.isfinite(B).all():
+            raise ValueError(f"{name}.lora_B times gates or scaling overflows {B.dtype}: convert to a wider type")
         alphas[name] = float(layer.rank) if portable else layer.scaling * layer.rank
-        tensors |= {f"{name}.lora_A.weight": layer.lora_A.detach(), f"{name}.lora_B.weight": B}
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{key} is not finite in {tensor.dtype}: was the training stable?")
+        tensors |= {f"{name}.lora_A.weight": own["lora_A"], f"{name}.lora_B.weight": B}
     warn_of_losses(model, ())
+    _warn_of_fast_paths(model)
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -115,24 +121,43 @@ def import_peft(
     trained biases, modules_to_save, starts that change the base weights, …); damaged files; modules that the model
     lacks, has with other shapes, or that have an adapter already. Nothing has changed then.
     """
-    config = _read_config(Path(folder, CONFIG))
-    if not Path(folder, TENSORS).is_file() and Path(folder, "adapter_model.bin").is_file():
-        raise ValueError(f"{str(folder)!r} has a pickled adapter_model.bin: load it in PEFT and save it anew")
-    tensors, _ = read_safetensors(Path(folder, TENSORS))
-    layers = _layers(config, tensors)
-    for name, layer in layers.items():
-        layer.check(name)
-    names = match(model, {name: layer.shape for name, layer in layers.items()})
-    return insert(model, {names[name]: layer.around for name, layer in layers.items()}, trainable)
+    config, tensors = _read_config(Path(folder, CONFIG)), _read_tensors(Path(folder))
+    try:
+        layers = _layers(config, tensors)
+        names = match(model, {name: layer.shape for name, layer in layers.items()})
+        _check_places(model, names)
+        return insert(model, {names[name]: layer.around for name, layer in layers.items()}, trainable)
+    except ValueError as error:
+        raise ValueError(f"{str(folder)!r} cannot be imported: {error}") from error
 
 
-def _check_exportable(name: str, layer: LoRALinear, aliases: Sequence[str]) -> None:
-    if not layer.enabled:
-        raise ValueError(f"{name!r} is disabled, which PEFT's files cannot say: enable it, or resize it to 0")
-    if len(aliases) > 1:
-        raise ValueError(f"{some(aliases)} are one module, of which PEFT would adapt {aliases[0]!r} only")
-    if isinstance(layer.base, NonDynamicallyQuantizableLinear):
-        raise ValueError(f"{name!r}: its parent attention reads the weight, and PEFT's adapter would have no effect")
+def _check_places(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises ValueError for a module whose adapter PEFT would leave out, or apply in one of several places."""
+    modules, aliases, first = dict(walk(model)), all_names(model), first_names(model)
+    parents = {id(module): module for module in modules.values()}.values()
+    places = Counter(id(child) for parent in parents for child in parent._modules.values())
+    for name in names:
+        module = modules[name]
+        if places[id(module)] > 1:
+            same = aliases[first[name]]
+            raise ValueError(f"{some(same)} are one module, of which PEFT adapts {same[0]!r} only, minirank all places")
+        base = module.base if isinstance(module, LoRALinear) else module
+        if isinstance(base, NonDynamicallyQuantizableLinear):
+            raise ValueError(
+                f"{name!r}: nn.MultiheadAttention reads its weight without calling it, so that PEFT's adapter has no "
+                "effect there: leave it out (resize it to 0)"
+            )
+
+
+def _warn_of_fast_paths(model: nn.Module) -> None:
+    for name, module in walk(model):
+        read = (module.linear1, module.linear2) if isinstance(module, nn.TransformerEncoderLayer) else ()
+        if any(isinstance(linear, LoRALinear) for linear in read):
+            warnings.warn(
+                f"evaluating {name!r} in PEFT, its fast path would leave the adapters of linear1 and linear2 out: call "
+                "torch.backends.mha.set_fastpath_enabled(False) there",
+                stacklevel=3,
+            )
 
 
 def _folded(layer: LoRALinear, factor: float) -> Tensor:
@@ -158,6 +183,9 @@ WITHOUT_EFFECT = {
 HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # the others change the base weights
 
 
+INSTEAD = "PEFT can load it, and merge_and_unload() there gives a plain model with the adapter in its weights"
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(
@@ -166,55 +194,86 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} is no JSON ({error}): cut off or damaged?") from error
+        raise ValueError(f"{str(path)!r} is no JSON ({error}): cut off or damaged? Save or copy it anew") from error
     if not isinstance(config, dict) or "peft_type" not in config:
-        raise ValueError(f"{str(path)!r} is no configuration of PEFT: it has no peft_type")
+        raise ValueError(f"{str(path)!r} is no configuration of PEFT: expected a JSON object with a peft_type")
     if config["peft_type"] != "LORA":
-        raise ValueError(f"{str(path)!r} is for {config['peft_type']}, expected plain LoRA (peft_type LORA)")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"bias={config['bias']!r}: trained biases are not plain LoRA")
-    if config.get("init_lora_weights") not in HARMLESS_STARTS:
+        raise ValueError(f"{str(path)!r} has peft_type {config['peft_type']!r}, expected 'LORA'. {INSTEAD}")
+    start = config.get("init_lora_weights")
+    if start not in HARMLESS_STARTS:
         raise ValueError(
-            f"init_lora_weights={config['init_lora_weights']!r} starts from changed base weights: convert it to plain "
-            "LoRA in PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+            f"{str(path)!r} has init_lora_weights={start!r}, which may have changed the base weights, expected a start "
+            "that leaves them. PEFT converts pissa, olora, corda and lora_ga to plain LoRA: save_pretrained with "
+            "path_initial_model_for_weight_conversion"
         )
     special = {key: value for key, value in config.items() if value and key not in USED | WITHOUT_EFFECT}
+    if config.get("bias", "none") != "none":
+        special["bias"] = config["bias"]
     if special:
         listed = ", ".join(f"{key}={value!r}" for key, value in special.items())
-        raise ValueError(f"{str(path)!r} sets {listed}, which is not plain LoRA on linear layers")
+        raise ValueError(f"{str(path)!r} sets {listed}, expected plain LoRA on linear layers. {INSTEAD}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise ValueError(f"{str(path)!r} has {key}={config[key]!r}, expected an object {{pattern: number}}")
+    dropout = config.get("lora_dropout", 0.0)
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        raise ValueError(f"{str(path)!r} has lora_dropout={dropout!r}, expected a number, at least 0 and below 1")
     return config
 
 
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    if not Path(folder, TENSORS).is_file():
+        if Path(folder, "adapter_model.bin").is_file():
+            raise ValueError(f"{str(folder)!r} has a pickled adapter_model.bin, no {TENSORS}: save it anew with PEFT")
+        raise FileNotFoundError(f"{str(folder)!r} has {CONFIG} but no {TENSORS}: was it copied completely?")
+    return read_safetensors(Path(folder, TENSORS))[0]
+
+
 def _layers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, SavedLayer]:
+    """The checked layers by their names in the files."""
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         found = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_[AB])\.weight", key)
         if found is None:
-            raise ValueError(f"{key!r} is no lora_A or lora_B of a linear layer, and so not plain LoRA")
+            raise ValueError(
+                f"{TENSORS} holds {key!r}, expected lora_A and lora_B of linear layers only. {INSTEAD}; "
+                "save_pretrained(save_embedding_layers=False) there leaves weights out that did not train"
+            )
         pairs.setdefault(found[1], {})[found[2]] = tensor
     if not pairs:
-        raise ValueError("the file holds no tensors")
+        raise ValueError(f"{TENSORS} holds no tensors, expected lora_A and lora_B of every layer")
     layers = {}
     for name, pair in pairs.items():
         if pair.keys() != {"lora_A", "lora_B"} or pair["lora_A"].ndim != 2:
-            raise ValueError(f"{name!r} has {sorted(pair)}, expected lora_A (r, d_in) and lora_B (d_out, r)")
+            shapes = {key: tuple(tensor.shape) for key, tensor in pair.items()}
+            raise ValueError(f"{name!r} has {shapes}, expected lora_A (r, d_in) and lora_B (d_out, r)")
         rank, announced = pair["lora_A"].shape[0], _of_layer(config, "rank_pattern", "r", name)
-        if rank != announced:
-            raise ValueError(f"{name!r} has rank {rank} in its tensors and {announced} in the configuration")
+        if rank != announced or rank == 0:
+            raise ValueError(
+                f"{name!r} has rank {rank} in {TENSORS} and {announced!r} in {CONFIG}, expected the same positive one: "
+                "are the two files of one adapter? (If two patterns match the name: PEFT's saving sorts them)"
+            )
         alpha = _of_layer(config, "alpha_pattern", "lora_alpha", name)
-        if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-            raise ValueError(f"{name!r} has alpha {alpha!r}, expected a number")
+        if not _is_number(alpha) or not 0 < alpha < math.inf:
+            raise ValueError(f"{name!r} has alpha {alpha!r} in {CONFIG}, expected a positive number")
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         layers[name] = SavedLayer(pair, float(alpha), float(rank), scaling, dropout=config.get("lora_dropout", 0.0))
+        layers[name].check(name)
     return layers
 
 
 def _of_layer(config: Mapping[str, Any], patterns: str, default: str, name: str) -> Any:
-    """What PEFT takes for this layer: the first pattern that matches, else the default; 8 if the file has none."""
-    for pattern, value in (config.get(patterns) or {}).items():
+    """What PEFT takes for this layer: the first pattern that matches, else the one that is its name (such as "w[0]",
+    which as a pattern does not match itself), else the default; 8 if the file has none."""
+    given = config.get(patterns) or {}
+    for pattern, value in given.items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", name):
                 return value
         except re.error as error:
-            raise ValueError(f"{patterns} has {pattern!r}, which is no regular expression ({error})") from error
-    return config.get(default, 8)
+            raise ValueError(f"{pattern!r} in {patterns} is no regular expression ({error})") from error
+    return given.get(name, config.get(default, 8))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

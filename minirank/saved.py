@@ -56,11 +56,19 @@ class SavedLayer:
         shapes = {key: tuple(value.shape) for key, value in self.tensors.items()}
         if any(len(shape) != (1 if key == "gate" else 2) for key, shape in shapes.items()):
             raise ValueError(f"{name!r} has shapes {shapes}: expected lora_A (r, d_in), lora_B (d_out, r), gate (r,)")
-        if len({shape[RANK_DIM[key]] for key, shape in shapes.items()}) != 1 or self.rank > min(self.shape):
-            raise ValueError(f"{name!r} has shapes {shapes}: expected one rank, of at most {min(self.shape)}")
+        if len({shape[RANK_DIM[key]] for key, shape in shapes.items()}) != 1:
+            raise ValueError(
+                f"{name!r} has shapes {shapes}: expected one rank in lora_A (r, d_in) and lora_B (d_out, r)"
+            )
+        if self.rank > min(self.shape):
+            raise ValueError(
+                f"{name!r} has rank {self.rank}, expected at most min(d_in, d_out) = {min(self.shape)}: more add "
+                "nothing, and a LoRALinear does not hold them: train with fewer"
+            )
         dtypes = {value.dtype for value in self.tensors.values()}
         if len(dtypes) != 1 or not dtypes.pop().is_floating_point:
-            raise ValueError(f"the tensors of {name!r} must have one floating-point type")
+            found = {key: str(value.dtype) for key, value in self.tensors.items()}
+            raise ValueError(f"the tensors of {name!r} have types {found}, expected one floating-point type")
         for key, value in self.tensors.items():
             if not torch.isfinite(value).all():
                 raise ValueError(f"{name}.{key} is not finite: was the training stable?")
