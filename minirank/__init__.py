@@ -5,7 +5,8 @@ from .allocation import Allocation, Allocator, UniformRanks
 from .checkpoint import load_adapter, read_adapter, save_adapter
 from .l1ra import L1RA
 from .lora import LoRALinear
-from .peft_files import export_peft, import_peft
+from .peft_export import export_peft
+from .peft_import import import_peft
 from .resize import resize
 from .sensitivity import SensitivityLoRA
 from .shaplora import ShapLoRA

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from .budget import best_ranks, proportional_ranks
 from .lora import LoRALinear
 from .table import draw_heat_map, draw_table
-from .targets import Targets, layer_shape, linear_targets, walk
+from .targets import Targets, exact_key, exact_pattern, layer_shape, linear_targets, walk
 
 Unit = Literal["rank", "parameters"]
 Bound = int | Mapping[str, int] | None
@@ -45,7 +44,7 @@ class Allocation:
     def rank_pattern(self) -> dict[str, int]:
         """For peft.LoraConfig(rank_pattern=…), PEFT ≥ 0.15. Keys are regular expressions that match one module each;
         modules of rank 0 are absent, so leave them out of `target_modules` (`target_modules` here does)."""
-        return {f"^{re.escape(name)}": rank for name, rank in self.ranks.items() if rank > 0}
+        return {exact_key(name): rank for name, rank in self.ranks.items() if rank > 0}
 
     def alpha_pattern(self, scaling: float) -> dict[str, float]:
         """For peft.LoraConfig(alpha_pattern=…): PEFT scales by alpha / r in each layer, so that alpha = scaling · r
@@ -55,7 +54,7 @@ class Allocation:
     @property
     def target_modules(self) -> str:
         """For peft.LoraConfig(target_modules=…): a regular expression that matches the adapted modules in full."""
-        return f"({'|'.join(re.escape(name) for name, rank in self.ranks.items() if rank > 0)})"
+        return exact_pattern(name for name, rank in self.ranks.items() if rank > 0)
 
     def plot(self, path: str | None = None) -> Any:
         """A heat map of the ranks, layers down and kinds of module across. Returns matplotlib's Figure, and writes it

@@ -139,7 +139,7 @@ def load_adapter(
         if there is None or there.shape != value.shape or there.is_floating_point() != value.is_floating_point():
             has = "has none" if there is None else f"has {there.dtype} of shape {tuple(there.shape)}"
             raise ValueError(f"the file holds {name!r}, {value.dtype} of shape {tuple(value.shape)}; the model {has}")
-    layers = insert(model, {names[name]: layer.around for name, layer in adapter.layers.items()}, trainable)
+    layers = insert(model, {first: adapter.layers[name].around for name, first in names.items()}, trainable)
     with torch.no_grad():
         for name, value in adapter.others.items():
             plain[name].copy_(value)

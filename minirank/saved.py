@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,8 +97,8 @@ def savable_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def match(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
-    """{name in a file: first name of that module in `model`}, every module being there, plain, and (d_out, d_in) as
-    given. Raises ValueError."""
+    """{name in a file: first name of that module in `model`}, in module order, every module being there, plain, and
+    (d_out, d_in) as given. Raises ValueError."""
     modules, first = dict(walk(model)), first_names(model)
     missing = [name for name in shapes if name not in modules]
     if missing:
@@ -105,15 +106,16 @@ def match(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, 
             f"the model has no {some(missing)}, which the file has an adapter for: is it the whole model that was "
             f"saved, or a part of it? {close_names(missing[0], modules)}"
         )
-    plan(model, dict.fromkeys(shapes, 0))
+    order = {name: i for i, name in enumerate(plan(model, dict.fromkeys(shapes, 0)))}
     for name, shape in shapes.items():
         there = layer_shape(modules[name])
         if there != shape:
             raise ValueError(f"{name!r}: the file's adapter is for (d_out, d_in) = {shape}, the model has {there}")
-    names = {name: first[name] for name in shapes}
-    if len(set(names.values())) < len(names):
-        raise ValueError(f"two of the file's adapters are for one module of the model: {names}")
-    return names
+    if len(order) < len(shapes):
+        count = Counter(first[name] for name in shapes)
+        same = [name for name in shapes if count[first[name]] > 1]
+        raise ValueError(f"{some(same)} are one module of the model, which the file has several adapters for")
+    return {name: first[name] for name in sorted(shapes, key=lambda name: order[first[name]])}
 
 
 def warn_of_losses(model: nn.Module, saved: Collection[str]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -93,6 +94,16 @@ def layer_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, LoRALinear):
         return module.out_features, module.in_features
     return linear_shape(module)
+
+
+def exact_pattern(names: Iterable[str]) -> str:
+    """A regular expression that matches these names in full and no others, as PEFT's target_modules wants it."""
+    return f"({'|'.join(map(re.escape, names))})"
+
+
+def exact_key(name: str) -> str:
+    """A key of PEFT's rank_pattern or alpha_pattern for this name alone: PEFT also tries keys after any prefix."""
+    return f"^{re.escape(name)}"
 
 
 def close_names(name: str, known: Collection[str]) -> str:

@@ -39,7 +39,8 @@ ORDER = [
     "fingerprint",
     "saved",
     "checkpoint",
-    "peft_files",
+    "peft_export",
+    "peft_import",
     "testing",
 ]
 
