@@ -133,7 +133,7 @@ class Allocator(ABC):
                 raise RuntimeError(f"the scores are stale: {name!r} was resized since score(); call score() again")
         each = {name: score.tolist() for name, score in scores.items()}
         ranks, kept = self._judge(each, budget, spending, lower, upper)
-        keep = {name: torch.tensor(mask, dtype=torch.bool) for name, mask in kept.items()}
+        keep = {name: torch.tensor(mask, dtype=torch.bool, device="cpu") for name, mask in kept.items()}
         return Allocation(ranks, costs, budget, unit, self.method, keep)
 
     def _judge(

@@ -125,7 +125,7 @@ def _wanted(model: nn.Module, ranks: Mapping[str, int] | HasRanks) -> dict[str, 
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
-    keep = torch.zeros(values.shape, dtype=torch.bool)
+    keep = torch.zeros(values.shape, dtype=torch.bool, device="cpu")
     broken_last = values.cpu().nan_to_num(nan=-1.0)
     keep[torch.sort(broken_last, descending=True, stable=True).indices[:count]] = True
     return keep

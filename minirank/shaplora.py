@@ -123,7 +123,7 @@ class ShapLoRA(Allocator):
         """bool (coalitions, players), the players being the ranks of all layers; without coalitions, (1, players)."""
         players = sum(layer.rank for layer in layers.values())
         if self.coalitions == 0:
-            return torch.ones(1, players, dtype=torch.bool)
+            return torch.ones(1, players, dtype=torch.bool, device="cpu")
         return coalition_masks(players, self.coalitions, generator=self.seed)
 
     def _measure(self) -> dict[str, Tensor]:
