@@ -159,20 +159,24 @@ def mean_gradient(
     """∂L/∂w for every w in `parameters`, in its shape, float32 or better; L is the mean loss over `data`, pairs of a
     batch and its weight. Zero for a parameter that no batch reaches. The model's mode and its `grad`s are left alone.
 
-    Raises ValueError: `data` is empty or weighs nothing, or no batch has a loss that depends on the parameters.
+    Raises ValueError: `data` is empty or weighs nothing, a loss is not finite, or none depends on the parameters.
     """
     sums = [torch.zeros_like(_wide(w)) for w in parameters]
     total, depends = 0.0, False
     for batch, weight in data:
+        if weight == 0:
+            continue  # the mean over nothing is NaN, and NaN · 0 as well
         total += weight
         loss = scalar_loss(model, loss_fn, batch)
+        if not torch.isfinite(loss):
+            raise ValueError(f"the loss of a batch is {loss.item()}: check the data and the model's weights")
         if not loss.requires_grad:
             continue  # a batch that reaches no adapter
-        depends = True
         gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)
         for sum_, gradient in zip(sums, gradients, strict=True):
             if gradient is not None:
                 sum_.add_(gradient, alpha=weight)
+                depends = True
     if total == 0:
         raise ValueError(NO_BATCH)
     if not depends:
