@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 
 from .allocation import Allocator
 from .lora import LoRALinear, require
-from .measure import NO_BATCH, LossFn, batch_length, measuring, repeatable, scalar_loss
+from .measure import NO_BATCH, LossFn, batch_length, called_without_gradient, measuring, repeatable, scalar_loss
 from .shapley import coalition_masks, standard_error
 from .wrap import lora_layers
 
@@ -134,9 +134,14 @@ class ShapLoRA(Allocator):
             return _by_module(_san_of_all(layers, [_wide(w).abs() for w in _adapters(layers)]), layers)
         bar = tqdm(self._masks(layers), desc="coalitions", disable=not self.progress, leave=False)
         # Leaving inference mode also turns gradients on.
-        with measuring(self.model), torch.inference_mode(False), _adapters_only(self.model, layers):
+        with (
+            measuring(self.model),
+            torch.inference_mode(False),
+            _adapters_only(self.model, layers),
+            called_without_gradient(layers) as lost,
+        ):
             data = _weighted(repeatable(self.model, self.loss_fn, self.batches), self.batch_weight)
-            sample = torch.stack([self._sensitivity(layers, mask, data) for mask in bar])  # (coalitions, players)
+            sample = torch.stack([self._sensitivity(layers, mask, data, lost) for mask in bar])  # (coalitions, players)
         scores = _by_module(sample.mean(0), layers)  # Eqs 9, 10
         for name, score in scores.items():
             if not torch.isfinite(score).all():
@@ -145,11 +150,19 @@ class ShapLoRA(Allocator):
         self.standard_errors = {} if pairs is None else _by_module(standard_error(pairs), layers)
         return scores
 
-    def _sensitivity(self, layers: Mapping[str, LoRALinear], mask: Tensor, data: list[tuple[Any, float]]) -> Tensor:
+    def _sensitivity(
+        self, layers: Mapping[str, LoRALinear], mask: Tensor, data: list[tuple[Any, float]], lost: set[str]
+    ) -> Tensor:
         """SAN(i | S) of every player i, (players,), S being those where `mask` is true."""
         adapters = _adapters(layers)
         with _coalition(layers, mask):
             gradient = mean_gradient(self.model, self.loss_fn, data, adapters)
+            for i, (name, layer) in enumerate(layers.items()):
+                if name in lost and layer.rank and not any(g.any() for g in gradient[3 * i : 3 * i + 3]):
+                    raise ValueError(
+                        f"{name!r} is called where no gradient is taken (no_grad(), re-entrant checkpointing), and its "
+                        "ranks would all score 0: take that out of loss_fn and the model (use_reentrant=False)"
+                    )
             return _san_of_all(layers, [ipt(_wide(w), g) for w, g in zip(adapters, gradient, strict=True)])
 
 
@@ -181,8 +194,8 @@ def mean_gradient(
         raise ValueError(NO_BATCH)
     if not depends:
         raise ValueError(
-            "the loss depends on no adapter: loss_fn must return it with its graph (no torch.no_grad(), no detach()), "
-            "and call the model that has the LoRA layers"
+            "the loss depends on no adapter: loss_fn must return it with its graph (no torch.no_grad(), no detach(), "
+            "no re-entrant checkpointing), and call the model that has the LoRA layers"
         )
     return [sum_ / total for sum_ in sums]
 

@@ -10,7 +10,7 @@ import torch
 from models import assert_unchanged, snapshot
 from shaplora_cases import RANKS, Net, data, flat, loss_fn, scored, trained
 
-from minirank import ShapLoRA, UniformRanks, merge, resize, wrap
+from minirank import ShapLoRA, UniformRanks, merge, wrap
 
 # ---- nothing changes -----------------------------------------------------------------------------------------------
 
@@ -67,20 +67,6 @@ def test_scoring_works_where_gradients_are_off(context):
     with context():
         scores, _ = scored(model, batches, coalitions=18)
     assert torch.equal(flat(scores), flat(expected))
-
-
-@pytest.mark.parametrize("coalitions", [0, 18])
-def test_the_default_device_does_not_matter(coalitions):
-    """The meta device stands for an accelerator: nothing can be computed on it, so that one slip would show."""
-    expected, allocator = scored(coalitions=coalitions)
-    model, batches = trained(), data()
-    with torch.device("meta"):
-        scores, other = scored(model, batches, coalitions=coalitions)
-        resize(model, other.allocate(4))
-        resize(model, {"up": 1})  # by contribution
-    assert torch.equal(flat(scores), flat(expected))
-    assert torch.equal(flat(other.standard_errors or scores), flat(allocator.standard_errors or expected))
-    assert model.up.rank == 1
 
 
 def test_scores_do_not_alias_the_allocators_own():
