@@ -35,8 +35,7 @@ from .gates import Shrinkage, check_gates, gates_into_own_group, shrink
 from .history import History, Update
 from .lora import as_generator, require
 from .reassign import reassign
-from .resize import resize
-from .wrap import lora_layers
+from .resize import resize, separate_layers
 
 OPTIONS = (
     *("l1", "gate_lr", "interval", "start", "stop", "budget", "unit", "min_rank", "max_rank"),
@@ -73,7 +72,8 @@ class L1RA(Allocator):
 
     Raises (nothing has changed then):
         ValueError: no gated layer, a gate that is not in the optimizer or not trained, or in a type too coarse to
-            shrink in, a number out of its range, a budget that the bounds make impossible, a scheduler made before.
+            shrink in, layers that share a parameter, a number out of its range, a budget that the bounds make
+            impossible, a scheduler made before.
         TypeError: the optimizer is LBFGS, which knows one parameter group only.
     """
 
@@ -101,7 +101,7 @@ class L1RA(Allocator):
     ) -> None:
         super().__init__(model)
         self.optimizer = optimizer
-        self._layers = {name: layer for name, layer in lora_layers(model).items() if layer.gate is not None}
+        self._layers = {name: layer for name, layer in separate_layers(model).items() if layer.gate is not None}
         self.l1, self.gate_lr, self.interval, self.start, self.stop = l1, gate_lr, interval, start, stop
         self.unit: Unit = unit
         self.min_rank, self.max_rank = min_rank, max_rank

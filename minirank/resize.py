@@ -46,8 +46,8 @@ def resize(
 
     Returns: what happened, for the layers that changed.
 
-    Raises ValueError: unknown name, a rank out of range, a merged layer, masks that do not fit, or an optimizer that
-    does not hold a layer's parameters. Nothing has changed then.
+    Raises ValueError: unknown name, a rank out of range, a merged layer, masks that do not fit, an optimizer that does
+    not hold a layer's parameters, or two layers that share one. Nothing has changed then.
     """
     generator = as_generator(generator)
     plan: dict[str, tuple[LoRALinear, Tensor, dict[str, nn.Parameter]]] = {}
@@ -94,9 +94,24 @@ def resize(
     return report
 
 
+def separate_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """`lora_layers`. Raises ValueError if two of them share a parameter, so that the ranks of one are the other's."""
+    layers = lora_layers(model)
+    owners: dict[nn.Parameter, str] = {}
+    for name, layer in layers.items():
+        for key, parameter in layer.named_parameters(recurse=False):
+            owner = owners.setdefault(parameter, name)
+            if owner != name:
+                raise ValueError(
+                    f"{owner!r} and {name!r} share their {key}, so that their ranks are no ranks of their own: give "
+                    "each its own parameter, or use one module in both places"
+                )
+    return layers
+
+
 def _wanted(model: nn.Module, ranks: Mapping[str, int] | HasRanks) -> dict[str, tuple[LoRALinear, int, Tensor]]:
     masks: Mapping[str, Tensor] = getattr(ranks, "keep", None) or {}
-    layers = lora_layers(model)
+    layers = separate_layers(model)
     first = first_names(model)
     wanted: dict[str, tuple[LoRALinear, int, Tensor]] = {}
     for alias, rank in plain_ranks(ranks).items():

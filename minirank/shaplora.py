@@ -41,8 +41,8 @@ from tqdm.auto import tqdm
 from .allocation import Allocator
 from .lora import LoRALinear, require
 from .measure import NO_BATCH, LossFn, batch_length, called_without_gradient, measuring, repeatable, scalar_loss
+from .resize import separate_layers
 from .shapley import coalition_masks, standard_error
-from .wrap import lora_layers
 
 Importance = Literal["sensitivity", "magnitude"]
 
@@ -83,9 +83,9 @@ class ShapLoRA(Allocator):
     complement (empty without coalitions). They count the planned spread of p as if it were chance, so they are
     too large rather than too small.
 
-    Raises ValueError: no LoRA layer, one without a gate, frozen, disabled or merged; an option out of range. From
-    `score()` also: no batch, a loss or score that is not finite, a loss that is not
-    deterministic, gates that are all zero.
+    Raises ValueError: no LoRA layer, one without a gate, frozen, disabled or merged, two that share a parameter; an
+    option out of range. From `score()` also: no batch, a loss or score that is not finite, a loss that is not
+    deterministic or takes no gradient through a layer that it calls, gates that are all zero.
     """
 
     method = "ShapLoRA"
@@ -209,7 +209,7 @@ def _weighted(batches: Iterable[Any], batch_weight: Callable[[Any], float]) -> l
 
 
 def _scorable_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    layers = lora_layers(model)
+    layers = separate_layers(model)
     if not any(layer.rank for layer in layers.values()):
         raise ValueError("the model has no LoRA layer with ranks to score: wrap(model, ranks, gate=0.0), then train it")
     for name, layer in layers.items():

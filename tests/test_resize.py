@@ -11,7 +11,7 @@ import torch
 from models import TOKENS, assert_unchanged, delta_by_hand, randomize, snapshot, wrapped, zoo
 from torch import nn
 
-from minirank import LoRALinear, lora_layers, merge, resize, wrap
+from minirank import L1RA, LoRALinear, ShapLoRA, lora_layers, merge, resize, wrap
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.001),
@@ -376,6 +376,23 @@ def test_an_optimizer_that_misses_a_parameter_is_refused():
     assert_unchanged(model, before)
     for other, params in zip((partial, stale), groups, strict=True):
         assert all(a is b for a, b in zip(other.param_groups[0]["params"], params, strict=True))
+
+
+@pytest.mark.parametrize("key", ["lora_A", "lora_B", "gate"])
+def test_layers_that_share_a_parameter_are_refused(key):
+    """Cut for one layer, it would be lost to the other, or to the optimizer."""
+    model, layers, _ = in_training()
+    setattr(layers["head"], key, getattr(layers["body.up"], key))
+    optimizer = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
+    before = snapshot(model)
+    message = rf"'body\.up' and 'head' share their {key}"
+    with pytest.raises(ValueError, match=message):
+        resize(model, {"body.up": 2}, optimizer)
+    with pytest.raises(ValueError, match=message):
+        L1RA(model, optimizer, interval=1)
+    with pytest.raises(ValueError, match=message):
+        ShapLoRA(model, lambda model, batch: model(batch).mean(), [TOKENS])
+    assert_unchanged(model, before)
 
 
 def test_a_merged_layer_is_refused():
