@@ -36,7 +36,7 @@ def resize(
     Survivors are those of the Allocation's `keep` masks; without masks, the ranks that contribute most to ΔW
     (`LoRALinear.contributions`; ties: the earlier). New ranks contribute exactly zero, so growing keeps the function,
     and shrinking takes away the pruned ranks' own contribution. `scaling` does not change. At rank 0 the layer stays,
-    as the base function, and can grow again.
+    as the base function, without gradients, and can grow again.
 
     Parameters change shape, so each changed one is a new nn.Parameter. `optimizer` gets it in the old one's place; one
     that is in use but not given here would keep the old parameters, and the new ones would not train. Moments and
@@ -67,7 +67,7 @@ def resize(
         rank = parameters["lora_A"].shape[0]
         for key, new in parameters.items():
             old = layer.get_parameter(key)
-            if old.grad is not None:
+            if old.grad is not None and rank > 0:  # with an empty one, optimizers would count steps, or divide by zero
                 new.grad = _carry(old.grad, RANK_DIM[key], keep, rank)
             if optimizer is None:
                 continue

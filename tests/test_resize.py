@@ -168,7 +168,8 @@ def test_survivors_keep_values_gradients_and_moments_bit_for_bit_and_new_ranks_s
         for k, parameter in layer.named_parameters(recurse=False):
             axis, state = AXIS[k], optimizer.state.get(parameter, {})
             assert torch.equal(parameter.narrow(axis, 0, count), pick(old[n][k], axis, mask))
-            carried = {"": (gradients[n, k], parameter.grad)}
+            assert (parameter.grad is None) == (layer.rank == 0)
+            carried = {"": (gradients[n, k], parameter.grad)} if layer.rank else {}
             assert state.keys() == states[n, k].keys()
             carried |= {entry: (states[n, k][entry], value) for entry, value in state.items()}
             for entry, (before, after) in carried.items():
@@ -301,6 +302,26 @@ def test_schedulers_clipping_and_parameter_groups_go_on_working():
     state = copy.deepcopy(optimizer.state_dict())
     optimizer.load_state_dict(state)
     train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_layer_without_ranks_takes_no_steps_even_where_gradients_are_not_set_to_none(name):
+    """An empty gradient would be enough to count some, which no saved state could tell of; Adafactor divides by its
+    size."""
+    model, layers, optimizer = in_training(name)
+    resize(model, {"head": 0}, optimizer)
+    parameters = dict(layers["head"].named_parameters(recurse=False))
+    steps = {key: copy.copy(optimizer.state.get(p, {}).get("step")) for key, p in parameters.items()}
+    for _ in range(2):
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        model(TOKENS).square().mean().backward()
+    for key, parameter in parameters.items():
+        assert parameter.grad is None
+        assert optimizer.state.get(parameter, {}).get("step") == steps[key]
+    resize(model, {"head": 2}, optimizer)
+    train(model, optimizer)
+    assert layers["head"].lora_B.any()
 
 
 def test_without_an_optimizer_the_gradients_still_follow():
