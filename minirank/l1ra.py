@@ -231,7 +231,7 @@ class L1RA(Allocator):
                 f"the state was saved at other ranks than the model's (at {wrong[:3]}, for example): "
                 'resize(model, state["ranks"]), then load the states of model, optimizer and L1RA'
             )
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generator"].cpu())  # where torch.load(map_location="cuda") did not leave it
         self.history = History.from_state_dict(state["history"])
         self.steps, self._pending = state["steps"], state["pending"]
         for name in OPTIONS:
