@@ -308,7 +308,10 @@ def test_gates_move_into_a_group_of_their_own_with_the_options_of_the_old_one():
 
 def test_parameter_names_follow_the_gates():
     model, _ = gated()
-    optimizer = torch.optim.AdamW([(n, p) for n, p in model.named_parameters() if p.requires_grad])
+    try:
+        optimizer = torch.optim.AdamW([(n, p) for n, p in model.named_parameters() if p.requires_grad])
+    except TypeError:
+        pytest.skip("optimizers take names from torch 2.6 on")
     l1ra = L1RA(model, optimizer, interval=1)
     train_step(model, optimizer, l1ra)
     names = {id(p): n for n, p in model.named_parameters()}
@@ -351,6 +354,7 @@ SCHEDULERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning")  # from inside torch 2.4's SequentialLR
 @pytest.mark.parametrize("scheduler_first", [True, False])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_no_scheduler_changes_the_gates_learning_rate(name, scheduler_first):
