@@ -131,7 +131,19 @@ class ShapLoRA(Allocator):
         if not any(layer.gate.any() for layer in layers.values() if layer.gate is not None):
             raise ValueError("every gate is zero, as wrap(model, ranks, gate=0.0) leaves them: train the model first")
         if self.importance == "magnitude":
-            return _by_module(_san_of_all(layers, [_wide(w).abs() for w in _adapters(layers)]), layers)
+            sample = _san_of_all(layers, [_wide(w).abs() for w in _adapters(layers)])[None]
+        else:
+            sample = self._sensitivities(layers)
+        scores = _by_module(sample.mean(0), layers)  # Eqs 9, 10
+        for name, score in scores.items():
+            if not torch.isfinite(score).all():
+                raise ValueError(f"the {self.importance} of {name!r} is not finite: check the data and the weights")
+        pairs = (sample[0::2] + sample[1::2]) / 2 if len(sample) > 1 else None
+        self.standard_errors = {} if pairs is None else _by_module(standard_error(pairs), layers)
+        return scores
+
+    def _sensitivities(self, layers: Mapping[str, LoRALinear]) -> Tensor:
+        """SAN of every player in every coalition: (coalitions, players)."""
         bar = tqdm(self._masks(layers), desc="coalitions", disable=not self.progress, leave=False)
         # Leaving inference mode also turns gradients on.
         with (
@@ -141,14 +153,7 @@ class ShapLoRA(Allocator):
             called_without_gradient(layers) as lost,
         ):
             data = _weighted(repeatable(self.model, self.loss_fn, self.batches), self.batch_weight)
-            sample = torch.stack([self._sensitivity(layers, mask, data, lost) for mask in bar])  # (coalitions, players)
-        scores = _by_module(sample.mean(0), layers)  # Eqs 9, 10
-        for name, score in scores.items():
-            if not torch.isfinite(score).all():
-                raise ValueError(f"the sensitivity of {name!r} is not finite: check the data and the model's weights")
-        pairs = (sample[0::2] + sample[1::2]) / 2 if self.coalitions else None
-        self.standard_errors = {} if pairs is None else _by_module(standard_error(pairs), layers)
-        return scores
+            return torch.stack([self._sensitivity(layers, mask, data, lost) for mask in bar])
 
     def _sensitivity(
         self, layers: Mapping[str, LoRALinear], mask: Tensor, data: list[tuple[Any, float]], lost: set[str]

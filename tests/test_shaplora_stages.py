@@ -249,6 +249,13 @@ def test_wrong_data_and_losses_are_told_by_score(option, match):
     assert_unchanged(model, before)
 
 
+def test_magnitudes_that_are_not_finite_are_told_too():
+    model = trained()
+    model.mid.lora_B.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="the magnitude of 'mid' is not finite"):
+        scored(model, importance="magnitude")
+
+
 def test_a_bar_that_can_be_switched_off(capsys):
     scored(coalitions=18)
     assert capsys.readouterr().err == ""
