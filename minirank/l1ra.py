@@ -157,13 +157,16 @@ class L1RA(Allocator):
 
     @torch.no_grad()
     def step(self) -> Update | None:
-        """Call after `optimizer.step()`: shrinks every gate, once for each optimizer step since the last call (if there
-        was none, nothing happens), and at every interval moves ranks. Returns what an update did (see `history`)."""
+        """Call after `optimizer.step()`: shrinks every gate that trains, once for each optimizer step since the last
+        call (if there was none, nothing happens), and at every interval moves ranks. Returns what an update did (see
+        `history`)."""
         taken, self._pending = self._pending, 0
         if taken == 0:
             return None
         shrinking = taken if self.stop is None else max(0, min(taken, self.stop - self.steps))
-        shrink(list(self.gates.values()), shrinking * self.gate_lr * self.l1, self.shrinkage)
+        trained: list[Tensor] = [gate for gate in self.gates.values() if gate.requires_grad]
+        if trained:  # the user may freeze layers for a time
+            shrink(trained, shrinking * self.gate_lr * self.l1, self.shrinkage)
         latest_due = (self.steps + taken) // self.interval * self.interval
         due = latest_due > self.steps and self.start <= latest_due and (self.stop is None or latest_due <= self.stop)
         self.steps += taken
