@@ -70,7 +70,7 @@ class ShapLoRA(Allocator):
             ablation "sensitivity".
         importance: "magnitude" takes ipt(w) = |w| in Eq 7, without data and coalitions: an ablation.
         batch_weight: batch -> number, what the mean loss of a batch is a mean over. Default: its samples; a loss that
-            is a mean over words or tokens needs their number to be independent of the batch size.
+            is a mean over words or tokens needs their number to be independent of the batch size. 0 leaves it out.
         generator: a torch.Generator or a seed, for the coalitions. Every `score()` takes the same ones; from a seed,
             `shapley.coalition_masks(number of ranks, coalitions, generator=seed)`, ranks in the order of lora_layers.
         progress: show a bar over the coalitions.
