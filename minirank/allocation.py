@@ -32,6 +32,14 @@ class Allocation:
     # bool (r,) per module, where existing ranks were judged one by one: the survivors (fresh ranks may come on top).
     keep: Mapping[str, Tensor] | None = None
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Allocation) and self._comparable() == other._comparable()
+
+    def _comparable(self) -> dict[str, Any]:
+        """The fields, masks as lists: tensors have no single answer to ==."""
+        keep = None if self.keep is None else {name: mask.tolist() for name, mask in self.keep.items()}
+        return {**vars(self), "keep": keep}
+
     @property
     def total_rank(self) -> int:
         return sum(self.ranks.values())

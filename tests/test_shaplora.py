@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -289,6 +290,18 @@ def test_allocate_keeps_the_best_ranks_of_all_modules():
         assert torch.equal(flat(allocation.keep), best)
         assert allocation.total_rank == budget
         assert allocation.method == "ShapLoRA"
+
+
+def test_allocations_compare_by_ranks_and_survivors():
+    _, allocator = scored(coalitions=18)
+    one = allocator.allocate(4)
+    assert one == allocator.allocate(4)
+    assert one != allocator.allocate(3)
+    assert one != "an allocation"
+    others = {name: mask.flip(0) for name, mask in one.keep.items()}
+    assert one.keep["up"].sum() == 1  # of three
+    assert one != replace(one, keep=others)
+    assert one != replace(one, keep=None)
 
 
 def test_bounds_and_parameters():
