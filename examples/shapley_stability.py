@@ -25,7 +25,8 @@ from minirank import ShapLoRA, UniformRanks, wrap
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=250, help="of training (default 250)")
-    parser.add_argument("--sentences", type=int, default=60, help="of the dev split, for 18 and 90 coalitions")
+    parser.add_argument("--coalitions", type=int, nargs="+", default=[18, 90], help="each for two seeds (18 and 90)")
+    parser.add_argument("--sentences", type=int, default=60, help="of the dev split, for --coalitions")
     parser.add_argument("--few", type=int, default=12, help="of the dev split, for up to --most coalitions")
     parser.add_argument("--most", type=int, default=900, help="coalitions scored on the few sentences (default 900)")
     parser.add_argument("--out", help="write the figures to this JSON file")
@@ -60,9 +61,10 @@ def main() -> None:
             print(f", standard errors {100 * (errors / scores[key]).median():.1f} % of the scores (median)", end="")
         print(flush=True)
 
-    for coalitions, seed in ((0, 0), (18, 0), (18, 1), (90, 0), (90, 1)):
+    add(0, 0, options.sentences)
+    for coalitions, seed in itertools.product(options.coalitions, (0, 1)):
         add(coalitions, seed, options.sentences)
-    for coalitions in (18, 90, options.most):
+    for coalitions in (*options.coalitions, options.most):
         add(coalitions, 2 + coalitions, options.few)  # no coalitions in common
     pairs = {f"{a} | {b}": spearman(scores[a], scores[b]) for a, b in itertools.combinations(scores, 2)}
     for pair, value in pairs.items():

@@ -31,6 +31,14 @@ class Allocation:
     # bool (r,) per module, where existing ranks were judged one by one: the survivors (fresh ranks may come on top).
     keep: Mapping[str, Tensor] | None = None
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Allocation) and self._comparable() == other._comparable()
+
+    def _comparable(self) -> dict[str, Any]:
+        """The fields, masks as lists: tensors have no single answer to ==."""
+        keep = None if self.keep is None else {name: mask.tolist() for name, mask in self.keep.items()}
+        return {**vars(self), "keep": keep}
+
     @property
     def total_rank(self) -> int:
         return sum(self.ranks.values())
@@ -132,7 +140,7 @@ class Allocator(ABC):
                 raise RuntimeError(f"the scores are stale: {name!r} was resized since score(); call score() again")
         each = {name: score.tolist() for name, score in scores.items()}
         ranks, kept = self._judge(each, budget, spending, lower, upper)
-        keep = {name: torch.tensor(mask, dtype=torch.bool) for name, mask in kept.items()}
+        keep = {name: torch.tensor(mask, dtype=torch.bool, device="cpu") for name, mask in kept.items()}
         return Allocation(ranks, costs, budget, unit, self.method, keep)
 
     def _judge(

@@ -35,8 +35,7 @@ from .gates import Shrinkage, check_gates, gates_into_own_group, shrink
 from .history import History, Update
 from .lora import as_generator, require
 from .reassign import reassign
-from .resize import resize
-from .wrap import lora_layers
+from .resize import resize, separate_layers
 
 OPTIONS = (
     *("l1", "gate_lr", "interval", "start", "stop", "budget", "unit", "min_rank", "max_rank"),
@@ -73,7 +72,8 @@ class L1RA(Allocator):
 
     Raises (nothing has changed then):
         ValueError: no gated layer, a gate that is not in the optimizer or not trained, or in a type too coarse to
-            shrink in, a number out of its range, a budget that the bounds make impossible, a scheduler made before.
+            shrink in, layers that share a parameter, a number out of its range, a budget that the bounds make
+            impossible, a scheduler made before.
         TypeError: the optimizer is LBFGS, which knows one parameter group only.
     """
 
@@ -101,7 +101,7 @@ class L1RA(Allocator):
     ) -> None:
         super().__init__(model)
         self.optimizer = optimizer
-        self._layers = {name: layer for name, layer in lora_layers(model).items() if layer.gate is not None}
+        self._layers = {name: layer for name, layer in separate_layers(model).items() if layer.gate is not None}
         self.l1, self.gate_lr, self.interval, self.start, self.stop = l1, gate_lr, interval, start, stop
         self.unit: Unit = unit
         self.min_rank, self.max_rank = min_rank, max_rank
@@ -157,13 +157,16 @@ class L1RA(Allocator):
 
     @torch.no_grad()
     def step(self) -> Update | None:
-        """Call after `optimizer.step()`: shrinks every gate, once for each optimizer step since the last call (if there
-        was none, nothing happens), and at every interval moves ranks. Returns what an update did (see `history`)."""
+        """Call after `optimizer.step()`: shrinks every gate that trains, once for each optimizer step since the last
+        call (if there was none, nothing happens), and at every interval moves ranks. Returns what an update did (see
+        `history`)."""
         taken, self._pending = self._pending, 0
         if taken == 0:
             return None
         shrinking = taken if self.stop is None else max(0, min(taken, self.stop - self.steps))
-        shrink(list(self.gates.values()), shrinking * self.gate_lr * self.l1, self.shrinkage)
+        trained: list[Tensor] = [gate for gate in self.gates.values() if gate.requires_grad]
+        if trained:  # the user may freeze layers for a time
+            shrink(trained, shrinking * self.gate_lr * self.l1, self.shrinkage)
         latest_due = (self.steps + taken) // self.interval * self.interval
         due = latest_due > self.steps and self.start <= latest_due and (self.stop is None or latest_due <= self.stop)
         self.steps += taken
@@ -231,7 +234,7 @@ class L1RA(Allocator):
                 f"the state was saved at other ranks than the model's (at {wrong[:3]}, for example): "
                 'resize(model, state["ranks"]), then load the states of model, optimizer and L1RA'
             )
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generator"].cpu())  # where torch.load(map_location="cuda") did not leave it
         self.history = History.from_state_dict(state["history"])
         self.steps, self._pending = state["steps"], state["pending"]
         for name in OPTIONS:

@@ -37,6 +37,9 @@ def measuring(model: nn.Module) -> Iterator[None]:
                 module.training = False
             for parameter, _ in gradients:
                 parameter.grad = None
+            # Older versions of torch keep, as long as an autocast block around us lasts, the casts of parameters that
+            # were made under no_grad(), and take these, which have no graph, where gradients are on.
+            torch.clear_autocast_cache()
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
@@ -50,6 +53,26 @@ def _not_compiled() -> AbstractContextManager[Any]:
     """Without loading the compiler where nothing has; torch has the switch from 2.6 on."""
     switch = getattr(torch.compiler, "set_stance", None) if "torch._dynamo" in sys.modules else None
     return nullcontext() if switch is None else switch("force_eager")
+
+
+@contextmanager
+def called_without_gradient(modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
+    """Collects, inside the block, the names of the modules that are called while gradients are off."""
+    names: set[str] = set()
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if not torch.is_grad_enabled():
+                names.add(name)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(hook_of(name)) for name, module in modules.items()]
+    try:
+        yield names
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

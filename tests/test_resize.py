@@ -11,7 +11,7 @@ import torch
 from models import TOKENS, assert_unchanged, delta_by_hand, randomize, snapshot, wrapped, zoo
 from torch import nn
 
-from minirank import LoRALinear, lora_layers, merge, resize, wrap
+from minirank import L1RA, LoRALinear, ShapLoRA, lora_layers, merge, resize, wrap
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.001),
@@ -168,7 +168,8 @@ def test_survivors_keep_values_gradients_and_moments_bit_for_bit_and_new_ranks_s
         for k, parameter in layer.named_parameters(recurse=False):
             axis, state = AXIS[k], optimizer.state.get(parameter, {})
             assert torch.equal(parameter.narrow(axis, 0, count), pick(old[n][k], axis, mask))
-            carried = {"": (gradients[n, k], parameter.grad)}
+            assert (parameter.grad is None) == (layer.rank == 0)
+            carried = {"": (gradients[n, k], parameter.grad)} if layer.rank else {}
             assert state.keys() == states[n, k].keys()
             carried |= {entry: (states[n, k][entry], value) for entry, value in state.items()}
             for entry, (before, after) in carried.items():
@@ -303,6 +304,26 @@ def test_schedulers_clipping_and_parameter_groups_go_on_working():
     train(model, optimizer, 1)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_layer_without_ranks_takes_no_steps_even_where_gradients_are_not_set_to_none(name):
+    """An empty gradient would be enough to count some, which no saved state could tell of; Adafactor divides by its
+    size."""
+    model, layers, optimizer = in_training(name)
+    resize(model, {"head": 0}, optimizer)
+    parameters = dict(layers["head"].named_parameters(recurse=False))
+    steps = {key: copy.copy(optimizer.state.get(p, {}).get("step")) for key, p in parameters.items()}
+    for _ in range(2):
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        model(TOKENS).square().mean().backward()
+    for key, parameter in parameters.items():
+        assert parameter.grad is None
+        assert optimizer.state.get(parameter, {}).get("step") == steps[key]
+    resize(model, {"head": 2}, optimizer)
+    train(model, optimizer)
+    assert layers["head"].lora_B.any()
+
+
 def test_without_an_optimizer_the_gradients_still_follow():
     model, layers, _ = in_training()
     gradient = layers["body.up"].lora_B.grad.clone()
@@ -376,6 +397,23 @@ def test_an_optimizer_that_misses_a_parameter_is_refused():
     assert_unchanged(model, before)
     for other, params in zip((partial, stale), groups, strict=True):
         assert all(a is b for a, b in zip(other.param_groups[0]["params"], params, strict=True))
+
+
+@pytest.mark.parametrize("key", ["lora_A", "lora_B", "gate"])
+def test_layers_that_share_a_parameter_are_refused(key):
+    """Cut for one layer, it would be lost to the other, or to the optimizer."""
+    model, layers, _ = in_training()
+    setattr(layers["head"], key, getattr(layers["body.up"], key))
+    optimizer = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
+    before = snapshot(model)
+    message = rf"'body\.up' and 'head' share their {key}"
+    with pytest.raises(ValueError, match=message):
+        resize(model, {"body.up": 2}, optimizer)
+    with pytest.raises(ValueError, match=message):
+        L1RA(model, optimizer, interval=1)
+    with pytest.raises(ValueError, match=message):
+        ShapLoRA(model, lambda model, batch: model(batch).mean(), [TOKENS])
+    assert_unchanged(model, before)
 
 
 def test_a_merged_layer_is_refused():

@@ -175,6 +175,28 @@ def test_tensors_and_integers_are_values_too():
     close(exact_shapley_values(lambda mask: 2 * int(mask[1]), 3), [0.0, 2.0, 0.0])
 
 
+def test_a_value_may_come_with_its_graph():
+    """Minus a loss, say. torch warns of a number taken from such a tensor, and the tests treat warnings as errors."""
+    weights = torch.tensor([1.0, 2.0], requires_grad=True)
+    close(exact_shapley_values(lambda mask: (weights * mask).sum(), 2), [1.0, 2.0])
+    close(sampled_shapley_values(lambda mask: (weights * mask).sum(), 2).values, [1.0, 2.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_defaults_do_not_matter(dtype):
+    """The meta device stands for an accelerator: nothing can be computed on it, so that one slip would show."""
+    game = random_game(4)
+    expected = [exact_shapley_values(game, 4), *sampled_shapley_values(game, 4, pairs=3), coalition_masks(50)]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            results = [exact_shapley_values(game, 4), *sampled_shapley_values(game, 4, pairs=3), coalition_masks(50)]
+    finally:
+        torch.set_default_dtype(before)
+    assert all(map(torch.equal, results, expected))
+
+
 @pytest.mark.parametrize(
     ("n", "match"),
     [

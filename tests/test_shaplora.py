@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -168,6 +169,23 @@ def test_a_mean_over_words_takes_their_number_as_weight():
     assert not torch.allclose(flat(wrong), flat(one), rtol=1e-3)
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_batch_of_weight_zero_counts_for_nothing(place):
+    """Not even where its mean loss, over no words at all, is NaN."""
+
+    def loss(model, batch):
+        x, y, words = batch
+        return ((model(x) - y).square().mean(1) * words).sum() / words.sum()
+
+    batches = [(x, y, torch.ones(len(x), dtype=torch.float64)) for x, y in data()]
+    options = {"loss": loss, "coalitions": 18, "batch_weight": lambda batch: batch[2].sum()}
+    expected, _ = scored(batches=batches, **options)
+    x, y, words = batches[0]
+    batches.insert(place, (x, y, 0 * words))
+    assert loss(trained(), batches[place]).isnan()
+    assert torch.equal(flat(scored(batches=batches, **options)[0]), flat(expected))
+
+
 def test_identical_generators_give_identical_scores_and_another_does_not():
     one, _ = scored(coalitions=18, generator=1)
     two, _ = scored(coalitions=18, generator=1)
@@ -223,7 +241,7 @@ def test_every_coalition_costs_one_forward_pass_per_batch():
 
 def test_a_loss_that_is_not_deterministic_is_refused():
     def noisy(model, batch):
-        return nn.functional.dropout(loss_fn(model, batch).expand(50), 0.5).mean()
+        return (nn.functional.dropout(model(batch[0]), 0.5) - batch[1]).square().mean()  # never the same mask twice
 
     with pytest.raises(ValueError, match="the loss is not deterministic"):
         scored(loss=noisy, coalitions=18)
@@ -272,6 +290,18 @@ def test_allocate_keeps_the_best_ranks_of_all_modules():
         assert torch.equal(flat(allocation.keep), best)
         assert allocation.total_rank == budget
         assert allocation.method == "ShapLoRA"
+
+
+def test_allocations_compare_by_ranks_and_survivors():
+    _, allocator = scored(coalitions=18)
+    one = allocator.allocate(4)
+    assert one == allocator.allocate(4)
+    assert one != allocator.allocate(3)
+    assert one != "an allocation"
+    others = {name: mask.flip(0) for name, mask in one.keep.items()}
+    assert one.keep["up"].sum() == 1  # of three
+    assert one != replace(one, keep=others)
+    assert one != replace(one, keep=None)
 
 
 def test_bounds_and_parameters():

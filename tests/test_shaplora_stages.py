@@ -220,6 +220,9 @@ def test_wrong_arguments_are_told_at_once(option, error, match):
         ShapLoRA(trained(), **{"loss_fn": loss_fn, "batches": data(), **option})
 
 
+OTHER = trained().eval()  # whose own parameters give the loss a graph
+
+
 @pytest.mark.parametrize(
     ("option", "match"),
     [
@@ -232,7 +235,10 @@ def test_wrong_arguments_are_told_at_once(option, error, match):
         ({"loss": lambda model, batch: loss_fn(model, batch).detach()}, "the loss depends on no adapter"),
         ({"loss": lambda model, batch: (model(batch[0]) - batch[1]).square()}, "must return a scalar"),
         ({"loss": lambda model, batch: loss_fn(model, batch).item()}, "must return a scalar"),
-        ({"loss": lambda model, batch: loss_fn(model, batch) * math.nan}, "the sensitivity of 'up' is not finite"),
+        ({"loss": lambda model, batch: loss_fn(model, batch) * math.nan}, "the loss of a batch is nan: check the data"),
+        ({"loss": lambda model, batch: loss_fn(model, batch) + math.inf}, "the loss of a batch is inf"),  # finite slope
+        ({"loss": lambda model, batch: (0 * loss_fn(model, batch)).sqrt()}, "the sensitivity of 'up' is not finite"),
+        ({"loss": lambda model, batch: loss_fn(OTHER, batch)}, "the loss depends on no adapter"),
     ],
 )
 def test_wrong_data_and_losses_are_told_by_score(option, match):
@@ -241,6 +247,13 @@ def test_wrong_data_and_losses_are_told_by_score(option, match):
     with pytest.raises(ValueError, match=match):
         scored(model, coalitions=18, **option)
     assert_unchanged(model, before)
+
+
+def test_magnitudes_that_are_not_finite_are_told_too():
+    model = trained()
+    model.mid.lora_B.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="the magnitude of 'mid' is not finite"):
+        scored(model, importance="magnitude")
 
 
 def test_a_bar_that_can_be_switched_off(capsys):
