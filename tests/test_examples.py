@@ -64,6 +64,24 @@ def test_the_comparison_pairs_by_seed(monkeypatch):
     assert cell["difference_standard_error"] == pytest.approx(1 / 6)  # stdev 0.2887 / sqrt(3)
 
 
+def test_runs_of_different_times_are_paired_by_seed(monkeypatch, capsys):
+    pytest.importorskip("tokenizers")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import paired
+
+    results = EXAMPLES / "results"
+    known = json.loads((results / "compare_ranks.json").read_text())["summary"]["test loss"]["sensitivity"]
+    arguments = [f"{results / 'compare_ranks.json'}:{method}" for method in ("uniform", "sensitivity")]
+    monkeypatch.setattr(sys, "argv", ["paired.py", *arguments])
+    paired.main()
+    text = capsys.readouterr().out
+    assert f"{known['difference']:+.4f} ± {known['difference_standard_error']:.4f}" in text
+    assert "72.0 ± 0.0 ranks, 89,856 parameters" in text
+    monkeypatch.setattr(sys, "argv", ["paired.py", f"{results / 'compare_ranks.json'}:none"])
+    with pytest.raises(SystemExit, match=r"no runs of 'none', but of \['sensitivity', 'uniform'\]"):
+        paired.main()
+
+
 def test_the_layer_benchmark_runs(tmp_path):
     text = run("benchmark_layer.py", "--layers", 2, "--width", 16, "--repeats", 1, cwd=tmp_path)
     for line in ("forward + backward", "merge", "ratio to bare"):
