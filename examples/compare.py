@@ -149,6 +149,8 @@ def shaplora(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
     validation = list(batches(spread(data.dev, options.sentences), 24, device=options.device))
     allocator = ShapLoRA(trial, loss_fn, validation, coalitions=options.coalitions, batch_weight=words, generator=seed)
     first_stage = time.perf_counter() - start
+    first_loss = evaluate(trial, data.dev)["loss"]
+    print(f"seed {seed}, shaplora: dev loss {first_loss:.4f} after the first training, at {ranks.total_rank} ranks")
     # Stage two trains plain LoRA like the other methods, so that nothing differs but the ranks.
     trained = allocate_then_train(allocator, model, data, options, seed)
     return trained._replace(scoring_seconds=first_stage + trained.scoring_seconds)
