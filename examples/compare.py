@@ -1,7 +1,7 @@
 """Which ranks train best? Each method gets the same pretrained model, the same budget and the same data order.
 
     python examples/compare.py --quick                 # under 3 minutes on 2 cores
-    python examples/compare.py --seeds 0 1 2 3 4       # the figures of the README
+    python examples/compare.py --methods uniform sensitivity --seeds 0 1 2 3 4      # one of the published tables
 
 The task is tagging.py's: MiniLM learns part-of-speech tags of the Brown corpus. Methods that need calibration or
 validation data get the development split; the test split is used for the final figures alone. Everything is printed
@@ -305,6 +305,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, help="dev sentences that ShapLoRA scores (default 120; quick: 24)")
     parser.add_argument("--first-gate-lr", type=float, default=FIRST_GATE_LR,
                         help=f"of the gates, in ShapLoRA's first training (default {FIRST_GATE_LR})")  # fmt: skip
+    parser.add_argument("--limit", type=int, help="use only so many sentences of each split, to see that it runs")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", help="write every figure to this JSON file")
     parser.add_argument("--plot", help="write a heat map of the ranks to this image file")
@@ -329,6 +330,8 @@ def main() -> None:
     )
 
     data = load_data()
+    if arguments.limit:
+        data = Data(*(split[: arguments.limit] for split in data[:3]), data.tags)
     sizes = f"{len(data.train)} training, {len(data.dev)} dev, {len(data.test)} test sentences, {len(data.tags)} tags"
     unit = "ranks" if options.unit == "rank" else "parameters"
     print(f"{sizes}; {options.steps} steps on {', '.join(options.targets)}, budget {options.budget:,} {unit}")

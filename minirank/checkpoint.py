@@ -30,7 +30,7 @@ FORMAT = 1  # of the metadata; a reader refuses a higher one
 FIELDS = ("rank", "shape", "alpha", "reference_rank", "scaling", "gate", "dropout", "enabled", "base")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SavedAdapter:
     """What a file holds; prints as a table of ranks."""
 
@@ -48,7 +48,10 @@ class SavedAdapter:
         unit = "ranks" if self.unit == "rank" else self.unit
         budget = "" if self.budget is None else f" (budget {self.budget:,} {unit})"
         total = f"{self.method or 'adapter'}: {sum(self.ranks.values()):,} ranks{budget}"
-        return f"{total}\n{draw_table(self.ranks)}"
+        besides = f"\nbesides: {', '.join(self.others)}" if self.others else ""
+        return f"{total}\n{draw_table(self.ranks)}{besides}"
+
+    __repr__ = __str__
 
 
 def save_adapter(

