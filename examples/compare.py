@@ -331,7 +331,8 @@ def main() -> None:
 
     data = load_data()
     if arguments.limit:
-        data = Data(*(split[: arguments.limit] for split in data[:3]), data.tags)
+        n = arguments.limit
+        data = data._replace(train=data.train[:n], dev=data.dev[:n], test=data.test[:n])
     sizes = f"{len(data.train)} training, {len(data.dev)} dev, {len(data.test)} test sentences, {len(data.tags)} tags"
     unit = "ranks" if options.unit == "rank" else "parameters"
     print(f"{sizes}; {options.steps} steps on {', '.join(options.targets)}, budget {options.budget:,} {unit}")

@@ -3,9 +3,9 @@
     cd examples/results
     python ../paired.py compare_ranks.json:uniform shaplora_ranks.json:shaplora
 
-Each argument is a file that `compare.py --out` wrote, and the name of a method in it. The first is what the others are
-compared with; a seed that one of them lacks is left out. Runs are comparable if they share model, data and training:
-the options that decide those must be equal.
+Each argument is a file that `compare.py --out` wrote (or several with other seeds, joined by +), and the name of a
+method in it. The first is what the others are compared with; a seed that one of them lacks is left out. Runs are
+comparable if they share model, data and training: the options that decide those must be equal.
 """
 
 from __future__ import annotations
@@ -23,13 +23,19 @@ Runs = dict[int, dict[str, Any]]  # by seed
 
 def load(argument: str) -> tuple[Runs, dict[str, Any], float]:
     """(runs by seed, what must be the same, mean number of adapter parameters)"""
-    path, _, method = argument.rpartition(":")
-    content = json.loads(Path(path).read_text())
-    runs = {run["seed"]: run for run in content["runs"] if run["method"] == method}
-    if not runs:
-        raise SystemExit(f"{path!r} has no runs of {method!r}, but of {sorted({r['method'] for r in content['runs']})}")
-    parameters = content["summary"]["parameters"][method]["mean"]
-    return runs, {key: content["options"][key] for key in SAME}, parameters
+    paths, _, method = argument.rpartition(":")
+    runs: Runs = {}
+    parameters: list[float] = []
+    for path in paths.split("+"):
+        content = json.loads(Path(path).read_text())
+        found = {run["seed"]: run for run in content["runs"] if run["method"] == method}
+        if not found:
+            raise SystemExit(
+                f"{path!r} has no runs of {method!r}, but of {sorted({r['method'] for r in content['runs']})}"
+            )
+        runs |= found
+        parameters += [content["summary"]["parameters"][method]["mean"]] * len(found)
+    return runs, {key: content["options"][key] for key in SAME}, sum(parameters) / len(parameters)
 
 
 def cell(values: list[float], digits: int, sign: str = "") -> str:
