@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
 
 import pytest
@@ -11,7 +13,7 @@ from models import assert_unchanged, same_bits, snapshot, wrapped, zoo
 from torch import nn
 
 import minirank
-from minirank import load_adapter, lora_layers, save_adapter, wrap
+from minirank import export_peft, import_peft, load_adapter, lora_layers, save_adapter, wrap
 
 PACKAGE = os.path.dirname(minirank.__file__)
 
@@ -176,3 +178,28 @@ def test_a_base_that_differs_in_a_buffer_is_another_base(path, kind):
     with pytest.raises(ValueError, match="'0': not the base weights"):
         load_adapter(nn.Sequential(kind(3)), path)
     assert load_adapter(nn.Sequential(kind(2)), path)
+
+
+# ---- PEFT ----------------------------------------------------------------------------------------------------------
+
+
+def test_each_pattern_is_compiled_once(tmp_path, monkeypatch):
+    """re keeps 512 patterns: beyond that, trying all of them on all layers would compile each anew, every time."""
+    count = 600
+    model, plain = (nn.ModuleList(nn.Linear(2, 2) for _ in range(count)) for _ in range(2))
+    wrap(model, {str(i): 1 for i in range(count)}, trainable=[])
+    export_peft(model, tmp_path)
+    compiler = re._compiler if hasattr(re, "_compiler") else re.sre_compile
+    compile, compiled = compiler.compile, []
+    monkeypatch.setattr(compiler, "compile", lambda *args: compiled.append(args) or compile(*args))
+    assert len(import_peft(plain, tmp_path)) == count
+    assert len(compiled) <= count + 5
+
+
+@pytest.mark.parametrize("change", [{"alpha_pattern": {}, "lora_alpha": 10**400}, None])
+def test_a_configuration_beyond_all_numbers_is_refused(tmp_path, change):
+    export_peft(wrapped(trainable=[], ranks={"like": 2})[1], tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text("[" * 100_000 if change is None else json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(ValueError, match="is no JSON" if change is None else "'like' has alpha 1000"):
+        import_peft(zoo(), tmp_path)
