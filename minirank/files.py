@@ -31,7 +31,13 @@ LONGEST_HEADER = 100_000_000  # bytes; safetensors reads no longer one
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
-    """The entries of `tensor`, of any device, in row-major order."""
+    """The entries of `tensor`, of any device, in row-major order. Raises ValueError if they are not in its memory: one
+    that wraps others (DTensor) would give what happens to lie there."""
+    if tensor.is_meta or tensor.layout != torch.strided or hasattr(type(tensor), "__tensor_flatten__"):
+        raise ValueError(
+            f"a {type(tensor).__name__} on {tensor.device}, {tensor.layout}, where an ordinary tensor with values is "
+            "expected: gather what is distributed, load what is on the meta device"
+        )
     whole = tensor.detach().cpu().contiguous().resolve_conj().resolve_neg()  # as torch.conj() may leave them
     return ctypes.string_at(whole.data_ptr(), whole.nbytes)
 

@@ -97,6 +97,27 @@ def test_views_with_another_sign_are_written_as_they_read():
     assert tensor_bytes(conjugate) == tensor_bytes(conjugate.resolve_conj())
 
 
+class Wrapper(torch.Tensor):
+    """Like DTensor: the values are in other tensors, and its own memory holds something else."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __tensor_flatten__(self):
+        return [], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return args[0]
+
+
+@pytest.mark.parametrize("tensor", [Wrapper(torch.ones(2)), torch.ones(2, device="meta"), torch.ones(2).to_sparse()])
+def test_a_tensor_whose_values_are_elsewhere_is_refused(tensor):
+    with pytest.raises(ValueError, match="where an ordinary tensor with values is expected"):
+        tensor_bytes(tensor)
+
+
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
