@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .allocation import Allocation
-from .files import checksum, read_safetensors, safetensors_bytes, write_files
+from .files import checksum, read_safetensors, safetensors_bytes, tensor_bytes, write_files
 from .fingerprint import fingerprint, same_base
 from .lora import RANK_DIM, LoRALinear
 from .saved import SavedLayer, match, savable_layers, some, warn_of_losses
@@ -119,34 +120,34 @@ def load_adapter(
     Returns: the layers by name. Modules that the file holds besides get its values, in their own dtype.
 
     Raises FileNotFoundError; ValueError: a file that is cut off, damaged, foreign, or of a newer format; modules that
-    the model lacks, has with other shapes, or that have an adapter already; other base weights. Nothing has changed
-    then.
+    the model lacks, has with other shapes, or that have an adapter already; other base weights (or buffers beside
+    them); values that the model's types cannot hold. Nothing has changed then.
     """
     adapter = read_adapter(path)
     modules = dict(walk(model))
     names = match(model, {name: layer.shape for name, layer in adapter.layers.items()})
     changed = [
-        name for name, layer in adapter.layers.items() if layer.base and not same_base(modules[name], layer.base)
+        name
+        for name, layer in adapter.layers.items()
+        if layer.base is not None and not same_base(modules[name], layer.base)
     ]
     if changed and not other_base:
         raise ValueError(
             f"{some(changed)}: not the base weights that the adapter was trained beside. Load that model, or pass "
             "other_base=True if this one is meant"
         )
-    plain = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-    for name, value in adapter.others.items():
-        there = plain.get(name)
-        if there is None or there.shape != value.shape or there.is_floating_point() != value.is_floating_point():
-            has = "has none" if there is None else f"has {there.dtype} of shape {tuple(there.shape)}"
-            raise ValueError(f"the file holds {name!r}, {value.dtype} of shape {tuple(value.shape)}; the model {has}")
-    layers = insert(model, {first: adapter.layers[name].around for name, first in names.items()}, trainable)
-    with torch.no_grad():
-        for name, value in adapter.others.items():
-            plain[name].copy_(value)
-    return layers
+    others = _places(model, adapter.others)
+    before = [place.detach().clone() for place, _ in others]
+    copied: list[Tensor] = []
+    try:
+        for place, value in others:
+            _copy(place, value)
+            copied.append(place)
+        return insert(model, {first: adapter.layers[name].around for name, first in names.items()}, trainable)
+    except BaseException:
+        for place, value in zip(copied, before, strict=False):
+            _copy(place, value)
+        raise
 
 
 def read_adapter(path: str | PathLike[str]) -> SavedAdapter:
@@ -166,7 +167,7 @@ def read_adapter(path: str | PathLike[str]) -> SavedAdapter:
         adapter = SavedAdapter(layers, others, record["method"], record["budget"], record["unit"])
         if tensors:
             raise ValueError(f"the tensors {some(list(tensors))} belong to no layer")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{str(path)!r} cannot be used: {what}") from error
     return adapter
@@ -209,3 +210,38 @@ def _others(model: nn.Module, patterns: Sequence[str]) -> dict[str, Tensor]:
                     if tensor is not None and key not in module._non_persistent_buffers_set:
                         found.setdefault(id(tensor), (f"{name}.{key}" if name else key, tensor.detach()))
     return dict(found.values())
+
+
+def _places(model: nn.Module, others: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """[(tensor of the model, what it gets, in its own dtype)]. Raises ValueError if it cannot hold the file's value."""
+    plain = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    places: dict[int, tuple[str, Tensor, Tensor]] = {}
+    for name, value in others.items():
+        there = plain.get(name)
+        if there is None or is_lazy(there) or there.is_meta:
+            what = "none" if there is None else "one without values (lazy, or on the meta device): load its weights"
+            raise ValueError(f"the file holds {name!r}, of shape {tuple(value.shape)}; the model has {what}")
+        floating = there.is_floating_point() and value.is_floating_point()
+        if there.shape != value.shape or not (floating or there.dtype == value.dtype):
+            raise ValueError(
+                f"the file holds {name!r}, {value.dtype} of shape {tuple(value.shape)}; the model has {there.dtype} of "
+                f"shape {tuple(there.shape)}"
+            )
+        new = value.to(there.dtype)
+        if floating and bool((value.isfinite() & ~new.double().isfinite()).any()):
+            raise ValueError(
+                f"the file's {name!r} overflows {there.dtype}, the model's type: convert it to a wider one"
+            )
+        first, _, known = places.setdefault(id(there), (name, there, new))
+        if known is not new and tensor_bytes(known) != tensor_bytes(new):
+            raise ValueError(f"{first!r} and {name!r} are one tensor of the model, which the file has two values for")
+    return [(there, new) for _, there, new in places.values()]
+
+
+def _copy(place: Tensor, value: Tensor) -> None:
+    """What was made in inference mode can be written to only there."""
+    with torch.inference_mode(place.is_inference()), torch.no_grad():
+        place.copy_(value)

@@ -90,15 +90,12 @@ def export_peft(
         "use_rslora": False,
         "bias": "none",
     }
+    files = {
+        TENSORS: safetensors_bytes({PREFIX + key: tensor for key, tensor in tensors.items()}, {"format": "pt"}),
+        CONFIG: (json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n").encode(),
+    }
     Path(folder).mkdir(parents=True, exist_ok=True)
-    write_files(
-        {
-            Path(folder, TENSORS): safetensors_bytes(
-                {PREFIX + key: tensor for key, tensor in tensors.items()}, {"format": "pt"}
-            ),
-            Path(folder, CONFIG): (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        }
-    )
+    write_files({Path(folder, name): content for name, content in files.items()})
 
 
 def check_places(model: nn.Module, names: Iterable[str]) -> None:

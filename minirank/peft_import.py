@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is no JSON ({error}): cut off or damaged? Save or copy it anew") from error
     if not isinstance(config, dict) or "peft_type" not in config:
         raise ValueError(f"{str(path)!r} is no configuration of PEFT: expected a JSON object with a peft_type")
@@ -115,33 +117,38 @@ def _layers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
         pairs.setdefault(found[1], {})[found[2]] = tensor
     if not pairs:
         raise ValueError(f"{TENSORS} holds no tensors, expected lora_A and lora_B of every layer")
+    compiled = functools.cache(re.compile)  # re's own cache holds 512, and a large model has more patterns
     layers = {}
     for name, pair in pairs.items():
         if pair.keys() != {"lora_A", "lora_B"} or pair["lora_A"].ndim != 2:
             shapes = {key: tuple(tensor.shape) for key, tensor in pair.items()}
             raise ValueError(f"{name!r} has {shapes}, expected lora_A (r, d_in) and lora_B (d_out, r)")
-        rank, announced = pair["lora_A"].shape[0], _of_layer(config, "rank_pattern", "r", name)
+        rank, announced = pair["lora_A"].shape[0], _of_layer(config, "rank_pattern", "r", name, compiled)
         if rank != announced or rank == 0:
             raise ValueError(
                 f"{name!r} has rank {rank} in {TENSORS} and {announced!r} in {CONFIG}, expected the same positive one: "
                 "are the two files of one adapter? (If two patterns match the name: PEFT's saving sorts them)"
             )
-        alpha = _of_layer(config, "alpha_pattern", "lora_alpha", name)
-        if not _is_number(alpha) or not 0 < alpha < math.inf:
-            raise ValueError(f"{name!r} has alpha {alpha!r} in {CONFIG}, expected a positive number")
+        alpha = _of_layer(config, "alpha_pattern", "lora_alpha", name, compiled)
+        if not _is_number(alpha) or not 0 < alpha <= sys.float_info.max:
+            raise ValueError(
+                f"{name!r} has alpha {alpha!r} in {CONFIG}, expected a positive number, and no endless one"
+            )
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         layers[name] = SavedLayer(pair, float(alpha), float(rank), scaling, dropout=config.get("lora_dropout", 0.0))
         layers[name].check(name)
     return layers
 
 
-def _of_layer(config: Mapping[str, Any], patterns: str, default: str, name: str) -> Any:
+def _of_layer(
+    config: Mapping[str, Any], patterns: str, default: str, name: str, compiled: Callable[[str], re.Pattern[str]]
+) -> Any:
     """What PEFT takes for this layer: the first pattern that matches, else the one that is its name (such as "w[0]",
     which as a pattern does not match itself), else the default; 8 if the file has none."""
     given = config.get(patterns) or {}
     for pattern, value in given.items():
         try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
+            if compiled(rf"(.*\.)?({pattern})$").match(name):
                 return value
         except re.error as error:
             raise ValueError(f"{pattern!r} in {patterns} is no regular expression ({error})") from error

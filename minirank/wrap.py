@@ -102,18 +102,19 @@ def insert(
     try:
         for name, make_layer in make.items():
             layers[name] = make_layer(modules[name])
+        if chosen is not None:
+            every = [*lora_layers(model).values(), *layers.values()]  # an earlier call's adapters keep training
+            chosen |= {id(parameter) for layer in every for parameter in layer.parameters(recurse=False)}
+            chosen -= {id(parameter) for layer in every for parameter in layer.base.parameters()}
+            for parameter in model.parameters():
+                parameter.requires_grad_(id(parameter) in chosen)
+        _replace(model, {id(layer.base): layer for layer in layers.values()})
+        return layers
     except BaseException:
+        _replace(model, {id(layer): layer.base for layer in layers.values()})
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
         raise
-    if chosen is not None:
-        every = [*lora_layers(model).values(), *layers.values()]  # an earlier call's adapters keep training
-        chosen |= {id(parameter) for layer in every for parameter in layer.parameters(recurse=False)}
-        chosen -= {id(parameter) for layer in every for parameter in layer.base.parameters()}
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in chosen)
-    _replace(model, {id(layer.base): layer for layer in layers.values()})
-    return layers
 
 
 def plain_ranks(ranks: Mapping[str, int] | HasRanks) -> Mapping[str, int]:
