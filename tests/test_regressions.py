@@ -25,9 +25,15 @@
     bf16 merge and unmerge drift                    test_a_hundred_half_precision_merges_do_not_drift,
                                                       test_peft_drifts_when_half_precision_is_merged_again_and_again
     eval() calls train(False), which merges         test_merge: test_training_and_evaluating_do_not_merge
-    suffix and substring matching                   test_targets: test_names_are_exact_and_globs_cover_the_whole_name
+    suffix and substring matching                   test_targets: test_names_are_exact_and_globs_cover_the_whole_...,
+                                                      test_peft_takes_a_list_of_names_for_suffixes
     a pattern that matches nothing is ignored       test_targets: ..._finds_nothing_is_an_error_that_helps
-    alpha / r rescales silently when ranks change   test_the_trained_function_is_not_rescaled_when_ranks_change
+    alpha / r rescales silently when ranks change   test_the_trained_function_is_not_rescaled_when_ranks_change,
+                                                      test_peft_rescales_when_the_rank_changes_and_export_does_not
+    one module under two names: one is left out     test_peft_refusals: test_a_module_in_two_places_is_refused_...
+    PEFT ignores an out_proj's adapter              test_an_attention_output_is_refused_because_peft_ignores_...
+    PEFT's adapters and the encoder's fast path     test_the_fast_path_of_an_encoder_layer_leaves_pefts_adapter_...
+    PEFT sorts its patterns when it saves           test_peft_sorts_the_keys_when_it_saves
 
     curvature and budgets: the fault elsewhere      the test here
     ----------------------------------------------  ----------------------------------------------------------------
