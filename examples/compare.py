@@ -1,6 +1,6 @@
 """Which ranks train best? Each method gets the same pretrained model, the same budget and the same data order.
 
-    python examples/compare.py --quick                 # under 3 minutes on 2 cores
+    python examples/compare.py --quick                 # about 3 minutes on 2 cores
     python examples/compare.py --methods uniform sensitivity --seeds 0 1 2 3 4      # one of the published tables
 
 The task is tagging.py's: MiniLM learns part-of-speech tags of the Brown corpus. Methods that need calibration or
@@ -302,7 +302,7 @@ def main() -> None:
         "--stop", type=float, default=STOP, help=f"share of training with L1RA updates (default {STOP})"
     )
     parser.add_argument("--coalitions", type=int, help="ShapLoRA's, a multiple of 18 (default 90; quick: 18)")
-    parser.add_argument("--sentences", type=int, help="dev sentences that ShapLoRA scores (default 120; quick: 24)")
+    parser.add_argument("--sentences", type=int, help="dev sentences that ShapLoRA scores (default 120; quick: 16)")
     parser.add_argument("--first-gate-lr", type=float, default=FIRST_GATE_LR,
                         help=f"of the gates, in ShapLoRA's first training (default {FIRST_GATE_LR})")  # fmt: skip
     parser.add_argument("--limit", type=int, help="use only so many sentences of each split, to see that it runs")
@@ -324,7 +324,7 @@ def main() -> None:
         interval=arguments.interval or max(1, steps // 20),
         stop=round(arguments.stop * steps),
         coalitions=arguments.coalitions or (18 if arguments.quick else 90),
-        sentences=arguments.sentences or (24 if arguments.quick else 120),
+        sentences=arguments.sentences or (16 if arguments.quick else 120),
         curvature=arguments.curvature,
         first_gate_lr=arguments.first_gate_lr,
     )

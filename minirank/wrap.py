@@ -55,8 +55,8 @@ def wrap(
         ranks: an Allocation, or {name: rank}. Rank 0 leaves the plain module. Any name of a shared module will do.
         alpha, rank_stabilized, gate, dropout, dtype: see `LoRALinear`; the same for every layer.
         reference_rank: fixes the scaling of every layer. None: the average rank asked for in this call, zeros
-            included. Give it, with alpha, where several calls or a reloaded model must agree: a state_dict holds A, B
-            and gates, not the scaling.
+            included. Give it, with alpha, where several calls must agree, or a model into which a state_dict is loaded:
+            that holds A, B and gates, not the scaling (save_adapter's file holds both).
         trainable: None: the wrapped layers' own weights are frozen and every other `requires_grad` is left alone:
             embeddings, norms and layers of rank 0 go on training if they did. Names or globs of modules, an empty
             list for none: the adapters and the other parameters of these modules train, everything else in the
