@@ -189,6 +189,10 @@ def mean_and_error(values: list[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), error
 
 
+def plus_minus(mean: float, error: float | None, digits: int, sign: str = "") -> str:
+    return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
 FIGURES: dict[str, Callable[[Run], float]] = {
     "test accuracy %": lambda r: r.test["accuracy"],
     "test loss": lambda r: r.test["loss"],
@@ -222,9 +226,6 @@ def summarise(runs: list[Run], methods: list[str]) -> Summary:
 
 
 def report(summary: Summary, methods: list[str], seeds: list[int]) -> str:
-    def pm(mean: float, error: float | None, digits: int, sign: str = "") -> str:
-        return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
-
     lines = [f"{len(seeds)} seed(s), mean ± standard error; differences are paired by seed", ""]
     if len(seeds) < 5:
         lines[0] += " (from fewer than 5 seeds, an error is itself little more than a guess)"
@@ -235,9 +236,9 @@ def report(summary: Summary, methods: list[str], seeds: list[int]) -> str:
     )
     for figure, cells in summary.items():
         digits = 0 if figure == "parameters" else 1 if figure.endswith(" s") else 2 if "%" in figure else 4
-        row = [f"  {pm(c['mean'], c['standard_error'], digits):>18}" for c in cells.values()]
+        row = [f"  {plus_minus(c['mean'], c['standard_error'], digits):>18}" for c in cells.values()]
         row += [
-            f"  {pm(cells[m]['difference'], cells[m]['difference_standard_error'], digits, '+'):>26}"
+            f"  {plus_minus(cells[m]['difference'], cells[m]['difference_standard_error'], digits, '+'):>26}"
             for m in methods[1:]
         ]
         lines.append(f"{figure:<16}" + "".join(row))

@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from compare import mean_and_error
+from compare import mean_and_error, plus_minus
 
 SAME = ("targets", "steps")  # else the trainings differ in more than their ranks
 Runs = dict[int, dict[str, Any]]  # by seed
@@ -39,8 +39,7 @@ def load(argument: str) -> tuple[Runs, dict[str, Any], float]:
 
 
 def cell(values: list[float], digits: int, sign: str = "") -> str:
-    mean, error = mean_and_error(values)
-    return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+    return plus_minus(*mean_and_error(values), digits, sign)
 
 
 def main() -> None:

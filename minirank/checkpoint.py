@@ -76,7 +76,7 @@ def save_adapter(
     """
     layers = savable_layers(model)
     others = _others(model, [modules] if isinstance(modules, str) else modules)
-    saved = {name: _saved(layer) for name, layer in layers.items()}
+    saved = {name: SavedLayer.of(layer, fingerprint(layer.base)) for name, layer in layers.items()}
     for name, one in saved.items():
         one.check(name)
     if allocation is not None:
@@ -182,20 +182,6 @@ def _layer(tensors: dict[str, Tensor], name: str, fields: Mapping[str, Any]) -> 
     if [layer.rank, list(layer.shape)] != [fields["rank"], fields["shape"]]:
         raise ValueError(f"{name!r} has rank {layer.rank} and shape {layer.shape}, announced {fields}")
     return layer
-
-
-def _saved(layer: LoRALinear) -> SavedLayer:
-    tensors = {key: value.detach() for key, value in layer.named_parameters(recurse=False)}
-    return SavedLayer(
-        tensors,
-        layer.alpha,
-        layer.reference_rank,
-        layer.scaling,
-        layer.initial_gate,
-        layer.dropout,
-        layer.enabled,
-        fingerprint(layer.base),
-    )
 
 
 def _others(model: nn.Module, patterns: Sequence[str]) -> dict[str, Tensor]:

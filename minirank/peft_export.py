@@ -65,14 +65,13 @@ def export_peft(
     for name, layer in layers.items():
         if not layer.enabled:
             raise ValueError(f"{name!r} is disabled, which PEFT's files cannot say: enable it, or resize it to 0")
-        own = {key: value.detach() for key, value in layer.named_parameters(recurse=False)}
-        SavedLayer(own, layer.alpha, layer.reference_rank, layer.scaling, layer.initial_gate).check(name)
+        SavedLayer.of(layer).check(name)
         # PEFT multiplies by alpha / r: by 1 if portable.
         B = _folded(layer, layer.scaling if portable else 1.0)
         if not torch.isfinite(B).all():
             raise ValueError(f"{name}.lora_B times gates or scaling overflows {B.dtype}: convert to a wider type")
         alphas[name] = float(layer.rank) if portable else layer.scaling * layer.rank
-        tensors |= {f"{name}.lora_A.weight": own["lora_A"], f"{name}.lora_B.weight": B}
+        tensors |= {f"{name}.lora_A.weight": layer.lora_A.detach(), f"{name}.lora_B.weight": B}
     warn_of_losses(model, ())
     _warn_of_fast_paths(model)
     config = {

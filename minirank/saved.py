@@ -30,6 +30,20 @@ class SavedLayer:
     enabled: bool = True
     base: Mapping[str, Any] | None = None  # fingerprint of the module that it was trained beside
 
+    @classmethod
+    def of(cls, layer: LoRALinear, base: Mapping[str, Any] | None = None) -> SavedLayer:
+        """What `layer` is now; its tensors are shared, not copied."""
+        return cls(
+            tensors={key: value.detach() for key, value in layer.named_parameters(recurse=False)},
+            alpha=layer.alpha,
+            reference_rank=layer.reference_rank,
+            scaling=layer.scaling,
+            gate=layer.initial_gate,
+            dropout=layer.dropout,
+            enabled=layer.enabled,
+            base=base,
+        )
+
     @property
     def rank(self) -> int:
         return self.tensors["lora_A"].shape[0]
