@@ -46,15 +46,27 @@ def entries(diagonals: Diagonals, like: Diagonals) -> Tensor:
 
 
 def table(title: str, rows: Mapping[str, Row]) -> str:
-    columns = {"spearman": 3, "kendall": 3, "trace error": 3, "entry error": 3, "moved at 2": 1, "moved at 8": 1}
-    lines = [f"\n{title}", f"{'':<27}{'products':>9}{'seconds':>9}" + "".join(f"{c:>15}" for c in columns)]
+    columns = {
+        "spearman": 3,
+        "kendall": 3,
+        "trace error": 3,
+        "entry error": 3,
+        "moved at 2": 1,
+        "moved at 8": 1,
+    }
+    lines = [
+        f"\n{title}",
+        f"{'':<27}{'products':>9}{'seconds':>9}" + "".join(f"{c:>15}" for c in columns),
+    ]
     for name, row in rows.items():
         seconds = f"{statistics.mean(row['seconds']):.2f}" if "seconds" in row else ""
         line = f"{name:<27}{row['products']:>9,}{seconds:>9}"
         for column, digits in columns.items():
             line += f"{spread(row.get(column, []), digits):>15}"
         refused = row.get("refused", [])
-        lines.append(line + (f"  {sum(refused):.0f} of {len(refused)} without ranks" if any(refused) else ""))
+        lines.append(
+            line + (f"  {sum(refused):.0f} of {len(refused)} without ranks" if any(refused) else "")
+        )
     return "\n".join(lines)
 
 
@@ -69,7 +81,9 @@ def save_plot(path: str, studies: Mapping[str, Mapping[str, Row]]) -> None:
     from matplotlib.figure import Figure
 
     shown = list(studies.items())[:2]
-    families = list(dict.fromkeys(row["family"] for rows in studies.values() for row in rows.values()))
+    families = list(
+        dict.fromkeys(row["family"] for rows in studies.values() for row in rows.values())
+    )
     figure = Figure(figsize=(11, 7), layout="constrained")
     panels = figure.subplots(2, len(shown), squeeze=False, sharex="col", sharey="row")
     for column, (title, rows) in enumerate(shown):
@@ -77,12 +91,16 @@ def save_plot(path: str, studies: Mapping[str, Mapping[str, Row]]) -> None:
             for i, family in enumerate(families):
                 found = [row for row in rows.values() if row["family"] == family and row.get(key)]
                 if family == "uniform ranks" and found:
-                    axes.axhline(statistics.mean(found[0][key]), color="grey", linestyle=":", label=family)
+                    axes.axhline(
+                        statistics.mean(found[0][key]), color="grey", linestyle=":", label=family
+                    )
                 elif found:
                     x = [statistics.mean(row["seconds"]) for row in found]
                     y = [statistics.mean(row[key]) for row in found]
                     axes.plot(x, y, "o-" if len(x) > 1 else "D", color=f"C{i}", label=family)
-            axes.axvline(statistics.mean(rows["exact"]["seconds"]), color="black", label="exact diagonal")
+            axes.axvline(
+                statistics.mean(rows["exact"]["seconds"]), color="black", label="exact diagonal"
+            )
             axes.set_xscale("log")
             axes.grid(alpha=0.3)
         panels[0, column].set_title(title, fontsize=10)

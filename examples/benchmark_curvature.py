@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ Batch = tuple[Tensor, Tensor]
 
 def mlp(width: int = 32, depth: int = 2) -> nn.Sequential:
     sizes = [20] + [width] * depth
-    hidden = [m for d_in, d_out in itertools.pairwise(sizes) for m in (nn.Linear(d_in, d_out), nn.Tanh())]
+    hidden = [
+        m for d_in, d_out in itertools.pairwise(sizes) for m in (nn.Linear(d_in, d_out), nn.Tanh())
+    ]
     return nn.Sequential(*hidden, nn.Linear(width, 10)).double()
 
 
@@ -38,7 +41,9 @@ class OneBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.up = nn.Linear(20, width)
-        self.block = nn.TransformerEncoderLayer(width, 2, 2 * width, activation="gelu", batch_first=True)
+        self.block = nn.TransformerEncoderLayer(
+            width, 2, 2 * width, activation="gelu", batch_first=True
+        )
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,7 +62,11 @@ def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters() if name.endswith("weight") and p.ndim == 2}
+    return {
+        name: p.detach()
+        for name, p in model.named_parameters()
+        if name.endswith("weight") and p.ndim == 2
+    }
 
 
 def functional_loss(model: nn.Module, batch: Batch) -> Any:
@@ -66,7 +75,10 @@ def functional_loss(model: nn.Module, batch: Batch) -> Any:
     sizes = [w.numel() for w in start.values()]
 
     def loss(flat: Tensor) -> Tensor:
-        parts = {n: p.view_as(w) for (n, w), p in zip(start.items(), torch.split(flat, sizes), strict=True)}
+        parts = {
+            n: p.view_as(w)
+            for (n, w), p in zip(start.items(), torch.split(flat, sizes), strict=True)
+        }
         logits = torch.func.functional_call(model, parts, (batch[0],))
         return F.cross_entropy(logits, batch[1])
 
@@ -94,11 +106,15 @@ def vmapped_columns(model: nn.Module, batch: Batch, chunk_size: int = 256) -> Te
 
 
 def ours(model: nn.Module, batch: Batch) -> Tensor:
-    return torch.cat([h.flatten() for h in exact_hessian_diagonal(model, loss_fn, [batch]).values()])
+    return torch.cat(
+        [h.flatten() for h in exact_hessian_diagonal(model, loss_fn, [batch]).values()]
+    )
 
 
 def reference(model: nn.Module, batch: Batch) -> Tensor:
-    return torch.cat([h.flatten() for h in hessian_diagonal_reference(model, loss_fn, [batch]).values()])
+    return torch.cat(
+        [h.flatten() for h in hessian_diagonal_reference(model, loss_fn, [batch]).values()]
+    )
 
 
 def peers() -> dict[str, Any]:
@@ -111,7 +127,9 @@ def peers() -> dict[str, Any]:
 
         def curvlinops_columns(model: nn.Module, batch: Batch) -> Tensor:
             parameters = [model.get_parameter(name) for name in weights(model)]
-            H = HessianLinearOperator(model, nn.CrossEntropyLoss(), parameters, [batch], check_deterministic=False)
+            H = HessianLinearOperator(
+                model, nn.CrossEntropyLoss(), parameters, [batch], check_deterministic=False
+            )
             dense: Tensor = H @ torch.eye(H.shape[1], dtype=torch.float64)
             return dense.diagonal()
 
@@ -136,7 +154,9 @@ def peers() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--small", action="store_true", help="a width of 4: to see that it runs")
@@ -157,23 +177,35 @@ def main() -> None:
     results: dict[str, Any] = {"options": vars(arguments), "torch": torch.__version__, "error": {}}
     model = mlp(unit)
     expected = dense_hessian(model, batch)
-    print(f"{expected.numel()} weights, float64, torch {torch.__version__}, {arguments.threads} thread(s)")
+    print(
+        f"{expected.numel()} weights, float64, torch {torch.__version__}, {arguments.threads} thread(s)"
+    )
     for name, diagonal in contenders.items():
         error = float((diagonal(model, batch) - expected).abs().max() / expected.abs().max())
         results["error"][name] = error
         print(f"  {name:<26} largest error {error:.1e} of the largest entry")
-    work: dict[str, Work] = {name: lambda d=d: d(mlp(unit), batch) for name, d in contenders.items()}  # type: ignore[misc]
-    results["mlp"] = table("exact diagonal", interleaved(work, arguments.repeats), "minirank, outputs")
+
+    def on_a_new_model(diagonal: Callable[[nn.Module, Batch], Tensor]) -> Work:
+        return lambda: diagonal(mlp(unit), batch)
+
+    work = {name: on_a_new_model(diagonal) for name, diagonal in contenders.items()}
+    results["mlp"] = table(
+        "exact diagonal", interleaved(work, arguments.repeats), "minirank, outputs"
+    )
 
     growth: dict[str, list[tuple[str, nn.Module, Batch]]] = {
         "width": [(f"width {w}", mlp(w), data(64)) for w in (unit, 2 * unit, 4 * unit)],
         "depth": [(f"depth {d}", mlp(unit, d), data(64)) for d in (2, 4, 8)],
         "batch": [(f"batch {n}", mlp(unit), data(n)) for n in (64, 256, 1024)],
-        "positions": [(f"sequence {t}", OneBlock(unit // 2).double(), data(8, t)) for t in (4, 8, 16)],
+        "positions": [
+            (f"sequence {t}", OneBlock(unit // 2).double(), data(8, t)) for t in (4, 8, 16)
+        ],
     }
     for title, sizes in growth.items():
         steps: dict[str, Work] = {name: lambda m=m, b=b: ours(m, b) for name, m, b in sizes}  # type: ignore[misc]
-        results[title] = table(f"growth with {title}", interleaved(steps, arguments.repeats), sizes[0][0])
+        results[title] = table(
+            f"growth with {title}", interleaved(steps, arguments.repeats), sizes[0][0]
+        )
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(results, indent=1) + "\n")
 

@@ -25,7 +25,12 @@ import torch
 from benchmark_curvature import OneBlock, data, loss_fn, mlp, weights
 from torch import Tensor, nn
 
-from minirank.curvature import exact_hessian_diagonal, gauss_newton, hutchinson_outputs, hutchinson_weights
+from minirank.curvature import (
+    exact_hessian_diagonal,
+    gauss_newton,
+    hutchinson_outputs,
+    hutchinson_weights,
+)
 
 Diagonal = dict[str, Tensor]
 Estimator = Callable[[nn.Module, Any, int, int], Diagonal]  # (model, batch, products, seed)
@@ -34,7 +39,9 @@ Estimator = Callable[[nn.Module, Any, int, int], Diagonal]  # (model, batch, pro
 def ours(estimate: Callable[..., Diagonal]) -> Estimator:
     def run(model: nn.Module, batch: Any, products: int, seed: int) -> Diagonal:
         generator = torch.Generator().manual_seed(seed)
-        return estimate(model, loss_fn, [batch], generator=generator, samples=products, chunk_size=100)
+        return estimate(
+            model, loss_fn, [batch], generator=generator, samples=products, chunk_size=100
+        )
 
     return run
 
@@ -55,7 +62,9 @@ def estimators() -> dict[str, Estimator]:
         torch.manual_seed(seed)
         names = list(weights(model))
         parameters = [model.get_parameter(name) for name in names]
-        H = HessianLinearOperator(model, nn.CrossEntropyLoss(), parameters, [batch], check_deterministic=False)
+        H = HessianLinearOperator(
+            model, nn.CrossEntropyLoss(), parameters, [batch], check_deterministic=False
+        )
         parts = hutchinson_diag(H, products).split([p.numel() for p in parameters])
         named = zip(names, parameters, parts, strict=True)
         return {n.removesuffix(".weight"): h.detach().view_as(p) for n, p, h in named}
@@ -106,21 +115,29 @@ def growth_megabytes(chunk_size: int, width: int, positions: int, samples: int) 
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def memory_table(chunk_sizes: list[int], width: int, positions: int, samples: int) -> dict[int, float]:
+def memory_table(
+    chunk_sizes: list[int], width: int, positions: int, samples: int
+) -> dict[int, float]:
     """Each in a process of its own, since a peak does not come down."""
     context = multiprocessing.get_context("spawn")
     growth = {}
-    print(f"exact diagonal of a transformer block, width {width}, {positions} positions, {samples} samples, float64:")
+    print(
+        f"exact diagonal of a transformer block, width {width}, {positions} positions, {samples} samples, float64:"
+    )
     print("growth of the process's peak memory after one backward pass")
     for chunk_size in chunk_sizes:
         with context.Pool(1) as pool:
-            growth[chunk_size] = pool.apply(growth_megabytes, (chunk_size, width, positions, samples))
+            growth[chunk_size] = pool.apply(
+                growth_megabytes, (chunk_size, width, positions, samples)
+            )
         print(f"  chunk_size {chunk_size:>4}: {growth[chunk_size]:>6.0f} MB", flush=True)
     return growth
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--small", action="store_true", help="a width of 4: to see that it runs")
     parser.add_argument("--out", help="write the figures to this JSON file")

@@ -44,7 +44,9 @@ def training(batch: Batch, tags: int, gate: float | None, interval: int | None) 
         loss = loss_fn(model, batch)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+        nn.utils.clip_grad_norm_(
+            [p for group in optimizer.param_groups for p in group["params"]], 1.0
+        )
         optimizer.step()
         if l1ra is not None:
             start = time.perf_counter()
@@ -55,7 +57,9 @@ def training(batch: Batch, tags: int, gate: float | None, interval: int | None) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--sentences", type=int, default=24, help="per batch")
     parser.add_argument("--out", help="write the figures to this JSON file")
@@ -86,7 +90,9 @@ def main() -> None:
         "+ an update": updating.step,
     }
     after = dict.fromkeys(contenders, nothing) | {"+ an update": drop_gates}
-    figures = table("one training step", interleaved(contenders, options.repeats, after), "plain LoRA")
+    figures = table(
+        "one training step", interleaved(contenders, options.repeats, after), "plain LoRA"
+    )
     inside = {"between updates": between.seconds[1:], "with an update": updating.seconds[1:]}
     alone = table("inside l1ra.step()", inside, "between updates")
     moved = [sum(update.pruned.values()) for update in moving.history.updates[1:]]

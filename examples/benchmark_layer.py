@@ -41,7 +41,9 @@ def training_step(model: nn.Module, x: Tensor) -> Work:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--batch", type=int, default=128)
@@ -52,9 +54,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     generator = torch.Generator().manual_seed(0)
-    bare = nn.Sequential(*(nn.Linear(arguments.width, arguments.width) for _ in range(arguments.layers)))
+    bare = nn.Sequential(
+        *(nn.Linear(arguments.width, arguments.width) for _ in range(arguments.layers))
+    )
     with torch.no_grad():
-        for weight in bare.parameters():  # at this scale activations neither vanish nor explode through the stack
+        for weight in (
+            bare.parameters()
+        ):  # at this scale activations neither vanish nor explode through the stack
             weight.normal_(0, arguments.width**-0.5, generator=generator)
     x = torch.randn(arguments.batch, arguments.width, generator=generator)
 
@@ -62,7 +68,11 @@ def main() -> None:
         model = copy.deepcopy(bare)
         allocator = UniformRanks(model)
         allocator.score()
-        wrap(model, allocator.allocate(arguments.rank * arguments.layers), alpha=SCALING * arguments.rank)
+        wrap(
+            model,
+            allocator.allocate(arguments.rank * arguments.layers),
+            alpha=SCALING * arguments.rank,
+        )
         return model
 
     ours = wrapped()
@@ -80,7 +90,9 @@ def main() -> None:
     else:
 
         def wrapped_by_peft() -> nn.Module:
-            config = LoraConfig(r=arguments.rank, lora_alpha=SCALING * arguments.rank, target_modules=r"\d+")
+            config = LoraConfig(
+                r=arguments.rank, lora_alpha=SCALING * arguments.rank, target_modules=r"\d+"
+            )
             model: nn.Module = get_peft_model(copy.deepcopy(bare), config)
             return model
 
@@ -92,26 +104,36 @@ def main() -> None:
                 state[f"base_model.model.{name}.lora_B.default.weight"].copy_(layer.lora_B)
             difference = (theirs(x) - ours(x)).abs().max()
             effect = (ours(x) - bare(x)).abs().max()
-        print(f"minirank and PEFT differ by at most {difference:.1e}; the adapters move the output by {effect:.1e}")
+        print(
+            f"minirank and PEFT differ by at most {difference:.1e}; the adapters move the output by {effect:.1e}"
+        )
         models["PEFT"] = theirs
         wrapping["PEFT (with deepcopy)"] = wrapped_by_peft
         merging["PEFT"] = theirs.merge_adapter  # type: ignore[assignment]
         unmerging["PEFT"] = theirs.unmerge_adapter  # type: ignore[assignment]
 
     size = f"{arguments.layers} × Linear({arguments.width}, {arguments.width}), batch {arguments.batch}"
-    print(f"{size}, rank {arguments.rank}, float32, torch {torch.__version__}, {arguments.threads} thread(s)")
+    print(
+        f"{size}, rank {arguments.rank}, float32, torch {torch.__version__}, {arguments.threads} thread(s)"
+    )
     repeats = arguments.repeats
     trained = {name: model for name, model in models.items() if name != "bare"}
     results = {
-        "forward": table("forward", interleaved({n: forward(m, x) for n, m in models.items()}, repeats), "bare"),
+        "forward": table(
+            "forward", interleaved({n: forward(m, x) for n, m in models.items()}, repeats), "bare"
+        ),
         "step": table(
-            "forward + backward", interleaved({n: training_step(m, x) for n, m in trained.items()}, repeats), "minirank"
+            "forward + backward",
+            interleaved({n: training_step(m, x) for n, m in trained.items()}, repeats),
+            "minirank",
         ),
         "wrap": table("wrap", interleaved(wrapping, repeats), "minirank (with deepcopy)"),
         "merge": table("merge", interleaved(merging, repeats, after=unmerging), "minirank"),
     }
     if arguments.out:
-        Path(arguments.out).write_text(json.dumps({"options": vars(arguments), **results}, indent=1) + "\n")
+        Path(arguments.out).write_text(
+            json.dumps({"options": vars(arguments), **results}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from minirank import SensitivityLoRA, curvature
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sentences", type=int, default=240)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
@@ -36,7 +38,9 @@ def main() -> None:
     allocator = SensitivityLoRA(model, loss_fn, calibration, targets="encoder.*", progress=False)
     contenders = {
         "forward passes": forward_passes,
-        "input_second_moment": lambda: curvature.input_second_moment(model, loss_fn, calibration, "encoder.*"),
+        "input_second_moment": lambda: curvature.input_second_moment(
+            model, loss_fn, calibration, "encoder.*"
+        ),
         "SensitivityLoRA.score()": allocator.score,
     }
     print(

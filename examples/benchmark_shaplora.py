@@ -22,7 +22,9 @@ from torch import nn
 from minirank import ShapLoRA, UniformRanks, lora_layers, wrap
 
 
-def passes(model: nn.Module, data: Sequence[Batch], times: int, trained: Sequence[nn.Parameter]) -> None:
+def passes(
+    model: nn.Module, data: Sequence[Batch], times: int, trained: Sequence[nn.Parameter]
+) -> None:
     """`times` forward and backward passes over the data, with gradients for `trained` alone."""
     before = [(p, p.requires_grad) for p in model.parameters()]
     for parameter, _ in before:
@@ -39,8 +41,12 @@ def passes(model: nn.Module, data: Sequence[Batch], times: int, trained: Sequenc
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sentences", type=int, default=24, help="that are scored, in batches of 8")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sentences", type=int, default=24, help="that are scored, in batches of 8"
+    )
     parser.add_argument("--coalitions", type=int, default=18)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", help="write the figures to this JSON file")
@@ -50,7 +56,9 @@ def main() -> None:
     model = build_model(0, len(data.tags)).eval()
     uniform = UniformRanks(model, ["encoder.*"])
     uniform.score()
-    layers = wrap(model, uniform.allocate(36 * 4), alpha=2, reference_rank=1, gate=0.0, trainable=["head"])
+    layers = wrap(
+        model, uniform.allocate(36 * 4), alpha=2, reference_rank=1, gate=0.0, trainable=["head"]
+    )
     for layer in layers.values():  # as if trained
         nn.init.constant_(layer.get_parameter("gate"), 0.1)
     sentences = data.dev[:: len(data.dev) // options.sentences][: options.sentences]
@@ -58,7 +66,14 @@ def main() -> None:
     longer = [{key: value.repeat(3, 1) for key, value in batch.items()} for batch in validation]
     adapters = [p for layer in lora_layers(model).values() for p in layer.parameters(recurse=False)]
     head = [p for name, p in model.named_parameters() if name.startswith("head")]
-    allocator = ShapLoRA(model, loss_fn, validation, coalitions=options.coalitions, batch_weight=words, progress=False)
+    allocator = ShapLoRA(
+        model,
+        loss_fn,
+        validation,
+        coalitions=options.coalitions,
+        batch_weight=words,
+        progress=False,
+    )
     count = options.coalitions
     contenders = {
         "passes as in training": lambda: passes(model, validation, count, adapters + head),
@@ -70,7 +85,11 @@ def main() -> None:
           f"{torch.get_num_threads()} thread(s)")  # fmt: skip
     figures = table("scoring", interleaved(contenders, options.repeats), "passes as in training")
     if options.out:
-        content = {"options": vars(options), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        content = {
+            "options": vars(options),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
         Path(options.out).write_text(json.dumps({**content, "scoring": figures}, indent=1) + "\n")
 
 

@@ -38,13 +38,26 @@ from tagging import (
     words,
 )
 
-from minirank import L1RA, Allocation, Allocator, SensitivityLoRA, ShapLoRA, UniformRanks, curvature, wrap
-from minirank.history import History
-from minirank.sensitivity import Curvature
-from minirank.table import arrange, fill_heat_map, whole_ticks
+from minirank import (
+    L1RA,
+    Allocation,
+    Allocator,
+    SensitivityLoRA,
+    ShapLoRA,
+    UniformRanks,
+    curvature,
+    wrap,
+)
+from minirank.allocators.history import History
+from minirank.allocators.sensitivity import Curvature
+from minirank.allocators.table import arrange, fill_heat_map, whole_ticks
 
 SCALING = 2.0  # of every LoRA layer, whatever its rank
-L1, GATE_LR, STOP = 0.3, 0.05, 0.5  # L1RA's: of what was tried on the dev split, with another seed, the
+L1, GATE_LR, STOP = (
+    0.3,
+    0.05,
+    0.5,
+)  # L1RA's: of what was tried on the dev split, with another seed, the
 # mildest that moves more than one rank in 250 steps
 FIRST_GATE_LR = 0.3  # of the gates in ShapLoRA's first training: from 0, at the adapters' 0.003, 250 steps are too few
 
@@ -109,7 +122,9 @@ def uniform(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
 def sensitivity(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
     calibration = list(batches(data.dev, 24, device=options.device))
     estimate = CURVATURES[options.curvature]
-    allocator = SensitivityLoRA(model, loss_fn, calibration, targets=options.targets, curvature=estimate)
+    allocator = SensitivityLoRA(
+        model, loss_fn, calibration, targets=options.targets, curvature=estimate
+    )
     return allocate_then_train(allocator, model, data, options, seed)
 
 
@@ -118,7 +133,15 @@ def l1ra(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
     allocator.score()
     start = allocator.allocate(options.budget, unit=options.unit, min_rank=1)  # type: ignore[arg-type]
     # The same scaling as the other methods'; with the authors' reference rank, A starts from N(0, 1/16²).
-    wrap(model, start, alpha=16 * SCALING, reference_rank=16, gate=1.0, trainable=["head"], generator=seed)
+    wrap(
+        model,
+        start,
+        alpha=16 * SCALING,
+        reference_rank=16,
+        gate=1.0,
+        trainable=["head"],
+        generator=seed,
+    )
     optimizer = make_optimizer(model)
     moving = L1RA(
         model,
@@ -132,7 +155,12 @@ def l1ra(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
         generator=seed,
     )
     result = train(
-        model, data.train, steps=options.steps, seed=seed, optimizer=optimizer, on_step=lambda _: moving.step()
+        model,
+        data.train,
+        steps=options.steps,
+        seed=seed,
+        optimizer=optimizer,
+        on_step=lambda _: moving.step(),
     )
     return Trained(replace(start, ranks=moving.ranks, method="L1RA"), 0.0, result, moving.history)
 
@@ -143,14 +171,25 @@ def shaplora(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
     twice = UniformRanks(trial, options.targets)
     twice.score()
     ranks = twice.allocate(2 * options.budget, unit=options.unit)  # type: ignore[arg-type]
-    wrap(trial, ranks, alpha=SCALING, reference_rank=1, gate=0.0, trainable=["head"], generator=seed)
+    wrap(
+        trial, ranks, alpha=SCALING, reference_rank=1, gate=0.0, trainable=["head"], generator=seed
+    )
     optimizer = make_optimizer(trial, gate_lr=options.first_gate_lr)
     train(trial, data.train, steps=options.steps, seed=seed, optimizer=optimizer)
     validation = list(batches(spread(data.dev, options.sentences), 24, device=options.device))
-    allocator = ShapLoRA(trial, loss_fn, validation, coalitions=options.coalitions, batch_weight=words, generator=seed)
+    allocator = ShapLoRA(
+        trial,
+        loss_fn,
+        validation,
+        coalitions=options.coalitions,
+        batch_weight=words,
+        generator=seed,
+    )
     first_stage = time.perf_counter() - start
     first_loss = evaluate(trial, data.dev)["loss"]
-    print(f"seed {seed}, shaplora: dev loss {first_loss:.4f} after the first training, at {ranks.total_rank} ranks")
+    print(
+        f"seed {seed}, shaplora: dev loss {first_loss:.4f} after the first training, at {ranks.total_rank} ranks"
+    )
     # Stage two trains plain LoRA like the other methods, so that nothing differs but the ranks.
     trained = allocate_then_train(allocator, model, data, options, seed)
     return trained._replace(scoring_seconds=first_stage + trained.scoring_seconds)
@@ -164,7 +203,9 @@ METHODS: dict[str, Method] = {
 }
 
 
-def allocate_then_train(allocator: Allocator, model: Tagger, data: Data, options: Options, seed: int) -> Trained:
+def allocate_then_train(
+    allocator: Allocator, model: Tagger, data: Data, options: Options, seed: int
+) -> Trained:
     start = time.perf_counter()
     allocator.score()
     allocation = allocator.allocate(options.budget, unit=options.unit)  # type: ignore[arg-type]  # argparse checks it
@@ -177,10 +218,12 @@ def run(name: str, data: Data, options: Options, seed: int) -> Run:
     model = build_model(seed, len(data.tags), options.device)
     allocation, seconds, result, history = METHODS[name](model, data, options, seed)
     dev, test = evaluate(model, data.dev), evaluate(model, data.test)
-    return Run(name, seed, allocation, seconds, result["seconds"], result["loss"], dev, test, history)
+    return Run(
+        name, seed, allocation, seconds, result["seconds"], result["loss"], dev, test, history
+    )
 
 
-# ---- printing ------------------------------------------------------------------------------------------------------
+# ---- printing ----------------------------------------------------------------------------------
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float | None]:
@@ -215,7 +258,9 @@ def summarise(runs: list[Run], methods: list[str]) -> Summary:
         summary[figure] = {}
         for method, by_seed in by_method.items():
             mean, error = mean_and_error(list(by_seed.values()))
-            difference, difference_error = mean_and_error([v - by_method[methods[0]][s] for s, v in by_seed.items()])
+            difference, difference_error = mean_and_error(
+                [v - by_method[methods[0]][s] for s, v in by_seed.items()]
+            )
             summary[figure][method] = {
                 "mean": mean,
                 "standard_error": error,
@@ -235,8 +280,18 @@ def report(summary: Summary, methods: list[str], seeds: list[int]) -> str:
         + "".join(f"  {m + ' - ' + methods[0]:>26}" for m in methods[1:])
     )
     for figure, cells in summary.items():
-        digits = 0 if figure == "parameters" else 1 if figure.endswith(" s") else 2 if "%" in figure else 4
-        row = [f"  {plus_minus(c['mean'], c['standard_error'], digits):>18}" for c in cells.values()]
+        digits = (
+            0
+            if figure == "parameters"
+            else 1
+            if figure.endswith(" s")
+            else 2
+            if "%" in figure
+            else 4
+        )
+        row = [
+            f"  {plus_minus(c['mean'], c['standard_error'], digits):>18}" for c in cells.values()
+        ]
         row += [
             f"  {plus_minus(cells[m]['difference'], cells[m]['difference_standard_error'], digits, '+'):>26}"
             for m in methods[1:]
@@ -253,8 +308,13 @@ def report_kinds(runs: list[Run], methods: list[str]) -> str:
     width = max(len(kind) for kind in kinds)
     lines.append(f"{'':<{width}}" + "".join(f"  {m:>12}" for m in methods))
     for kind in kinds:
-        sums = [[sum(n for (_, c), n in g.ranks.items() if g.columns[c] == kind) for g in grids[m]] for m in methods]
-        lines.append(f"{kind:<{width}}" + "".join(f"  {statistics.fmean(values):>12.1f}" for values in sums))
+        sums = [
+            [sum(n for (_, c), n in g.ranks.items() if g.columns[c] == kind) for g in grids[m]]
+            for m in methods
+        ]
+        lines.append(
+            f"{kind:<{width}}" + "".join(f"  {statistics.fmean(values):>12.1f}" for values in sums)
+        )
     return "\n".join(lines)
 
 
@@ -264,8 +324,17 @@ def save_json(path: str, options: Options, runs: list[Run], summary: Summary) ->
         plain = {k: v for k, v in vars(r).items() if k not in ("allocation", "history")}
         history = {"history": r.history.state_dict()} if r.history else {}
         records.append({**plain, "ranks": dict(r.allocation.ranks), **history})
-    environment = {"torch": torch.__version__, "threads": torch.get_num_threads(), "python": sys.version.split()[0]}
-    content = {"options": vars(options), "environment": environment, "summary": summary, "runs": records}
+    environment = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "python": sys.version.split()[0],
+    }
+    content = {
+        "options": vars(options),
+        "environment": environment,
+        "summary": summary,
+        "runs": records,
+    }
     Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -279,38 +348,66 @@ def save_plot(path: str, runs: list[Run], methods: list[str]) -> None:
     panels = figure.subplots(1, len(methods), squeeze=False)[0]
     for axes, (method, allocation) in zip(panels, first.items(), strict=True):
         image = fill_heat_map(axes, allocation.ranks, top)
-        axes.set_title(f"{method}: {allocation.total_rank} ranks, {allocation.parameters:,} parameters", fontsize=10)
+        axes.set_title(
+            f"{method}: {allocation.total_rank} ranks, {allocation.parameters:,} parameters",
+            fontsize=10,
+        )
     figure.colorbar(image, ax=list(panels), label="rank", ticks=whole_ticks(top))
     figure.savefig(path, dpi=130)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="2 seeds of 40 steps")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
                         help=f"of {', '.join(METHODS)}; the first is what the others are compared with")  # fmt: skip
-    parser.add_argument("--budget", type=int, default=72, help="total over all targets (default 72: 36 layers at 2)")
-    parser.add_argument("--unit", choices=["rank", "parameters"], default="rank", help="what the budget counts")
-    parser.add_argument("--targets", nargs="+", default=["encoder.*"], help="names or globs of linear layers")
+    parser.add_argument(
+        "--budget", type=int, default=72, help="total over all targets (default 72: 36 layers at 2)"
+    )
+    parser.add_argument(
+        "--unit", choices=["rank", "parameters"], default="rank", help="what the budget counts"
+    )
+    parser.add_argument(
+        "--targets", nargs="+", default=["encoder.*"], help="names or globs of linear layers"
+    )
     parser.add_argument("--steps", type=int, help="training steps of 24 sentences (default 250)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="one training per method and seed (default 0 1 2)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="one training per method and seed (default 0 1 2)"
+    )
     parser.add_argument("--curvature", choices=list(CURVATURES), default="input_second_moment",
                         help="Sensitivity-LoRA's")  # fmt: skip
     parser.add_argument("--l1", type=float, default=L1, help=f"L1RA's penalty (default {L1})")
-    parser.add_argument("--gate-lr", type=float, default=GATE_LR, help=f"of L1RA's gates (default {GATE_LR})")
-    parser.add_argument("--interval", type=int, help="L1RA's steps between updates (default: 5 %% of the training)")
     parser.add_argument(
-        "--stop", type=float, default=STOP, help=f"share of training with L1RA updates (default {STOP})"
+        "--gate-lr", type=float, default=GATE_LR, help=f"of L1RA's gates (default {GATE_LR})"
     )
-    parser.add_argument("--coalitions", type=int, help="ShapLoRA's, a multiple of 18 (default 90; quick: 18)")
-    parser.add_argument("--sentences", type=int, help="dev sentences that ShapLoRA scores (default 120; quick: 16)")
+    parser.add_argument(
+        "--interval", type=int, help="L1RA's steps between updates (default: 5 %% of the training)"
+    )
+    parser.add_argument(
+        "--stop",
+        type=float,
+        default=STOP,
+        help=f"share of training with L1RA updates (default {STOP})",
+    )
+    parser.add_argument(
+        "--coalitions", type=int, help="ShapLoRA's, a multiple of 18 (default 90; quick: 18)"
+    )
+    parser.add_argument(
+        "--sentences", type=int, help="dev sentences that ShapLoRA scores (default 120; quick: 16)"
+    )
     parser.add_argument("--first-gate-lr", type=float, default=FIRST_GATE_LR,
                         help=f"of the gates, in ShapLoRA's first training (default {FIRST_GATE_LR})")  # fmt: skip
-    parser.add_argument("--limit", type=int, help="use only so many sentences of each split, to see that it runs")
+    parser.add_argument(
+        "--limit", type=int, help="use only so many sentences of each split, to see that it runs"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", help="write every figure to this JSON file")
     parser.add_argument("--plot", help="write a heat map of the ranks to this image file")
-    parser.add_argument("--history-plot", help="write L1RA's ranks over time, of the first seed, to this image file")
+    parser.add_argument(
+        "--history-plot", help="write L1RA's ranks over time, of the first seed, to this image file"
+    )
     arguments = parser.parse_args()
     steps = arguments.steps or (40 if arguments.quick else 250)
     seeds = arguments.seeds or ([0, 1] if arguments.quick else [0, 1, 2])
@@ -336,15 +433,21 @@ def main() -> None:
         data = data._replace(train=data.train[:n], dev=data.dev[:n], test=data.test[:n])
     sizes = f"{len(data.train)} training, {len(data.dev)} dev, {len(data.test)} test sentences, {len(data.tags)} tags"
     unit = "ranks" if options.unit == "rank" else "parameters"
-    print(f"{sizes}; {options.steps} steps on {', '.join(options.targets)}, budget {options.budget:,} {unit}")
+    print(
+        f"{sizes}; {options.steps} steps on {', '.join(options.targets)}, budget {options.budget:,} {unit}"
+    )
     runs = []
     for seed in seeds:
         for name in arguments.methods:
             result = run(name, data, options, seed)
             if seed == seeds[0]:
                 print(f"\n{result.allocation}")
-            figures = f"test accuracy {result.test['accuracy']:.2f} %, loss {result.test['loss']:.4f}"
-            times = f"{result.scoring_seconds:.1f} s scoring, {result.training_seconds:.0f} s training"
+            figures = (
+                f"test accuracy {result.test['accuracy']:.2f} %, loss {result.test['loss']:.4f}"
+            )
+            times = (
+                f"{result.scoring_seconds:.1f} s scoring, {result.training_seconds:.0f} s training"
+            )
             print(f"seed {seed}, {name}: {figures}, {times}", flush=True)
             runs.append(result)
     summary = summarise(runs, arguments.methods)

@@ -32,9 +32,30 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from agreement import Diagonals, Row, entries, kendall, relative_error, save_plot, spearman, table, traces
+from agreement import (
+    Diagonals,
+    Row,
+    entries,
+    kendall,
+    relative_error,
+    save_plot,
+    spearman,
+    table,
+    traces,
+)
 from curvature_stability import fine_tune, with_trained_head
-from tagging import Batch, Data, Example, Tagger, batches, evaluate, load_data, loss_fn, train, words
+from tagging import (
+    Batch,
+    Data,
+    Example,
+    Tagger,
+    batches,
+    evaluate,
+    load_data,
+    loss_fn,
+    train,
+    words,
+)
 from torch import Tensor, nn
 
 from minirank import SensitivityLoRA, curvature, linear_targets
@@ -47,9 +68,13 @@ def sensitivity_ranks(model: nn.Module, diagonals: Diagonals) -> list[Tensor] | 
     if traces(diagonals).mean() <= 0:
         return None
     names = list(diagonals)
-    allocator = SensitivityLoRA(model, loss_fn, [], targets=names, curvature=lambda *_: diagonals, progress=False)
+    allocator = SensitivityLoRA(
+        model, loss_fn, [], targets=names, curvature=lambda *_: diagonals, progress=False
+    )
     allocator.score()
-    return [torch.tensor(list(allocator.allocate(a * len(diagonals)).ranks.values())) for a in AVERAGES]
+    return [
+        torch.tensor(list(allocator.allocate(a * len(diagonals)).ranks.values())) for a in AVERAGES
+    ]
 
 
 class Contender(NamedTuple):
@@ -61,7 +86,11 @@ class Contender(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.family + (f", {self.samples}" if self.samples else "") + (" *" if self.free_scale else "")
+        return (
+            self.family
+            + (f", {self.samples}" if self.samples else "")
+            + (" *" if self.free_scale else "")
+        )
 
 
 def contenders(counts: list[int], exact_products: int) -> list[Contender]:
@@ -69,22 +98,31 @@ def contenders(counts: list[int], exact_products: int) -> list[Contender]:
 
     def shared_by_rows(model: nn.Module, *arguments: Any, **options: Any) -> Diagonals:
         diagonals = curvature.input_second_moment(model, *arguments)
-        return {n: h.expand(model.get_parameter(f"{n}.weight").shape[0], -1) for n, h in diagonals.items()}
+        return {
+            n: h.expand(model.get_parameter(f"{n}.weight").shape[0], -1)
+            for n, h in diagonals.items()
+        }
 
     sampled: dict[str, Callable[..., Diagonals]] = {
         "Hutchinson, weights": curvature.hutchinson_weights,
         "Hutchinson, outputs": curvature.hutchinson_outputs,
         "Gauss-Newton, sampled": curvature.gauss_newton,
     }
-    found = [Contender(f, k, k, partial(e, samples=k), False) for f, e in sampled.items() for k in counts]
+    found = [
+        Contender(f, k, k, partial(e, samples=k), False) for f, e in sampled.items() for k in counts
+    ]
     if exact_products:
-        found.append(Contender("Gauss-Newton, exact", None, exact_products, curvature.gauss_newton, False))
+        found.append(
+            Contender("Gauss-Newton, exact", None, exact_products, curvature.gauss_newton, False)
+        )
     found.append(Contender("empirical Fisher", None, 1, curvature.empirical_fisher, True))
     found.append(Contender("input second moment", None, 0, curvature.input_second_moment, True))
     return [*found, Contender("the same, N = d_out d_in", None, 0, shared_by_rows, True)]
 
 
-def measure(contender: Contender, model: nn.Module, data: list[Batch], targets: list[str], seed: int) -> Diagonals:
+def measure(
+    contender: Contender, model: nn.Module, data: list[Batch], targets: list[str], seed: int
+) -> Diagonals:
     options: dict[str, Any] = {"batch_weight": words} if contender.products else {}
     if contender.samples:
         options["generator"] = torch.Generator().manual_seed(seed)
@@ -92,10 +130,18 @@ def measure(contender: Contender, model: nn.Module, data: list[Batch], targets: 
 
 
 def study(
-    model: nn.Module, data: list[Batch], reference: Diagonals, choice: list[Contender], seeds: list[int]
+    model: nn.Module,
+    data: list[Batch],
+    reference: Diagonals,
+    choice: list[Contender],
+    seeds: list[int],
 ) -> dict[str, Row]:
     """Every contender against the reference; the seeds are those of the random signs."""
-    expected, wanted, every = traces(reference), sensitivity_ranks(model, reference), entries(reference, reference)
+    expected, wanted, every = (
+        traces(reference),
+        sensitivity_ranks(model, reference),
+        entries(reference, reference),
+    )
     if wanted is None:
         print("reference: no allocation, the mean trace is not positive")
     found: dict[str, Row] = {}
@@ -117,7 +163,10 @@ def study(
                 if not math.isnan(value):  # no correlation where all traces are equal
                     row.setdefault(key, []).append(value)
         found[contender.name] = row
-    uniform = {f"moved at {a}": [float((w - a).abs().sum() / 2)] for a, w in zip(AVERAGES, wanted or [], strict=False)}
+    uniform = {
+        f"moved at {a}": [float((w - a).abs().sum() / 2)]
+        for a, w in zip(AVERAGES, wanted or [], strict=False)
+    }
     found["uniform ranks"] = {"products": 0, "family": "uniform ranks", **uniform}
     return found
 
@@ -154,7 +203,9 @@ def small_tagger(data: Data, seed: int, steps: int) -> Tagger:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Tagger(transformers.BertModel(config, add_pooling_layer=False), nn.Linear(24, len(data.tags)))
+        model = Tagger(
+            transformers.BertModel(config, add_pooling_layer=False), nn.Linear(24, len(data.tags))
+        )
     train(model, data.train, steps=steps, seed=seed, progress=False)
     return model
 
@@ -167,17 +218,30 @@ def small_study(data: Data, seeds: list[int], counts: list[int], quick: bool) ->
         model = small_tagger(data, seed, steps).double()
         accuracy = evaluate(model, data.dev)["accuracy"]
         reference, row = exact(model, calibration, list(linear_targets(model)))
-        print(f"seed {seed}: dev accuracy {accuracy:.1f} %; {describe(model, calibration, reference)}", flush=True)
-        rows = study(model, calibration, reference, contenders(counts, length * len(data.tags)), [seed])
+        print(
+            f"seed {seed}: dev accuracy {accuracy:.1f} %; {describe(model, calibration, reference)}",
+            flush=True,
+        )
+        rows = study(
+            model, calibration, reference, contenders(counts, length * len(data.tags)), [seed]
+        )
         for name, of_seed in {"exact": row, **rows}.items():
             into = merged.setdefault(name, {})
-            into |= {key: into.get(key, []) + v if isinstance(v, list) else v for key, v in of_seed.items()}
+            into |= {
+                key: into.get(key, []) + v if isinstance(v, list) else v
+                for key, v in of_seed.items()
+            }
     return merged
 
 
-def exact_study(model: Tagger, data: Data, options: argparse.Namespace, counts: list[int]) -> dict[str, Row]:
+def exact_study(
+    model: Tagger, data: Data, options: argparse.Namespace, counts: list[int]
+) -> dict[str, Row]:
     length, sentences = (3, 2) if options.quick else (options.length, options.sentences)
-    names = [f"encoder.encoder.layer.{block}.*{'self.*' if options.quick else ''}" for block in options.blocks]
+    names = [
+        f"encoder.encoder.layer.{block}.*{'self.*' if options.quick else ''}"
+        for block in options.blocks
+    ]
     calibration = of_length(data.dev, length, sentences)
     reference, row = exact(model, calibration, list(linear_targets(model, names)))
     print(describe(model, calibration, reference), flush=True)
@@ -185,7 +249,9 @@ def exact_study(model: Tagger, data: Data, options: argparse.Namespace, counts: 
     return {"exact": row, **study(model, calibration, reference, choice, options.seeds)}
 
 
-def sampled_study(model: Tagger, data: Data, options: argparse.Namespace, counts: list[int]) -> dict[str, Row]:
+def sampled_study(
+    model: Tagger, data: Data, options: argparse.Namespace, counts: list[int]
+) -> dict[str, Row]:
     length, sentences, samples = (4, 2, 2) if options.quick else (20, 6, 100)
     calibration = of_length(data.dev, length, sentences)
     settings: dict[str, Any] = {
@@ -197,21 +263,40 @@ def sampled_study(model: Tagger, data: Data, options: argparse.Namespace, counts
     targets = ["encoder.encoder.layer.5.*" if options.quick else "encoder.*"]
     reference = curvature.hutchinson_outputs(model, loss_fn, calibration, targets, **settings)
     seconds = time.process_time() - start
-    noise = statistics.mean(reference.standard_errors.values()) / float(traces(reference).abs().mean())
+    noise = statistics.mean(reference.standard_errors.values()) / float(
+        traces(reference).abs().mean()
+    )
     print(describe(model, calibration, reference))
     print(f"standard errors of these traces: {100 * noise:.1f} % of the mean |trace|", flush=True)
     rows = study(model, calibration, reference, contenders(counts[:2], 0), options.seeds)
-    known = ("products", "family", "seconds", "spearman", "kendall", "trace error")  # the reference's entries are noisy
-    rows = {name: {key: of[key] for key in known if key in of} for name, of in rows.items() if "spearman" in of}
+    known = (
+        "products",
+        "family",
+        "seconds",
+        "spearman",
+        "kendall",
+        "trace error",
+    )  # the reference's entries are noisy
+    rows = {
+        name: {key: of[key] for key in known if key in of}
+        for name, of in rows.items()
+        if "spearman" in of
+    }
     return {"reference": {"products": samples, "family": "reference", "seconds": [seconds]}, **rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="toy sizes: to see that it runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--blocks", type=int, nargs="+", default=[3, 5], help="of MiniLM, for the exact diagonal")
-    parser.add_argument("--length", type=int, default=6, help="sub-words of its sentences, [CLS] and [SEP] included")
+    parser.add_argument(
+        "--blocks", type=int, nargs="+", default=[3, 5], help="of MiniLM, for the exact diagonal"
+    )
+    parser.add_argument(
+        "--length", type=int, default=6, help="sub-words of its sentences, [CLS] and [SEP] included"
+    )
     parser.add_argument("--sentences", type=int, default=4, help="how many")
     parser.add_argument("--out", help="write every figure to this JSON file")
     parser.add_argument("--plot", help="write the plot to this image file")
@@ -227,16 +312,26 @@ def main() -> None:
         studies[title] = rows
         print(table(title, rows), "\n", flush=True)
 
-    add(f"small BERT, {len(options.seeds)} seed(s)", small_study(data, options.seeds, counts, options.quick))
+    add(
+        f"small BERT, {len(options.seeds)} seed(s)",
+        small_study(data, options.seeds, counts, options.quick),
+    )
     model = with_trained_head(data, steps=2 if options.quick else 200)
     judged = data.dev[:20] if options.quick else data.dev
-    print(f"MiniLM, its head alone trained: dev accuracy {evaluate(model, judged)['accuracy']:.1f} %")
-    add(f"MiniLM, blocks {options.blocks}, its head alone trained", exact_study(model, data, options, counts))
+    print(
+        f"MiniLM, its head alone trained: dev accuracy {evaluate(model, judged)['accuracy']:.1f} %"
+    )
+    add(
+        f"MiniLM, blocks {options.blocks}, its head alone trained",
+        exact_study(model, data, options, counts),
+    )
     add("MiniLM, all layers, its head alone trained", sampled_study(model, data, options, counts))
     fine_tune(model, data.train, steps=2 if options.quick else 250, seed=0)
     print(f"MiniLM, fine-tuned: dev accuracy {evaluate(model, judged)['accuracy']:.1f} %")
     add("MiniLM, all layers, fine-tuned", sampled_study(model, data, options, counts))
-    print("mean ± standard deviation over seeds; *: errors after the best single factor for all layers")
+    print(
+        "mean ± standard deviation over seeds; *: errors after the best single factor for all layers"
+    )
     if options.out:
         environment = {"torch": torch.__version__, "threads": torch.get_num_threads()}
         content = {"options": vars(options), "environment": environment, "studies": studies}

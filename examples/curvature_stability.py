@@ -27,13 +27,29 @@ from typing import Any
 
 import torch
 from agreement import kendall
-from tagging import Data, Example, Tagger, batches, build_model, evaluate, load_data, loss_fn, spread, train, words
+from tagging import (
+    Data,
+    Example,
+    Tagger,
+    batches,
+    build_model,
+    evaluate,
+    load_data,
+    loss_fn,
+    spread,
+    train,
+    words,
+)
 from torch import Tensor
 
 from minirank import SensitivityLoRA, curvature, linear_targets, merge, unwrap, wrap
-from minirank.sensitivity import Curvature
+from minirank.allocators.sensitivity import Curvature
 
-DOMAINS = {"press": (0, 972), "learned": (3171, 3981), "fiction": (3981, 6000)}  # lines of brown_train.txt, from 0
+DOMAINS = {
+    "press": (0, 972),
+    "learned": (3171, 3981),
+    "fiction": (3981, 6000),
+}  # lines of brown_train.txt, from 0
 TARGETS = ["encoder.*"]
 PAPER = {"domains": "0.971 to 0.983", "10 %": "0.986", "fine-tuning": "at least 0.98"}
 Measured = dict[str, Tensor]  # {"theta", "trace"}: (layers,)
@@ -55,10 +71,14 @@ ESTIMATES: dict[str, Curvature] = {
 
 def measure(estimate: str, model: Tagger, examples: list[Example]) -> Measured:
     data = list(batches(examples, 24))
-    allocator = SensitivityLoRA(model, loss_fn, data, targets=TARGETS, curvature=ESTIMATES[estimate], progress=False)
+    allocator = SensitivityLoRA(
+        model, loss_fn, data, targets=TARGETS, curvature=ESTIMATES[estimate], progress=False
+    )
     allocator.score()
     of_layers = allocator.metrics.values()
-    return {key: torch.tensor([metrics[key] for metrics in of_layers]) for key in ("theta", "trace")}
+    return {
+        key: torch.tensor([metrics[key] for metrics in of_layers]) for key in ("theta", "trace")
+    }
 
 
 def tau(a: Measured, b: Measured) -> dict[str, float]:
@@ -74,20 +94,31 @@ def fine_tune(model: Tagger, examples: list[Example], steps: int, seed: int) -> 
     unwrap(model)
 
 
-def report(estimate: str, found: Mapping[str, Mapping[str, dict[str, float]]], seconds: float) -> str:
-    lines = [f"\n{estimate}, {seconds:.0f} s of measuring", f"{'':<36}{'τ of θ':>9}{'τ of trace':>12}"]
+def report(
+    estimate: str, found: Mapping[str, Mapping[str, dict[str, float]]], seconds: float
+) -> str:
+    lines = [
+        f"\n{estimate}, {seconds:.0f} s of measuring",
+        f"{'':<36}{'τ of θ':>9}{'τ of trace':>12}",
+    ]
     for comparison, pairs in found.items():
         for label, values in pairs.items():
-            lines.append(f"{comparison + ': ' + label:<36}{values['theta']:>9.3f}{values['trace']:>12.3f}")
+            lines.append(
+                f"{comparison + ': ' + label:<36}{values['theta']:>9.3f}{values['trace']:>12.3f}"
+            )
         lines.append(f"{'  published, larger models':<36}{PAPER[comparison]:>21}")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="toy sizes: to see that it runs")
     parser.add_argument("--sentences", type=int, default=200, help="of each domain")
-    parser.add_argument("--tenths", type=int, default=3, help="random tenths of the development split")
+    parser.add_argument(
+        "--tenths", type=int, default=3, help="random tenths of the development split"
+    )
     parser.add_argument("--steps", type=int, default=250, help="of fine-tuning, 24 sentences each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="write every figure to this JSON file")
@@ -101,7 +132,11 @@ def main() -> None:
     calibration = data.dev[:20] if options.quick else data.dev[::2]
     model = with_trained_head(data, steps=2 if options.quick else 200)
     accuracy = [evaluate(model, calibration)["accuracy"]]
-    results: dict[str, Any] = {"layers": list(linear_targets(model, TARGETS)), "measured": {}, "tau": {}}
+    results: dict[str, Any] = {
+        "layers": list(linear_targets(model, TARGETS)),
+        "measured": {},
+        "tau": {},
+    }
     found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     seconds = dict.fromkeys(estimates, 0.0)
     whole: dict[str, Measured] = {}
@@ -116,12 +151,17 @@ def main() -> None:
 
     for estimate in estimates:
         whole[estimate] = timed(estimate, "calibration", calibration)
-        texts = {name: spread(data.train[slice(*lines)], options.sentences) for name, lines in DOMAINS.items()}
+        texts = {
+            name: spread(data.train[slice(*lines)], options.sentences)
+            for name, lines in DOMAINS.items()
+        }
         domains = {name: timed(estimate, name, examples) for name, examples in texts.items()}
         generator = torch.Generator().manual_seed(options.seed)
         tenths = {}
         for i in range(options.tenths):
-            chosen = torch.randperm(len(calibration), generator=generator)[: len(calibration) // 10].tolist()
+            chosen = torch.randperm(len(calibration), generator=generator)[
+                : len(calibration) // 10
+            ].tolist()
             tenth = timed(estimate, f"tenth {i}", [calibration[j] for j in chosen])
             tenths[f"draw {i}"] = tau(tenth, whole[estimate])
         pairs = itertools.combinations(domains, 2)
@@ -135,10 +175,17 @@ def main() -> None:
         after = timed(estimate, "after fine-tuning", calibration)
         found[estimate]["fine-tuning"] = {f"{options.steps} steps": tau(whole[estimate], after)}
         print(report(estimate, found[estimate], seconds[estimate]))
-    print(f"\naccuracy on the calibration data before and after: {accuracy[0]:.1f} %, {accuracy[1]:.1f} %")
+    print(
+        f"\naccuracy on the calibration data before and after: {accuracy[0]:.1f} %, {accuracy[1]:.1f} %"
+    )
     if options.out:
         environment = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        results |= {"options": vars(options), "environment": environment, "seconds": seconds, "accuracy": accuracy}
+        results |= {
+            "options": vars(options),
+            "environment": environment,
+            "seconds": seconds,
+            "accuracy": accuracy,
+        }
         Path(options.out).write_text(json.dumps({**results, "tau": found}, indent=1) + "\n")
 
 

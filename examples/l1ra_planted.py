@@ -18,13 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from minirank import L1RA, wrap
-from minirank.gates import Shrinkage
+from minirank.allocators.gates import Shrinkage
 
 WIDTH = 16
 PLANTED = (1, 6, 2)
 
 
-def planted_problem(seed: int, ranks: tuple[int, ...] = PLANTED) -> tuple[nn.ModuleList, list[Tensor], torch.Generator]:
+def planted_problem(
+    seed: int, ranks: tuple[int, ...] = PLANTED
+) -> tuple[nn.ModuleList, list[Tensor], torch.Generator]:
     """(layers, what their weights should become, the generator that drew both and goes on to draw the inputs)."""
     generator = torch.Generator().manual_seed(seed)
     layers, targets = nn.ModuleList(), []
@@ -50,14 +52,24 @@ def train(
     """Train on the planted problem of this seed: (the L1RA object, the squared error left, 9 at the start)."""
     layers, targets, generator = planted_problem(seed)
     start = sum(PLANTED) // len(PLANTED)
-    wrap(layers, {str(i): start for i in range(len(PLANTED))}, gate=1.0, trainable=[], generator=seed)
+    wrap(
+        layers, {str(i): start for i in range(len(PLANTED))}, gate=1.0, trainable=[], generator=seed
+    )
     trained = [parameter for parameter in layers.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=weight_decay)
-    l1ra = L1RA(layers, optimizer, l1=l1, interval=steps // 20, shrinkage=shrinkage, reset_optimizer=reset_optimizer)
+    l1ra = L1RA(
+        layers,
+        optimizer,
+        l1=l1,
+        interval=steps // 20,
+        shrinkage=shrinkage,
+        reset_optimizer=reset_optimizer,
+    )
     for _ in range(steps):
         x = torch.randn(32, WIDTH, generator=generator)
         errors = [
-            (layer(x) - x @ target.T).square().sum(1).mean() for layer, target in zip(layers, targets, strict=True)
+            (layer(x) - x @ target.T).square().sum(1).mean()
+            for layer, target in zip(layers, targets, strict=True)
         ]
         loss = torch.stack(errors).sum()
         optimizer.zero_grad()
@@ -68,14 +80,22 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--l1", type=float, default=0.3)
-    parser.add_argument("--weight-decay", type=float, default=1.0, help="of A and B; gates have none")
+    parser.add_argument(
+        "--weight-decay", type=float, default=1.0, help="of A and B; gates have none"
+    )
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--reset-optimizer", action="store_true", help="as the authors' code does at every update")
+    parser.add_argument(
+        "--reset-optimizer", action="store_true", help="as the authors' code does at every update"
+    )
     parser.add_argument("--out", help="write every training's ranks to this JSON file")
-    parser.add_argument("--plot", help="write the ranks over time of the first training to this image file")
+    parser.add_argument(
+        "--plot", help="write the ranks over time of the first training to this image file"
+    )
     options = parser.parse_args()
     results: dict[str, list[tuple[int, ...]]] = {}
     for shrinkage in get_args(Shrinkage):
@@ -94,9 +114,16 @@ def main() -> None:
             ranks = tuple(l1ra.ranks.values())
             results[shrinkage].append(ranks)
             print(f"{shrinkage}, seed {seed}: ranks {ranks}, squared error {error:.4f}", flush=True)
-        print(f"{shrinkage}: {PLANTED} found in {results[shrinkage].count(PLANTED)} of {options.seeds}\n")
+        print(
+            f"{shrinkage}: {PLANTED} found in {results[shrinkage].count(PLANTED)} of {options.seeds}\n"
+        )
     if options.out:
-        content = {"torch": torch.__version__, "options": vars(options), "planted": PLANTED, "ranks": results}
+        content = {
+            "torch": torch.__version__,
+            "options": vars(options),
+            "planted": PLANTED,
+            "ranks": results,
+        }
         Path(options.out).write_text(json.dumps(content) + "\n")
 
 

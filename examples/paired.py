@@ -43,25 +43,38 @@ def cell(values: list[float], digits: int, sign: str = "") -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", metavar="FILE:METHOD")
     arguments = parser.parse_args().runs
     loaded = {argument: load(argument) for argument in arguments}
     first, options, _ = loaded[arguments[0]]
     for argument, (_, its, _) in loaded.items():
         if its != options:
-            raise SystemExit(f"{argument} ran with {its}, {arguments[0]} with {options}: not comparable")
+            raise SystemExit(
+                f"{argument} ran with {its}, {arguments[0]} with {options}: not comparable"
+            )
     seeds = sorted(set.intersection(*(set(runs) for runs, *_ in loaded.values())))
-    print(f"seeds {seeds}, mean ± standard error; differences from {arguments[0]} are paired by seed")
+    print(
+        f"seeds {seeds}, mean ± standard error; differences from {arguments[0]} are paired by seed"
+    )
     for argument, (runs, _, parameters) in loaded.items():
         ranks = cell([sum(runs[seed]["ranks"].values()) for seed in seeds], 1)
         print(f"\n{argument}: {ranks} ranks, {parameters:,.0f} parameters")
-        for name, part, figure, digits in (("accuracy %", "test", "accuracy", 2), ("cross-entropy", "test", "loss", 4)):
+        for name, part, figure, digits in (
+            ("accuracy %", "test", "accuracy", 2),
+            ("cross-entropy", "test", "loss", 4),
+        ):
             values = [runs[seed][part][figure] for seed in seeds]
-            differences = [value - first[seed][part][figure] for value, seed in zip(values, seeds, strict=True)]
+            differences = [
+                value - first[seed][part][figure] for value, seed in zip(values, seeds, strict=True)
+            ]
             each = " ".join(f"{value:.{digits}f}" for value in values)
             difference = cell(differences, digits, "+")
-            print(f"  test {name:<14} {cell(values, digits):>17}  difference {difference:>18}   {each}")
+            print(
+                f"  test {name:<14} {cell(values, digits):>17}  difference {difference:>18}   {each}"
+            )
         for name in ("scoring_seconds", "training_seconds"):
             print(f"  {name:<19} {cell([runs[seed][name] for seed in seeds], 0):>17}")
 

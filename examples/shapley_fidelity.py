@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from minirank import L1RA, ShapLoRA, lora_layers, shapley, wrap
-from minirank.shaplora import Importance
+from minirank.allocators.shaplora import Importance
 
 WIDTH, PLANTED, START, BUDGET, NOISE = 10, (1, 4, 1), 4, 6, 0.1
 Batch = tuple[Tensor, Tensor]
@@ -67,7 +67,9 @@ def problem(deep: bool, seed: int) -> Problem:
     with torch.no_grad():
         for layer, goal, rank in zip(model.layers, teacher.layers, PLANTED, strict=True):
             layer.get_parameter("weight").normal_(0, WIDTH**-0.5, generator=generator)
-            U, V = (torch.linalg.qr(torch.randn(WIDTH, rank, generator=generator)).Q for _ in range(2))
+            U, V = (
+                torch.linalg.qr(torch.randn(WIDTH, rank, generator=generator)).Q for _ in range(2)
+            )
             goal.get_parameter("weight").copy_(layer.get_parameter("weight") + U @ V.T)
 
         def sample(n: int) -> Batch:
@@ -82,7 +84,15 @@ def trained(task: Problem, ranks: dict[str, int], training: str, steps: int, see
     """A copy of the untouched model with these ranks, trained on the whole training set at every step."""
     model = copy.deepcopy(task.model)
     by_l1ra = training == "L1RA"
-    wrap(model, ranks, gate=1.0 if by_l1ra else 0.0, alpha=1, reference_rank=1, trainable=[], generator=seed)
+    wrap(
+        model,
+        ranks,
+        gate=1.0 if by_l1ra else 0.0,
+        alpha=1,
+        reference_rank=1,
+        trainable=[],
+        generator=seed,
+    )
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=1.0 if by_l1ra else 0.0)
     # Ranks do not move here: the interval never ends.
@@ -118,7 +128,13 @@ def scores_of(model: nn.Module, validation: Batch, seed: int) -> dict[str, Tenso
 
     def by_shaplora(coalitions: int, importance: Importance = "sensitivity") -> Tensor:
         allocator = ShapLoRA(
-            model, loss_fn, [validation], coalitions=coalitions, importance=importance, generator=seed, progress=False
+            model,
+            loss_fn,
+            [validation],
+            coalitions=coalitions,
+            importance=importance,
+            generator=seed,
+            progress=False,
         )
         return torch.cat(list(allocator.score().values()))
 
@@ -127,7 +143,9 @@ def scores_of(model: nn.Module, validation: Batch, seed: int) -> dict[str, Tenso
         "Shapley sensitivity": by_shaplora(90),
         "plain sensitivity": by_shaplora(0),
         "magnitude": by_shaplora(0, "magnitude"),
-        "gates": torch.cat([layer.gate.detach().abs() for layer in layers if layer.gate is not None]),
+        "gates": torch.cat(
+            [layer.gate.detach().abs() for layer in layers if layer.gate is not None]
+        ),
         "size of s·λ·P Q": torch.cat([layer.contributions() for layer in layers]),
     }
 
@@ -168,7 +186,10 @@ def judge(deep: bool, training: str, steps: int, seed: int) -> dict[str, Row]:
         return loss_fn(again, task.test).item()
 
     rows = {}
-    for name, score in {"exact Shapley value": exact, **scores_of(model, task.validation, seed)}.items():
+    for name, score in {
+        "exact Shapley value": exact,
+        **scores_of(model, task.validation, seed),
+    }.items():
         kept = best_of(score, BUDGET)
         layers = kept.view(-1, START).sum(1).tolist()
         rows[name] = {"spearman": spearman(score, exact), "pruned": -test_game(kept), "retrained": retrained(kept),
@@ -179,7 +200,9 @@ def judge(deep: bool, training: str, steps: int, seed: int) -> dict[str, Row]:
     best = max(subsets, key=validation_game)
     uniform = best_of(torch.tensor([1.0, 1.0, 0.0, 0.0] * len(PLANTED)), BUDGET)
     rows["best six of all"] = {"pruned": -test_game(best), "retrained": retrained(best)}
-    rows["mean of all sixes"] = {"pruned": statistics.fmean(-test_game(subset) for subset in subsets[::7])}
+    rows["mean of all sixes"] = {
+        "pruned": statistics.fmean(-test_game(subset) for subset in subsets[::7])
+    }
     rows["two in each layer"] = {"retrained": retrained(uniform)}
     rows["nothing pruned"] = {"pruned": -test_game(everyone)}
     return rows
@@ -200,7 +223,11 @@ def toys(steps: int, seeds: int, trainings: Sequence[str]) -> dict[str, Any]:
                     f"{cells[k][0]:.3f} ± {cells[k][1]:.3f}" if k in cells else ""
                     for k in ("spearman", "pruned", "retrained")
                 ]
-                ranks = " ".join(f"{cells[f'rank {i}'][0]:.1f}" for i in range(len(PLANTED)) if f"rank {i}" in cells)
+                ranks = " ".join(
+                    f"{cells[f'rank {i}'][0]:.1f}"
+                    for i in range(len(PLANTED))
+                    if f"rank {i}" in cells
+                )
                 print(f"{name:<22}{text[0]:>16}{text[1]:>20}{text[2]:>18}   {ranks}", flush=True)
                 summary[title][name] = cells
     return summary
@@ -213,8 +240,12 @@ def pm(values: list[float]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 seeds of 300 steps, trained as for ShapLoRA")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="2 seeds of 300 steps, trained as for ShapLoRA"
+    )
     parser.add_argument("--seeds", type=int, help="(default 8)")
     parser.add_argument("--steps", type=int, help="of training (default 1000)")
     parser.add_argument("--out", help="write the figures to this JSON file")

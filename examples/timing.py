@@ -32,6 +32,8 @@ def table(title: str, seconds: dict[str, list[float]], base: str) -> dict[str, d
     reference = statistics.median(seconds[base])
     for name, values in seconds.items():
         median = statistics.median(values)
-        print(f"  {name:<26}{1e3 * median:>11.2f}{1e3 * min(values):>12.2f}   {median / reference:.3f}")
+        print(
+            f"  {name:<26}{1e3 * median:>11.2f}{1e3 * min(values):>12.2f}   {median / reference:.3f}"
+        )
         result[name] = {"median_ms": 1e3 * median, "ratio": median / reference}
     return result

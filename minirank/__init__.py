@@ -1,19 +1,27 @@
-"""minirank: how many LoRA ranks each linear layer gets. See the README for the order to read the files in."""
+"""minirank: how many LoRA ranks each linear layer of a model gets.
 
-from . import budget, curvature, shapley, testing
-from .allocation import Allocation, Allocator, UniformRanks
-from .checkpoint import load_adapter, read_adapter, save_adapter
-from .l1ra import L1RA
-from .lora import LoRALinear
-from .peft_export import export_peft
-from .peft_import import import_peft
-from .resize import resize
-from .sensitivity import SensitivityLoRA
-from .shaplora import ShapLoRA
-from .targets import linear_targets
-from .wrap import disabled, lora_layers, merge, unmerge, unwrap, wrap
+reference/     the papers in plain torch: read these, copy these
+layers/        the LoRA layer, and surgery on any nn.Module
+curvature/     diagonals of the loss's Hessian, and their stand-ins
+allocators/    the methods: score() and allocate(budget)
+files/         adapter files, and PEFT's folders both ways
+testing/       checks for an implementation of your own
+"""
 
-__version__ = "0.1.0"
+from . import budget, curvature, reference, shapley, testing
+from .allocators.allocation import Allocation, Allocator, UniformRanks
+from .allocators.l1ra import L1RA
+from .allocators.sensitivity import SensitivityLoRA
+from .allocators.shaplora import ShapLoRA
+from .files.adapter_file import load_adapter, read_adapter, save_adapter
+from .files.peft_export import export_peft
+from .files.peft_import import import_peft
+from .layers.lora import LoRALinear
+from .layers.resize import resize
+from .layers.targets import linear_targets
+from .layers.wrap import disabled, lora_layers, merge, unmerge, unwrap, wrap
+
+__version__ = "0.2.0"
 
 __all__ = [
     "L1RA",
@@ -33,6 +41,7 @@ __all__ = [
     "lora_layers",
     "merge",
     "read_adapter",
+    "reference",
     "resize",
     "save_adapter",
     "shapley",

@@ -17,6 +17,8 @@ import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
+from .checks import is_integer
+
 
 def proportional_ranks(
     scores: Mapping[str, float],
@@ -48,18 +50,24 @@ def proportional_ranks(
     weights = []
     for name in names:
         if scores[name] < 0:
-            raise ValueError(f"score of {name!r} is {scores[name]}: shares of a budget cannot be negative; clamp it")
+            raise ValueError(
+                f"score of {name!r} is {scores[name]}: shares of a budget cannot be negative; clamp it"
+            )
         weights.append(Fraction(scores[name]))
 
     ideal = _ideal_ranks(weights, Fraction(budget), cost, low, high)
     ranks = [math.floor(value) for value in ideal]
     left = budget - sum(rank * c for rank, c in zip(ranks, cost, strict=True))
-    by_remainder = sorted(range(len(names)), key=lambda i: (ranks[i] - ideal[i], i))  # largest first, then in order
+    by_remainder = sorted(
+        range(len(names)), key=lambda i: (ranks[i] - ideal[i], i)
+    )  # largest first, then in order
     hand_out(ranks, left, by_remainder, cost, high)
     return dict(zip(names, ranks, strict=True))
 
 
-def hand_out(ranks: list[int], left: int, order: Sequence[int], cost: Sequence[int], high: Sequence[int]) -> int:
+def hand_out(
+    ranks: list[int], left: int, order: Sequence[int], cost: Sequence[int], high: Sequence[int]
+) -> int:
     """Add to `ranks`, in place, one each in `order`, round after round, wherever there is room below `high` and `left`
     pays the cost. Returns what is left."""
     fits = True
@@ -72,7 +80,11 @@ def hand_out(ranks: list[int], left: int, order: Sequence[int], cost: Sequence[i
 
 
 def _ideal_ranks(
-    weights: Sequence[Fraction], budget: Fraction, cost: Sequence[int], low: Sequence[int], high: Sequence[int]
+    weights: Sequence[Fraction],
+    budget: Fraction,
+    cost: Sequence[int],
+    low: Sequence[int],
+    high: Sequence[int],
 ) -> list[Fraction]:
     """The real-valued r_i = clip(t · weight_i, low_i, high_i) with Σ cost_i r_i = budget.
 
@@ -81,18 +93,29 @@ def _ideal_ranks(
     """
 
     def clipped(t: Fraction) -> list[Fraction]:
-        return [min(max(t * w, Fraction(lo)), Fraction(hi)) for w, lo, hi in zip(weights, low, high, strict=True)]
+        return [
+            min(max(t * w, Fraction(lo)), Fraction(hi))
+            for w, lo, hi in zip(weights, low, high, strict=True)
+        ]
 
     def spent(ranks: Sequence[Fraction]) -> Fraction:
         return sum((r * c for r, c in zip(ranks, cost, strict=True)), Fraction(0))
 
     positive = [i for i, w in enumerate(weights) if w > 0]
-    corners = sorted({Fraction(bound[i]) / weights[i] for i in positive for bound in (low, high)} | {Fraction(0)})
-    if spent(clipped(corners[-1])) < budget:  # every positive share is at its bound: equal shares for the zeros
+    corners = sorted(
+        {Fraction(bound[i]) / weights[i] for i in positive for bound in (low, high)} | {Fraction(0)}
+    )
+    if (
+        spent(clipped(corners[-1])) < budget
+    ):  # every positive share is at its bound: equal shares for the zeros
         rest = [Fraction(0) if w > 0 else Fraction(1) for w in weights]
         taken = [high[i] if w > 0 else low[i] for i, w in enumerate(weights)]
         return _ideal_ranks(
-            rest, budget, cost, taken, [h if w == 0 else t for h, w, t in zip(high, weights, taken, strict=True)]
+            rest,
+            budget,
+            cost,
+            taken,
+            [h if w == 0 else t for h, w, t in zip(high, weights, taken, strict=True)],
         )
     first, last = 0, len(corners) - 1
     while first < last:  # the first corner at which the budget is spent
@@ -135,13 +158,18 @@ def best_ranks(
     flat = {f"rank {i} of {name}": score for name in names for i, score in enumerate(scores[name])}
     check_budget(flat, budget, cost, low, high, what="ranks" if costs is None else "parameters")
 
-    order = {name: sorted(range(len(scores[name])), key=lambda i: (-scores[name][i], i)) for name in names}
+    order = {
+        name: sorted(range(len(scores[name])), key=lambda i: (-scores[name][i], i))
+        for name in names
+    }
     keep = {name: [False] * len(scores[name]) for name in names}
     for name, least in zip(names, low, strict=True):
         for i in order[name][:least]:
             keep[name][i] = True
     left = budget - sum(least * c for least, c in zip(low, cost, strict=True))
-    queue = [(-scores[name][i], m, i) for m, name in enumerate(names) for i in order[name][low[m] :]]
+    queue = [
+        (-scores[name][i], m, i) for m, name in enumerate(names) for i in order[name][low[m] :]
+    ]
     for _, m, i in sorted(queue):
         if cost[m] <= left and sum(keep[names[m]]) < high[m]:
             keep[names[m]][i] = True
@@ -160,14 +188,16 @@ def check_budget(
     """Raise ValueError unless the scores are finite and some ranks within the bounds meet the budget."""
     if not cost:
         raise ValueError("there is no module to give ranks to: the scores are empty")
-    if isinstance(budget, bool) or not isinstance(budget, int):
+    if not is_integer(budget, -math.inf):
         raise ValueError(f"budget must be an integer number of {what}, got {budget!r}")
     for name, score in scores.items():
         if not math.isfinite(score):
             raise ValueError(f"score of {name!r} is {score}: expected finite numbers")
     for lo, hi in zip(low, high, strict=True):
         if not 0 <= lo <= hi:
-            raise ValueError(f"expected 0 ≤ min_rank ≤ max_rank (or the ranks a module has), got {lo} and {hi}")
+            raise ValueError(
+                f"expected 0 ≤ min_rank ≤ max_rank (or the ranks a module has), got {lo} and {hi}"
+            )
     least = sum(lo * c for lo, c in zip(low, cost, strict=True))
     most = sum(hi * c for hi, c in zip(high, cost, strict=True))
     if budget < least:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-LossFn = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar mean loss: the only contract with user code
-NO_BATCH = (
-    "batches is empty, or its batches weigh nothing: give at least one (a generator that was used up before gives none)"
-)
+LossFn = Callable[
+    [nn.Module, Any], Tensor
+]  # (model, batch) -> scalar mean loss: the only contract with user code
+NO_BATCH = "batches is empty, or its batches weigh nothing: give at least one (a generator that was used up before gives none)"
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -25,7 +25,9 @@ def measuring(model: nn.Module) -> Iterator[None]:
     after an exception, every module's own mode, every parameter's gradient, the state of the random generators and the
     choice of kernels are as before."""
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("the model is on the meta device, where nothing can be measured: load its weights first")
+        raise ValueError(
+            "the model is on the meta device, where nothing can be measured: load its weights first"
+        )
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
@@ -33,7 +35,10 @@ def measuring(model: nn.Module) -> Iterator[None]:
     with torch.random.fork_rng(devices=sorted(devices)), _not_compiled():
         try:
             torch.backends.mha.set_fastpath_enabled(False)
-            for module, _ in modes:  # not eval(), which some layers override: there is no way back from that
+            for (
+                module,
+                _,
+            ) in modes:  # not eval(), which some layers override: there is no way back from that
                 module.training = False
             for parameter, _ in gradients:
                 parameter.grad = None
@@ -124,8 +129,14 @@ def scalar_loss(model: nn.Module, loss_fn: LossFn, batch: Any) -> Tensor:
     """loss_fn(model, batch), checked: a floating-point tensor of shape ()."""
     loss: Any = loss_fn(model, batch)
     if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
-        got = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn(model, batch) must return a scalar floating-point tensor (the mean loss), got {got}")
+        got = (
+            f"{loss.dtype} of shape {tuple(loss.shape)}"
+            if isinstance(loss, Tensor)
+            else type(loss).__name__
+        )
+        raise ValueError(
+            f"loss_fn(model, batch) must return a scalar floating-point tensor (the mean loss), got {got}"
+        )
     return loss
 
 
@@ -133,9 +144,13 @@ def differentiable_loss(model: nn.Module, loss_fn: LossFn, batch: Any) -> Tensor
     """The scalar loss, checked: finite, its gradient left to the caller. To be called inside `differentiable_twice`."""
     loss = scalar_loss(model, loss_fn, batch)
     if not torch.isfinite(loss):
-        raise ValueError(f"the loss of a batch is {loss.item()}: check the data and the model's weights")
+        raise ValueError(
+            f"the loss of a batch is {loss.item()}: check the data and the model's weights"
+        )
     if any(parameter.grad is not None for parameter in model.parameters()):
-        raise ValueError("loss_fn called backward(): it must return the loss with its graph, and take no gradient")
+        raise ValueError(
+            "loss_fn called backward(): it must return the loss with its graph, and take no gradient"
+        )
     return loss
 
 
@@ -168,5 +183,11 @@ def batch_length(batch: Any) -> int:
 def _length(batch: Any) -> int | None:
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.ndim else None
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    parts = (
+        batch.values()
+        if isinstance(batch, Mapping)
+        else batch
+        if isinstance(batch, (list, tuple))
+        else ()
+    )
     return next((n for n in map(_length, parts) if n is not None), None)

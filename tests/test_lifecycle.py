@@ -7,13 +7,31 @@ import copy
 
 import pytest
 import torch
+from helpers.models import (
+    Conv1DLike,
+    LinearLike,
+    assert_unchanged,
+    randomize,
+    same_bits,
+    snapshot,
+    with_deltas_by_hand,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import Conv1DLike, LinearLike, assert_unchanged, randomize, same_bits, snapshot, with_deltas_by_hand
 from torch import nn
 
-from minirank import linear_targets, load_adapter, lora_layers, merge, resize, save_adapter, unmerge, unwrap, wrap
-from minirank.targets import all_names
+from minirank import (
+    linear_targets,
+    load_adapter,
+    lora_layers,
+    merge,
+    resize,
+    save_adapter,
+    unmerge,
+    unwrap,
+    wrap,
+)
+from minirank.layers.targets import all_names
 
 SIZES = st.integers(1, 5)
 
@@ -25,8 +43,14 @@ def models(draw):
     chain, width = [], draw(SIZES)
     d_in = width
     for _ in range(draw(st.integers(1, 6))):
-        kind = draw(st.sampled_from(["linear", "no bias", "conv", "like", "norm", "shared", "tied"]))
-        earlier = [m for m in chain if getattr(m, "in_features", None) == width and isinstance(m, nn.Linear)]
+        kind = draw(
+            st.sampled_from(["linear", "no bias", "conv", "like", "norm", "shared", "tied"])
+        )
+        earlier = [
+            m
+            for m in chain
+            if getattr(m, "in_features", None) == width and isinstance(m, nn.Linear)
+        ]
         d_out = draw(SIZES)
         if kind in ("shared", "tied") and earlier:
             module = draw(st.sampled_from(earlier))
@@ -58,7 +82,9 @@ def largest_rank(module):
     return min(module.weight.shape)
 
 
-@pytest.mark.filterwarnings("ignore:.*require a gradient:UserWarning")  # the models' own parameters may, at random
+@pytest.mark.filterwarnings(
+    "ignore:.*require a gradient:UserWarning"
+)  # the models' own parameters may, at random
 @settings(max_examples=500, deadline=None)
 @given(model_and_width=models(), data=st.data())
 def test_a_whole_life_leaves_the_base_bit_for_bit(tmp_path_factory, model_and_width, data):
@@ -67,21 +93,35 @@ def test_a_whole_life_leaves_the_base_bit_for_bit(tmp_path_factory, model_and_wi
     x = torch.randn(3, width, dtype=torch.float64)
 
     def same_as_by_hand():
-        torch.testing.assert_close(model(x), with_deltas_by_hand(plain, layers)(x), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            model(x), with_deltas_by_hand(plain, layers)(x), rtol=1e-9, atol=1e-9
+        )
 
-    ranks = {n: data.draw(st.integers(0, largest_rank(m)), label=n) for n, m in linear_targets(model).items()}
+    ranks = {
+        n: data.draw(st.integers(0, largest_rank(m)), label=n)
+        for n, m in linear_targets(model).items()
+    }
     some_name = next(iter(ranks))
     ranks[some_name] = max(ranks[some_name], 1)
     aliases = {name: data.draw(st.sampled_from(all_names(model)[name])) for name in ranks}
     gate = data.draw(st.sampled_from([None, 1.0, 0.0]), label="gate")
-    layers = wrap(model, {aliases[name]: rank for name, rank in ranks.items()}, gate=gate, alpha=2.0)
-    assert {name: layer.rank for name, layer in layers.items()} == {n: r for n, r in ranks.items() if r}
+    layers = wrap(
+        model, {aliases[name]: rank for name, rank in ranks.items()}, gate=gate, alpha=2.0
+    )
+    assert {name: layer.rank for name, layer in layers.items()} == {
+        n: r for n, r in ranks.items() if r
+    }
     assert torch.equal(model(x), plain(x))
 
     randomize(layers)
     same_as_by_hand()
-    optimizer = torch.optim.Adam([p for layer in layers.values() for p in layer.parameters(recurse=False)])
-    for new_ranks in (None, {n: data.draw(st.integers(0, largest_rank(x.base))) for n, x in layers.items()}):
+    optimizer = torch.optim.Adam(
+        [p for layer in layers.values() for p in layer.parameters(recurse=False)]
+    )
+    for new_ranks in (
+        None,
+        {n: data.draw(st.integers(0, largest_rank(x.base))) for n, x in layers.items()},
+    ):
         if new_ranks is not None:
             grown = all(rank >= layers[name].rank for name, rank in new_ranks.items())
             y = model(x)

@@ -17,7 +17,9 @@ def test_there_are_blocks():
     assert len(BLOCKS) >= 3
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # PEFT reads it
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"block {i + 1}" for i in range(len(BLOCKS))])
 def test_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -25,7 +27,11 @@ def test_block_runs(block, tmp_path, monkeypatch):
 
 
 def test_every_script_and_file_that_the_pages_name_exists():
-    names = set(re.findall(r"\b(?:examples|tests|minirank)/[\w/]+\.(?:py|txt|json|png|md)", README + RESULTS))
+    names = set(
+        re.findall(
+            r"\b(?:examples|tests|minirank)/[\w/]+\.(?:py|txt|json|png|md)", README + RESULTS
+        )
+    )
     assert names
     assert not [name for name in names if not (ROOT / name).exists()]
     links = re.findall(r"\]\(([^)#:]+)\)", RESULTS)
@@ -36,7 +42,9 @@ def test_every_script_and_file_that_the_pages_name_exists():
 def test_every_option_of_the_comparison_that_the_pages_name_exists():
     source = (ROOT / "examples" / "compare.py").read_text(encoding="utf-8")
     options = {
-        o for line in re.findall(r"compare\.py(.*)", README + RESULTS) for o in re.findall(r"--[a-z0-9-]+", line)
+        o
+        for line in re.findall(r"compare\.py(.*)", README + RESULTS)
+        for o in re.findall(r"--[a-z0-9-]+", line)
     }
     assert options
     assert not [option for option in options if f'"{option}"' not in source]

@@ -8,7 +8,7 @@
     AdaLoRA: ties keep no rank at all               test_resize: test_equal_contributions_keep_the_earlier_ranks
     AdaLoRA: init_r == target_r crashes             test_resize: test_nothing_to_do_changes_nothing
     L1RA: broken merge                              test_merge: test_merging_puts_the_sum_into_the_weight_...
-    L1RA: no saving, no loading                     test_checkpoint: test_l1ra_goes_on_from_the_file_...,
+    L1RA: no saving, no loading                     test_adapter_file: test_l1ra_goes_on_from_the_file_...,
                                                       test_l1ra_training: test_a_saved_training_goes_on_...
     L1RA: an interval of 0, updates in the middle   test_l1ra: test_bad_options_are_refused_...,
       of a gradient accumulation, a dead zone         test_gradient_accumulation_counts_optimizer_steps,
@@ -30,7 +30,7 @@
     a pattern that matches nothing is ignored       test_targets: ..._finds_nothing_is_an_error_that_helps
     alpha / r rescales silently when ranks change   test_the_trained_function_is_not_rescaled_when_ranks_change,
                                                       test_peft_rescales_when_the_rank_changes_and_export_does_not
-    one module under two names: one is left out     test_peft_refusals: test_a_module_in_two_places_is_refused_...
+    one module under two names: one is left out     test_peft_export_refusals: test_a_module_in_two_places_is_refused_...
     PEFT ignores an out_proj's adapter              test_an_attention_output_is_refused_because_peft_ignores_...
     PEFT's adapters and the encoder's fast path     test_the_fast_path_of_an_encoder_layer_leaves_pefts_adapter_...
     PEFT sorts its patterns when it saves           test_peft_sorts_the_keys_when_it_saves
@@ -39,18 +39,18 @@
     ----------------------------------------------  ----------------------------------------------------------------
     double backward fails in scaled_dot_product_    test_pytorch_cannot_differentiate_its_attention_twice,
       attention and in the encoder's fast path        test_hessian: test_fast_diagonal_equals_...[encoder layer],
-                                                      test_curvature: test_the_transformer_fast_path_does_not_...
+                                                      test_input_moment: test_the_transformer_fast_path_does_not_...
     BackPACK: no GELU, LayerNorm, branches,         test_hessian: test_fast_diagonal_equals_the_dense_hessian,
       attention                                       test_reference_equals_the_dense_hessian
     curvlinops: exact only through H @ I            test_hessian: test_fast_diagonal_equals_the_dense_hessian
     estimators draw from the global generator       test_hutchinson: test_the_generator_alone_decides,
-                                                      test_curvature: test_the_model_and_the_rng_are_as_before_...
+                                                      test_input_moment: test_the_model_and_the_rng_are_as_before_...
     estimators without standard errors              test_hutchinson: test_standard_errors_are_those_of_single_samples,
                                                       test_a_95_percent_interval_of_a_trace_covers_...
     a stopping rule stops at a negative trace       test_hutchinson: test_a_negative_trace_does_not_stop_early
     batches of unequal size count alike             test_curvature_traps: test_batches_weigh_by_samples_or_as_told
     dict, tuple and tensor batches                  test_curvature_traps: test_batches_of_any_type
-    dropout and BatchNorm in training mode          test_curvature: test_dropout_is_off, test_curvature_traps:
+    dropout and BatchNorm in training mode          test_input_moment: test_dropout_is_off, test_curvature_traps:
                                                       test_the_model_is_left_as_it_was_frozen_or_training
     rank budgets are missed                         test_budget: test_rank_budget_is_met_exactly_within_bounds
     AdaLoRA and others: ties lose ranks             test_budget: test_ties_between_ranks_keep_the_exact_number_in_order
@@ -64,10 +64,10 @@
                                                       test_lifecycle
     merging twice is a no-op; unmerge is bitwise    test_merge: test_merging_puts_the_sum_into_the_weight_...
     non-finite adapters refuse to merge             test_merge: test_an_adapter_that_is_not_finite_refuses_...
-    save, load under another seed: equal outputs    test_checkpoint: test_a_loaded_adapter_is_the_saved_one_bit_for_bit
+    save, load under another seed: equal outputs    test_adapter_file: test_a_loaded_adapter_is_the_saved_one_bit_for_bit
     no stray keys                                   test_mechanisms: test_state_dict_has_the_expected_keys_...
     bf16 and fp16 forward, merge, save              test_mechanisms: test_half_precision_models, test_merge,
-                                                      test_checkpoint: test_a_loaded_adapter_is_the_saved_...
+                                                      test_adapter_file: test_a_loaded_adapter_is_the_saved_...
     gradient checkpointing, torch.compile           test_mechanisms: ..._checkpointing_..., test_torch_compile_...
     deepcopy and pickle                             test_mechanisms: test_copies_are_equal_and_independent
     rank 0 and rank = min(d_in, d_out)              test_lora: test_rank_zero_is_the_base, test_every_rank_up_to_...
@@ -87,15 +87,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import TOKENS, delta_by_hand, inputs, randomize, with_deltas_by_hand, wrapped, zoo
+from helpers.models import (
+    TOKENS,
+    delta_by_hand,
+    inputs,
+    randomize,
+    with_deltas_by_hand,
+    wrapped,
+    zoo,
+)
 from torch import nn
 
 from minirank import lora_layers, merge, resize, unmerge, unwrap, wrap
 
 
 def test_the_table_names_tests_that_exist():
-    files = list(Path(__file__).parent.glob("test_*.py"))
-    known = {path.stem for path in files} | set(re.findall(r"def (test_\w+)", "".join(map(Path.read_text, files))))
+    files = list(Path(__file__).parent.rglob("test_*.py"))
+    known = {path.stem for path in files} | set(
+        re.findall(r"def (test_\w+)", "".join(map(Path.read_text, files)))
+    )
     for name in re.findall(r"test_\w+|(?<=\.\.\.)_\w+", __doc__):
         assert any(name in full for full in known), name
 
@@ -110,7 +120,9 @@ def small(**options):
 
 def test_peft_reinitialises_a_live_layer_and_forgets_the_optimizer():
     """The fault in PEFT, then the same change of rank here."""
-    peft = pytest.importorskip("peft", minversion="0.21", reason="update_layer took other arguments before")
+    peft = pytest.importorskip(
+        "peft", minversion="0.21", reason="update_layer took other arguments before"
+    )
     with torch.random.fork_rng():
         theirs = peft.get_peft_model(
             small()[0][0:0].append(nn.Linear(6, 6)), peft.LoraConfig(target_modules=["0"], r=4)
@@ -138,7 +150,9 @@ def test_peft_merges_into_a_tied_embedding():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         plain = zoo(torch.float32)
-        theirs = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(target_modules=["head"], r=2))
+        theirs = peft.get_peft_model(
+            copy.deepcopy(plain), peft.LoraConfig(target_modules=["head"], r=2)
+        )
         nn.init.normal_(theirs.base_model.model.head.lora_B["default"].weight)
         merged = theirs.merge_and_unload()
     assert not torch.allclose(merged.emb.weight, plain.emb.weight)
@@ -149,9 +163,14 @@ def test_peft_applies_an_attention_outputs_delta_twice():
     peft = pytest.importorskip("peft")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model, x = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, batch_first=True)}), torch.randn(2, 3, 8)
+        model, x = (
+            nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, batch_first=True)}),
+            torch.randn(2, 3, 8),
+        )
         once, twice = copy.deepcopy(model["attn"]), copy.deepcopy(model["attn"])
-        theirs = peft.get_peft_model(model, peft.LoraConfig(target_modules=["attn"], r=2, lora_alpha=2)).eval()
+        theirs = peft.get_peft_model(
+            model, peft.LoraConfig(target_modules=["attn"], r=2, lora_alpha=2)
+        ).eval()
         layer = theirs.base_model.model["attn"]
         adapters = [layer, layer.base_layer.out_proj]
         for adapter in adapters:
@@ -186,7 +205,9 @@ def test_pytorch_cannot_differentiate_its_attention_twice():
     x = torch.ones(1, 2, 3, 4, requires_grad=True)
     y = nn.functional.scaled_dot_product_attention(x, x, x).square().sum()
     (slope,) = torch.autograd.grad(y, x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"derivative for .*scaled_dot_product.* is not implemented"):
+    with pytest.raises(
+        RuntimeError, match=r"derivative for .*scaled_dot_product.* is not implemented"
+    ):
         torch.autograd.grad(slope.sum(), x)
 
 
@@ -196,7 +217,10 @@ def test_shrinking_frees_parameters_and_optimizer_state():
     model(inputs(3, 6)).sum().backward()
     optimizer.step()
     resize(model, {"0": 1, "2": 0}, optimizer)
-    assert sum(p.numel() for layer in layers.values() for p in layer.parameters(recurse=False)) == 6 + 5 + 1
+    assert (
+        sum(p.numel() for layer in layers.values() for p in layer.parameters(recurse=False))
+        == 6 + 5 + 1
+    )
     moments = [state["exp_avg"].numel() for state in optimizer.state.values()]
     assert sum(moments) == 6 + 5 + 1
     assert len(moments) == 6
@@ -214,9 +238,14 @@ def test_merging_an_attention_output_applies_its_delta_once():
     for change in (lambda _: None, merge, lambda m: m(x, x, x), unmerge, merge, unwrap):
         change(model)
         for mode in (True, False):
-            torch.testing.assert_close(model.train(mode)(x, x, x)[0], expected, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(
+                model.train(mode)(x, x, x)[0], expected, rtol=1e-12, atol=1e-12
+            )
     torch.testing.assert_close(
-        model.out_proj.weight, plain.out_proj.weight + delta_by_hand(layers["out_proj"]), rtol=1e-13, atol=1e-13
+        model.out_proj.weight,
+        plain.out_proj.weight + delta_by_hand(layers["out_proj"]),
+        rtol=1e-13,
+        atol=1e-13,
     )
 
 
@@ -231,7 +260,9 @@ def test_a_shared_module_is_adapted_once_and_applied_once_per_use():
     assert model["first"] is model["more"][1] is layers["first"]
     W, b, x = linear.weight + delta_by_hand(layers["first"]), linear.bias, inputs(3, 4)
     y = x @ W.T + b
-    torch.testing.assert_close(model["more"][1](model["first"](x)), y @ W.T + b, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(
+        model["more"][1](model["first"](x)), y @ W.T + b, rtol=1e-13, atol=1e-13
+    )
     unwrap(model)
     assert model["first"] is model["more"][1] is linear
 
@@ -283,7 +314,9 @@ def test_only_adapter_parameters_train_and_every_one_does(gate):
         model(TOKENS).square().sum().backward()
         optimizer.step()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    adapters = {f"{n}.{k}" for n, layer in layers.items() for k, _ in layer.named_parameters(recurse=False)}
+    adapters = {
+        f"{n}.{k}" for n, layer in layers.items() for k, _ in layer.named_parameters(recurse=False)
+    }
     assert changed == adapters
     assert len(adapters) == (4 if gate is None else 6)
 
@@ -291,7 +324,10 @@ def test_only_adapter_parameters_train_and_every_one_does(gate):
 def test_shrinking_and_growing_back_keeps_the_function_and_the_moments():
     model, layers = small(gate=1.0)
     randomize(layers)
-    optimizer, x = torch.optim.Adam([p for p in model.parameters() if p.requires_grad]), inputs(3, 6)
+    optimizer, x = (
+        torch.optim.Adam([p for p in model.parameters() if p.requires_grad]),
+        inputs(3, 6),
+    )
     model(x).square().sum().backward()
     optimizer.step()
     moments = optimizer.state[layers["0"].lora_A]["exp_avg"].clone()

@@ -10,7 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirank.shapley import coalition_masks, exact_shapley_values, sampled_shapley_values, standard_error
+from minirank.shapley import (
+    coalition_masks,
+    exact_shapley_values,
+    sampled_shapley_values,
+    standard_error,
+)
 
 
 def over_all_orders(value, n):
@@ -33,7 +38,11 @@ def table_game(worth):
 
 
 def random_game(n, seed=0):
-    return table_game(torch.randn(2**n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist())
+    return table_game(
+        torch.randn(
+            2**n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        ).tolist()
+    )
 
 
 def close(a, b, tolerance=1e-12):
@@ -43,7 +52,7 @@ def close(a, b, tolerance=1e-12):
     assert (a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max())), (a, b)
 
 
-# ---- games with known values ---------------------------------------------------------------------------------------
+# ---- games with known values -------------------------------------------------------------------
 
 
 def test_an_additive_game_gives_the_weights():
@@ -51,7 +60,9 @@ def test_an_additive_game_gives_the_weights():
     close(exact_shapley_values(lambda mask: float(weights[mask].sum()) + 7, 4), weights)
 
 
-@pytest.mark.parametrize(("left", "right", "expected"), [(1, 2, [4 / 6, 1 / 6, 1 / 6]), (1, 1, [0.5, 0.5])])
+@pytest.mark.parametrize(
+    ("left", "right", "expected"), [(1, 2, [4 / 6, 1 / 6, 1 / 6]), (1, 1, [0.5, 0.5])]
+)
 def test_the_glove_game(left, right, expected):
     def pairs(mask):
         return float(min(mask[:left].sum(), mask[left:].sum()))
@@ -63,7 +74,12 @@ def test_the_airport_game():
     """A runway costs what the largest aeroplane in S needs: players share each stretch of it that they use."""
     cost = [8.0, 11.0, 13.0, 18.0]
     shares = [8 / 4, 8 / 4 + 3 / 3, 8 / 4 + 3 / 3 + 2 / 2, 8 / 4 + 3 / 3 + 2 / 2 + 5 / 1]
-    close(exact_shapley_values(lambda m: max((c for c, x in zip(cost, m, strict=True) if x), default=0), 4), shares)
+    close(
+        exact_shapley_values(
+            lambda m: max((c for c, x in zip(cost, m, strict=True) if x), default=0), 4
+        ),
+        shares,
+    )
 
 
 @pytest.mark.parametrize("needed", [[0], [1, 3], [0, 2, 4], [0, 1, 2, 3, 4]])
@@ -74,7 +90,9 @@ def test_a_unanimity_game_is_shared_by_those_who_are_needed(needed):
 
 @pytest.mark.parametrize("n", range(1, 7))
 def test_random_games_against_all_orders(n):
-    close(exact_shapley_values(random_game(n, seed=n), n), over_all_orders(random_game(n, seed=n), n))
+    close(
+        exact_shapley_values(random_game(n, seed=n), n), over_all_orders(random_game(n, seed=n), n)
+    )
 
 
 def test_many_players():
@@ -94,7 +112,7 @@ def test_twenty_players_are_not_refused():
         exact_shapley_values(game, 20)
 
 
-# ---- the axioms ----------------------------------------------------------------------------------------------------
+# ---- the axioms --------------------------------------------------------------------------------
 
 players = st.integers(1, 5)
 cases = settings(max_examples=250, deadline=None, derandomize=True)
@@ -144,7 +162,9 @@ def test_dummy(worth, data):
 
 
 @cases
-@given(players.flatmap(lambda n: st.tuples(worths(n), worths(n))), st.floats(-3, 3), st.floats(-3, 3))
+@given(
+    players.flatmap(lambda n: st.tuples(worths(n), worths(n))), st.floats(-3, 3), st.floats(-3, 3)
+)
 def test_linearity(two, a, b):
     n = len(two[0]).bit_length() - 1
     v, w = map(table_game, two)
@@ -152,7 +172,7 @@ def test_linearity(two, a, b):
     close(together, a * exact_shapley_values(v, n) + b * exact_shapley_values(w, n), 1e-10)
 
 
-# ---- how the game is asked -----------------------------------------------------------------------------------------
+# ---- how the game is asked ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
@@ -186,12 +206,20 @@ def test_a_value_may_come_with_its_graph():
 def test_torchs_defaults_do_not_matter(dtype):
     """The meta device stands for an accelerator: nothing can be computed on it, so that one slip would show."""
     game = random_game(4)
-    expected = [exact_shapley_values(game, 4), *sampled_shapley_values(game, 4, pairs=3), coalition_masks(50)]
+    expected = [
+        exact_shapley_values(game, 4),
+        *sampled_shapley_values(game, 4, pairs=3),
+        coalition_masks(50),
+    ]
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            results = [exact_shapley_values(game, 4), *sampled_shapley_values(game, 4, pairs=3), coalition_masks(50)]
+            results = [
+                exact_shapley_values(game, 4),
+                *sampled_shapley_values(game, 4, pairs=3),
+                coalition_masks(50),
+            ]
     finally:
         torch.set_default_dtype(before)
     assert all(map(torch.equal, results, expected))
@@ -200,7 +228,10 @@ def test_torchs_defaults_do_not_matter(dtype):
 @pytest.mark.parametrize(
     ("n", "match"),
     [
-        (21, r"2\^21 coalitions; exact Shapley values are for at most 20 players: take sampled_shapley_values"),
+        (
+            21,
+            r"2\^21 coalitions; exact Shapley values are for at most 20 players: take sampled_shapley_values",
+        ),
         (0, "n_players must be an integer of at least 1, got 0"),
         (-1, "at least 1"),
         (2.0, "integer"),
@@ -223,7 +254,7 @@ def test_a_worth_that_is_not_finite_is_an_error(bad):
         sampled_shapley_values(game, 3, pairs=50)
 
 
-# ---- sampling ------------------------------------------------------------------------------------------------------
+# ---- sampling ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 2, 6])
@@ -265,7 +296,9 @@ def test_sampling_is_unbiased_with_honest_standard_errors():
     game = random_game(n, seed=3)
     exact = exact_shapley_values(game, n)
     runs = [sampled_shapley_values(game, n, pairs=20, generator=seed) for seed in range(seeds)]
-    values, errors = (torch.stack([getattr(r, name) for r in runs]) for name in ("values", "standard_errors"))
+    values, errors = (
+        torch.stack([getattr(r, name) for r in runs]) for name in ("values", "standard_errors")
+    )
     # The mean of 200 runs is within 4.5 of its own standard errors (7e-6 by chance, times 6 players).
     assert ((values.mean(0) - exact).abs() < 4.5 * values.std(0) / math.sqrt(seeds)).all()
     # The stated variance agrees with the true one. Either has a relative error of about 0.1 here.
@@ -282,11 +315,15 @@ def test_each_sample_is_efficient():
 
 def test_one_seed_one_estimate():
     game = random_game(5)
-    one, two, other = (sampled_shapley_values(game, 5, pairs=4, generator=g).values for g in (1, 1, 2))
+    one, two, other = (
+        sampled_shapley_values(game, 5, pairs=4, generator=g).values for g in (1, 1, 2)
+    )
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
     state = torch.get_rng_state()
-    again = sampled_shapley_values(game, 5, pairs=4, generator=torch.Generator().manual_seed(1)).values
+    again = sampled_shapley_values(
+        game, 5, pairs=4, generator=torch.Generator().manual_seed(1)
+    ).values
     assert torch.equal(again, one)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -298,10 +335,13 @@ def test_impossible_samples_are_errors(options):
 
 
 def test_standard_error_by_hand():
-    assert standard_error(torch.tensor([[1.0, 2.0], [3.0, 2.0]])).tolist() == [1.0, 0.0]  # stdev sqrt(2) / sqrt(2)
+    assert standard_error(torch.tensor([[1.0, 2.0], [3.0, 2.0]])).tolist() == [
+        1.0,
+        0.0,
+    ]  # stdev sqrt(2) / sqrt(2)
 
 
-# ---- coalitions ----------------------------------------------------------------------------------------------------
+# ---- coalitions --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("coalitions", [18, 90, 900])
@@ -325,17 +365,23 @@ def test_the_shares_are_the_papers():
 def test_players_and_repeats_are_independent():
     masks = coalition_masks(300, 900, generator=6)[0::2].double()
     first = masks.reshape(50, 9, 300)[:, 4]  # p = 0.5
-    assert abs(float(torch.corrcoef(first.T).triu(1).mean())) < 0.01  # between players, 44,850 pairs
+    assert (
+        abs(float(torch.corrcoef(first.T).triu(1).mean())) < 0.01
+    )  # between players, 44,850 pairs
     assert abs(float(torch.corrcoef(first).triu(1).mean())) < 0.01  # between repeats
 
 
 def test_coalitions_follow_their_generator():
-    one, two, other = (coalition_masks(40, generator=g) for g in (3, torch.Generator().manual_seed(3), 4))
+    one, two, other = (
+        coalition_masks(40, generator=g) for g in (3, torch.Generator().manual_seed(3), 4)
+    )
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("coalitions", [0, 17, 91, 18.0, True, -18])
 def test_coalitions_are_a_multiple_of_18(coalitions):
-    with pytest.raises(ValueError, match=r"coalitions must be (a multiple of 18|an integer of at least 18)"):
+    with pytest.raises(
+        ValueError, match=r"coalitions must be (a multiple of 18|an integer of at least 18)"
+    ):
         coalition_masks(3, coalitions)

@@ -8,7 +8,14 @@ from functools import partial
 
 import pytest
 import torch
-from models import assert_unchanged, delta_by_hand, randomize, same_bits, snapshot, with_deltas_by_hand
+from helpers.models import (
+    assert_unchanged,
+    delta_by_hand,
+    randomize,
+    same_bits,
+    snapshot,
+    with_deltas_by_hand,
+)
 from safetensors.torch import load_file
 
 from minirank import (
@@ -31,7 +38,15 @@ from minirank import (
 )
 
 pytest.importorskip("transformers")
-from transformer_models import FAMILIES, OTHER_FAMILIES, batches, logits, loss_fn, other_family, train
+from helpers.transformer_models import (
+    FAMILIES,
+    OTHER_FAMILIES,
+    batches,
+    logits,
+    loss_fn,
+    other_family,
+    train,
+)
 
 pytestmark = [
     # transformers 5 renames what PEFT 0.21 asks every model for, and what users of older versions call.
@@ -42,7 +57,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume:UserWarning"),
 ]
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-decoders = pytest.mark.parametrize("family", [FAMILIES["gpt2"], FAMILIES["llama"]], ids=["gpt2", "llama"])
+decoders = pytest.mark.parametrize(
+    "family", [FAMILIES["gpt2"], FAMILIES["llama"]], ids=["gpt2", "llama"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +81,7 @@ def adapted(family, seed=0, trainable=(), **options):
     return model
 
 
-# ---- every method --------------------------------------------------------------------------------------------------
+# ---- every method ------------------------------------------------------------------------------
 
 
 def words(batch):
@@ -78,7 +95,9 @@ def uniform(family):
 
 def sensitivity(family, measured=curvature.input_second_moment):
     model = family()
-    return SensitivityLoRA(model, loss_fn, batches(model), targets=family.targets, curvature=measured, progress=False)
+    return SensitivityLoRA(
+        model, loss_fn, batches(model), targets=family.targets, curvature=measured, progress=False
+    )
 
 
 def fisher(family):
@@ -86,7 +105,9 @@ def fisher(family):
 
 
 def gauss_newton(family):
-    return sensitivity(family, partial(curvature.gauss_newton, output=family.head, batch_weight=words))
+    return sensitivity(
+        family, partial(curvature.gauss_newton, output=family.head, batch_weight=words)
+    )
 
 
 def l1ra(family):
@@ -105,7 +126,9 @@ def shaplora(family):
     model = family()
     wrap(model, dict.fromkeys(family.names, 3), gate=0.0, trainable=[])
     train(model)
-    return ShapLoRA(model, loss_fn, batches(model), coalitions=18, batch_weight=words, progress=False)
+    return ShapLoRA(
+        model, loss_fn, batches(model), coalitions=18, batch_weight=words, progress=False
+    )
 
 
 @every_family
@@ -120,15 +143,29 @@ def test_a_method_meets_its_budget_and_only_its_adapters_and_the_head_train(fami
     assert list(allocation.ranks) == family.names
 
     plain, model = family(), family()
-    wrap(model, allocation, alpha=4, gate=0.0 if method is shaplora else None, trainable=[family.head])
+    wrap(
+        model,
+        allocation,
+        alpha=4,
+        gate=0.0 if method is shaplora else None,
+        trainable=[family.head],
+    )
     layers = lora_layers(model)
-    assert {n: x.rank for n, x in layers.items()} == {n: r for n, r in allocation.ranks.items() if r}
+    assert {n: x.rank for n, x in layers.items()} == {
+        n: r for n, r in allocation.ranks.items() if r
+    }
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     train(model)
     moved = {name for name, p in model.named_parameters() if not same_bits(p, start[name])}
-    adapters = {f"{n}.{key}" for n, layer in layers.items() for key, _ in layer.named_parameters(recurse=False)}
+    adapters = {
+        f"{n}.{key}"
+        for n, layer in layers.items()
+        for key, _ in layer.named_parameters(recurse=False)
+    }
     head = {
-        n for n, p in model.named_parameters() if any(p is q for q in model.get_submodule(family.head).parameters())
+        n
+        for n, p in model.named_parameters()
+        if any(p is q for q in model.get_submodule(family.head).parameters())
     }
     assert head  # of GPT-2 it is the embedding
     assert moved == adapters | head
@@ -146,12 +183,14 @@ def test_what_stands_in_the_padding_makes_no_difference_to_the_scores(family, me
         torch.testing.assert_close(score, scores[name], rtol=1e-4, atol=1e-5)
 
 
-# ---- our file ------------------------------------------------------------------------------------------------------
+# ---- our file ----------------------------------------------------------------------------------
 
 
 @every_family
 @pytest.mark.parametrize("gate", [None, 0.5])
-def test_a_saved_adapter_and_head_come_back_bit_for_bit_on_the_same_base_only(family, gate, tmp_path):
+def test_a_saved_adapter_and_head_come_back_bit_for_bit_on_the_same_base_only(
+    family, gate, tmp_path
+):
     model = adapted(family, trainable=[family.head], gate=gate, dropout=0.1)
     train(model)
     save_adapter(model, tmp_path / "a.safetensors", modules=[family.head])
@@ -181,7 +220,9 @@ def test_bfloat16_models_run_and_their_adapters_come_back(family, tmp_path):
         model = make()
         layers = wrap(model, dict.fromkeys(family.names, 2), dtype=dtype, trainable=[])
         train(model)
-        assert {p.dtype for x in layers.values() for p in x.parameters(recurse=False)} == {dtype or torch.bfloat16}
+        assert {p.dtype for x in layers.values() for p in x.parameters(recurse=False)} == {
+            dtype or torch.bfloat16
+        }
         save_adapter(model, tmp_path / "a.safetensors")
         again = make()
         load_adapter(again, tmp_path / "a.safetensors")
@@ -190,7 +231,7 @@ def test_bfloat16_models_run_and_their_adapters_come_back(family, tmp_path):
         assert not torch.equal(logits(model), logits(make()))
 
 
-# ---- PEFT ----------------------------------------------------------------------------------------------------------
+# ---- PEFT --------------------------------------------------------------------------------------
 
 
 def assert_same_function(one, two):
@@ -201,7 +242,9 @@ def assert_same_function(one, two):
 
 @every_family
 @pytest.mark.parametrize("gate", [None, 0.5])
-def test_the_real_peft_computes_what_was_exported_and_what_it_saves_comes_back(family, gate, tmp_path):
+def test_the_real_peft_computes_what_was_exported_and_what_it_saves_comes_back(
+    family, gate, tmp_path
+):
     peft = pytest.importorskip("peft")
     model = adapted(family, gate=gate)
     export_peft(model, tmp_path / "ours")
@@ -209,7 +252,9 @@ def test_the_real_peft_computes_what_was_exported_and_what_it_saves_comes_back(f
     assert_same_function(theirs, model)
 
     theirs.save_pretrained(tmp_path / "theirs")
-    ours, saved = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("ours", "theirs"))
+    ours, saved = (
+        load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("ours", "theirs")
+    )
     assert ours.keys() == saved.keys()
     assert all(same_bits(ours[key], saved[key]) for key in ours)
     for folder in ("ours", "theirs"):
@@ -246,7 +291,9 @@ def test_what_the_real_peft_trained_is_imported(family, rslora, tmp_path):
     theirs.save_pretrained(tmp_path)
     model = family()
     layers = import_peft(model, tmp_path)
-    expected = [name for name in family.names if name.endswith(tuple(f".{leaf}" for leaf in leaves))]
+    expected = [
+        name for name in family.names if name.endswith(tuple(f".{leaf}" for leaf in leaves))
+    ]
     assert sorted(layers) == sorted(expected)
     assert {x.rank for n, x in layers.items() if n.endswith(leaves[0])} == {2}
     assert_same_function(model, theirs)
@@ -269,11 +316,13 @@ def test_the_real_peft_takes_the_ranks_of_an_allocation(family):
     )
     theirs = peft.get_peft_model(family(), config).base_model.model
     found = {n: m for n, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
-    assert {n: m.r["default"] for n, m in found.items()} == {n: r for n, r in allocation.ranks.items() if r}
+    assert {n: m.r["default"] for n, m in found.items()} == {
+        n: r for n, r in allocation.ranks.items() if r
+    }
     assert {m.scaling["default"] for m in found.values()} == {1.5}
 
 
-# ---- merging, taking out -------------------------------------------------------------------------------------------
+# ---- merging, taking out -----------------------------------------------------------------------
 
 
 @every_family
@@ -321,7 +370,9 @@ def test_merging_a_tied_head_is_refused_and_an_untied_one_is_merged(family):
         before = logits(model)
         if tied:
             state = snapshot(model)
-            with pytest.raises(ValueError, match=r"'lm_head' is tied to .*(wte|embed_tokens)\.weight.*untie=True"):
+            with pytest.raises(
+                ValueError, match=r"'lm_head' is tied to .*(wte|embed_tokens)\.weight.*untie=True"
+            ):
                 merge(model)
             assert_unchanged(model, state)
             merge(model, untie=True)
@@ -349,7 +400,10 @@ def test_a_merged_model_is_saved_and_loaded_by_transformers_itself(family, tmp_p
 @decoders
 def test_generation_goes_through_the_adapters_merged_or_not(family):
     prompt = {key: batches(family(), 1)[0][key][:2, :3] for key in ("input_ids", "attention_mask")}
-    generate = lambda model: model.generate(**prompt, do_sample=False, max_new_tokens=3, pad_token_id=0)  # noqa: E731
+
+    def generate(model):
+        return model.generate(**prompt, do_sample=False, max_new_tokens=3, pad_token_id=0)
+
     model = adapted(family)
     tokens = generate(model)
     assert tokens.shape == (2, 6)
@@ -398,7 +452,7 @@ def test_the_kernel_of_attention_makes_no_difference(family):
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
-# ---- names and shapes ----------------------------------------------------------------------------------------------
+# ---- names and shapes --------------------------------------------------------------------------
 
 
 @every_family
@@ -410,7 +464,9 @@ def test_globs_select_kinds_of_modules():
     llama, gpt2, bert = (FAMILIES[kind]() for kind in ("llama", "gpt2", "bert"))
     attention = [f"model.layers.{i}.self_attn.{n}_proj" for i in (0, 1) for n in "qkvo"]
     assert list(linear_targets(llama, "model.layers.*.self_attn.*")) == attention
-    assert list(linear_targets(llama, ["*.q_proj", "*.v_proj"])) == [n for n in attention if n[-6] in "qv"]
+    assert list(linear_targets(llama, ["*.q_proj", "*.v_proj"])) == [
+        n for n in attention if n[-6] in "qv"
+    ]
     assert list(linear_targets(llama))[-1] == "lm_head"
     assert list(linear_targets(gpt2, "*.attn.*")) == [
         f"transformer.h.{i}.attn.{n}" for i in (0, 1) for n in ("c_attn", "c_proj")
@@ -426,7 +482,10 @@ def test_rows_and_columns_are_told_apart():
     shapes = {  # (d_out, d_in), of modules that are not square
         "bert": {"bert.encoder.layer.0.intermediate.dense": (24, 16)},
         "gpt2": {"transformer.h.0.attn.c_attn": (48, 16), "transformer.h.0.mlp.c_proj": (16, 64)},
-        "llama": {"model.layers.0.self_attn.k_proj": (8, 16), "model.layers.0.mlp.down_proj": (16, 24)},
+        "llama": {
+            "model.layers.0.self_attn.k_proj": (8, 16),
+            "model.layers.0.mlp.down_proj": (16, 24),
+        },
     }
     for kind, expected in shapes.items():
         allocator = UniformRanks(FAMILIES[kind](), list(expected))
@@ -437,14 +496,16 @@ def test_rows_and_columns_are_told_apart():
         assert {name: (len(x.lora_B), x.lora_A.shape[1]) for name, x in layers.items()} == expected
 
 
-# ---- other families ------------------------------------------------------------------------------------------------
+# ---- other families ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", OTHER_FAMILIES)
 def test_another_family_is_scored_trained_saved_and_read_by_the_real_peft(kind, tmp_path):
     peft = pytest.importorskip("peft")
     plain, model = other_family(kind), other_family(kind)
-    allocator = SensitivityLoRA(model, loss_fn, batches(model), targets=OTHER_FAMILIES[kind][0], progress=False)
+    allocator = SensitivityLoRA(
+        model, loss_fn, batches(model), targets=OTHER_FAMILIES[kind][0], progress=False
+    )
     allocator.score()
     allocation = allocator.allocate(2 * len(allocator.targets))
     layers = wrap(model, allocation, trainable=[])
@@ -466,7 +527,11 @@ def test_another_family_is_scored_trained_saved_and_read_by_the_real_peft(kind, 
 def test_a_model_that_lays_its_sentences_end_to_end_has_the_curvature_that_the_refusal_names():
     kind = "OPT, rows of all sentences in one"
     model, targets = other_family(kind), OTHER_FAMILIES[kind][0]
-    with pytest.raises(ValueError, match=r"seen: \[4, 28\]\): use gauss_newton\(…, independent=False\)"):
+    with pytest.raises(
+        ValueError, match=r"seen: \[4, 28\]\): use gauss_newton\(…, independent=False\)"
+    ):
         curvature.empirical_fisher(model, loss_fn, batches(model, 1), targets)
-    found = curvature.gauss_newton(model, loss_fn, batches(model, 1), targets, output="lm_head", independent=False)
+    found = curvature.gauss_newton(
+        model, loss_fn, batches(model, 1), targets, output="lm_head", independent=False
+    )
     assert all(diagonal.min() >= 0 and diagonal.any() for diagonal in found.values())

@@ -68,14 +68,22 @@ def main(package: Path) -> None:
     uses = Counter(tag for sentences in files for sentence in sentences for _, tag in sentence)
     pools: dict[str, list[Sentence]] = {split: [] for split in SIZES}
     for index, sentences in enumerate(files):
-        pools[split_of(index)] += [s for s in sentences if all(uses[tag] >= MIN_USES for _, tag in s)]
+        pools[split_of(index)] += [
+            s for s in sentences if all(uses[tag] >= MIN_USES for _, tag in s)
+        ]
     for split, pool in pools.items():
         cut = spread(pool, SIZES[split])
-        text = "".join(" ".join(f"{word}/{tag}" for word, tag in sentence) + "\n" for sentence in cut)
-        (Path(__file__).parent / f"brown_{split}.txt").write_text(text, encoding="ascii", newline="\n")
+        text = "".join(
+            " ".join(f"{word}/{tag}" for word, tag in sentence) + "\n" for sentence in cut
+        )
+        (Path(__file__).parent / f"brown_{split}.txt").write_text(
+            text, encoding="ascii", newline="\n"
+        )
         tags = {tag for sentence in cut for _, tag in sentence}
         words = sum(map(len, cut))
-        print(f"{split:5}  {len(cut):5,} of {len(pool):6,} sentences  {words:7,} words  {len(tags)} tags")
+        print(
+            f"{split:5}  {len(cut):5,} of {len(pool):6,} sentences  {words:7,} words  {len(tags)} tags"
+        )
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .budget import best_ranks, proportional_ranks
-from .lora import LoRALinear
+from ..budget import best_ranks, proportional_ranks
+from ..checks import is_integer
+from ..layers.lora import LoRALinear
+from ..layers.targets import Targets, exact_key, exact_pattern, layer_shape, linear_targets, walk
 from .table import draw_heat_map, draw_table
-from .targets import Targets, exact_key, exact_pattern, layer_shape, linear_targets, walk
 
 Unit = Literal["rank", "parameters"]
 Bound = int | Mapping[str, int] | None
@@ -36,7 +37,9 @@ class Allocation:
 
     def _comparable(self) -> dict[str, Any]:
         """The fields, masks as lists: tensors have no single answer to ==."""
-        keep = None if self.keep is None else {name: mask.tolist() for name, mask in self.keep.items()}
+        keep = (
+            None if self.keep is None else {name: mask.tolist() for name, mask in self.keep.items()}
+        )
         return {**vars(self), "keep": keep}
 
     @property
@@ -101,7 +104,9 @@ class Allocator(ABC):
         self._scores = scores
         return {name: score.clone() for name, score in scores.items()}
 
-    def allocate(self, budget: int, *, unit: Unit = "rank", min_rank: Bound = 0, max_rank: Bound = None) -> Allocation:
+    def allocate(
+        self, budget: int, *, unit: Unit = "rank", min_rank: Bound = 0, max_rank: Bound = None
+    ) -> Allocation:
         """Divide `budget` by the last scores.
 
         Args:
@@ -136,11 +141,17 @@ class Allocator(ABC):
             return Allocation(ranks, costs, budget, unit, self.method)
         for name in scores:
             layer = modules[name]
-            if not isinstance(layer, LoRALinear) or layer.lora_A is not self._scored_ranks.get(name):
-                raise RuntimeError(f"the scores are stale: {name!r} was resized since score(); call score() again")
+            if not isinstance(layer, LoRALinear) or layer.lora_A is not self._scored_ranks.get(
+                name
+            ):
+                raise RuntimeError(
+                    f"the scores are stale: {name!r} was resized since score(); call score() again"
+                )
         each = {name: score.tolist() for name, score in scores.items()}
         ranks, kept = self._judge(each, budget, spending, lower, upper)
-        keep = {name: torch.tensor(mask, dtype=torch.bool, device="cpu") for name, mask in kept.items()}
+        keep = {
+            name: torch.tensor(mask, dtype=torch.bool, device="cpu") for name, mask in kept.items()
+        }
         return Allocation(ranks, costs, budget, unit, self.method, keep)
 
     def _judge(
@@ -172,21 +183,29 @@ class UniformRanks(Allocator):
 def _shape(name: str, modules: Mapping[str, nn.Module]) -> tuple[int, int]:
     shape = layer_shape(modules[name]) if name in modules else None
     if shape is None:
-        raise RuntimeError(f"the scores are stale: the model no longer has a linear layer {name!r}; call score() again")
+        raise RuntimeError(
+            f"the scores are stale: the model no longer has a linear layer {name!r}; call score() again"
+        )
     return shape
 
 
-def _bounds(bound: Bound, what: str, shapes: Mapping[str, tuple[int, int]], default: int | None) -> dict[str, int]:
+def _bounds(
+    bound: Bound, what: str, shapes: Mapping[str, tuple[int, int]], default: int | None
+) -> dict[str, int]:
     given = bound if isinstance(bound, Mapping) else {}
     unknown = [name for name in given if name not in shapes]
     if unknown:
-        raise ValueError(f"{what} names {unknown}, which were not scored; scored are {list(shapes)[:3]}, …")
+        raise ValueError(
+            f"{what} names {unknown}, which were not scored; scored are {list(shapes)[:3]}, …"
+        )
     result = {}
     for name, shape in shapes.items():
         value = given.get(name, default) if isinstance(bound, Mapping) else bound
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        if value is not None and not is_integer(value, 0):
             raise ValueError(f"{what} must be integers of at least 0, got {value!r} for {name!r}")
-        result[name] = min(shape) if value is None else min(value, min(shape)) if what == "max_rank" else value
+        result[name] = (
+            min(shape) if value is None else min(value, min(shape)) if what == "max_rank" else value
+        )
         if result[name] > min(shape):
             raise ValueError(f"{what}={value} of {name!r} is above min(d_out, d_in) = {min(shape)}")
     return result

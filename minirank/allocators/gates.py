@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from .lora import LoRALinear
+from ..layers.lora import LoRALinear
 
 Shrinkage = Literal["proximal", "subgradient"]
 
 
 def shrink(gates: list[Tensor], amount: float, how: Shrinkage = "proximal") -> None:
     """Shrink gates towards zero, in place, by at most `amount` = η_c λ, and clamp them to [0, 1]."""
-    if how == "proximal":  # soft threshold, then clamp: a negative gate comes out at zero either way
+    if (
+        how == "proximal"
+    ):  # soft threshold, then clamp: a negative gate comes out at zero either way
         torch._foreach_sub_(gates, amount)
     else:
         for gate in gates:
@@ -32,9 +34,13 @@ def check_gates(layers: Mapping[str, LoRALinear], amount: float) -> None:
     for name, layer in layers.items():
         assert layer.gate is not None  # they were chosen so
         if layer.initial_gate == 0:
-            raise ValueError(f"the gates of {name!r} start from 0, where every rank falls: wrap with gate=1.0")
+            raise ValueError(
+                f"the gates of {name!r} start from 0, where every rank falls: wrap with gate=1.0"
+            )
         if not layer.gate.requires_grad:
-            raise ValueError(f"the gate of {name!r} does not train: gate.requires_grad_(True), or wrap without gates")
+            raise ValueError(
+                f"the gate of {name!r} does not train: gate.requires_grad_(True), or wrap without gates"
+            )
         # Below a quarter of the spacing above 1, rounding takes every shrinkage of a gate near 1 back.
         if 0 < amount < torch.finfo(layer.gate.dtype).eps / 4:
             raise ValueError(
@@ -43,7 +49,9 @@ def check_gates(layers: Mapping[str, LoRALinear], amount: float) -> None:
             )
 
 
-def gates_into_own_group(optimizer: Optimizer, gates: Mapping[str, nn.Parameter], gate_lr: float) -> list[int]:
+def gates_into_own_group(
+    optimizer: Optimizer, gates: Mapping[str, nn.Parameter], gate_lr: float
+) -> list[int]:
     """Move the gates into a new parameter group with learning rate `gate_lr` and no weight decay, its other options
     being those of the group they were in. Groups of nothing but gates stay, and are checked.
 
@@ -51,11 +59,15 @@ def gates_into_own_group(optimizer: Optimizer, gates: Mapping[str, nn.Parameter]
     """
     groups = optimizer.param_groups
     if isinstance(optimizer, LBFGS):
-        raise TypeError("LBFGS knows one parameter group only, and gates need their own: use another optimizer")
+        raise TypeError(
+            "LBFGS knows one parameter group only, and gates need their own: use another optimizer"
+        )
     held = {id(p) for group in groups for p in group["params"]}
     for name, gate in gates.items():
         if id(gate) not in held:
-            raise ValueError(f"the optimizer does not hold the gate of {name!r}: make it after wrap()")
+            raise ValueError(
+                f"the optimizer does not hold the gate of {name!r}: make it after wrap()"
+            )
     ids = {id(gate) for gate in gates.values()}
     mixed = []
     for group in groups:

@@ -36,14 +36,24 @@ class History:
     updates: list[Update] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"{sum(self.initial.values())} ranks over {len(self.initial)} modules, {len(self.updates)} updates"]
+        lines = [
+            f"{sum(self.initial.values())} ranks over {len(self.initial)} modules, {len(self.updates)} updates"
+        ]
         if self.updates:
             lines.append(f"{'step':>7}{'ranks':>7}{'parameters':>12}{'pruned':>8}  from → to")
         for u in self.updates:
-            moves = f"{_names(u.pruned)} → {_names(u.given)}" if u.pruned or u.given else "nothing moved"
-            lost = f" (optimizer state reset: {len(u.state_reset)} entries)" if u.state_reset else ""
+            moves = (
+                f"{_names(u.pruned)} → {_names(u.given)}"
+                if u.pruned or u.given
+                else "nothing moved"
+            )
+            lost = (
+                f" (optimizer state reset: {len(u.state_reset)} entries)" if u.state_reset else ""
+            )
             pruned = sum(u.pruned.values())
-            lines.append(f"{u.step:>7}{u.total_rank:>7}{u.parameters:>12,}{pruned:>8}  {moves}{lost}")
+            lines.append(
+                f"{u.step:>7}{u.total_rank:>7}{u.parameters:>12,}{pruned:>8}  {moves}{lost}"
+            )
         return "\n".join(lines)
 
     def plot(self, path: str | None = None) -> Any:
@@ -54,15 +64,22 @@ class History:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, names and containers."""
-        return {"initial": dict(self.initial), "updates": [asdict(update) for update in self.updates]}
+        return {
+            "initial": dict(self.initial),
+            "updates": [asdict(update) for update in self.updates],
+        }
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> History:
-        updates = [Update(**{**u, "state_reset": tuple(u["state_reset"])}) for u in state["updates"]]
+        updates = [
+            Update(**{**u, "state_reset": tuple(u["state_reset"])}) for u in state["updates"]
+        ]
         return cls(dict(state["initial"]), updates)
 
 
 def _names(counts: Mapping[str, int]) -> str:
-    shown = [name if count == 1 else f"{count}× {name}" for name, count in list(counts.items())[:SHOWN]]
+    shown = [
+        name if count == 1 else f"{count}× {name}" for name, count in list(counts.items())[:SHOWN]
+    ]
     more = [f"{len(counts) - SHOWN} more"] if len(counts) > SHOWN else []
     return ", ".join(shown + more) or "none"

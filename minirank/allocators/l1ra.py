@@ -30,12 +30,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..checks import as_generator, is_integer, require
+from ..layers.resize import resize, separate_layers
 from .allocation import Allocation, Allocator, Bound, Unit
 from .gates import Shrinkage, check_gates, gates_into_own_group, shrink
 from .history import History, Update
-from .lora import as_generator, require
 from .reassign import reassign
-from .resize import resize, separate_layers
 
 OPTIONS = (
     *("l1", "gate_lr", "interval", "start", "stop", "budget", "unit", "min_rank", "max_rank"),
@@ -101,8 +101,16 @@ class L1RA(Allocator):
     ) -> None:
         super().__init__(model)
         self.optimizer = optimizer
-        self._layers = {name: layer for name, layer in separate_layers(model).items() if layer.gate is not None}
-        self.l1, self.gate_lr, self.interval, self.start, self.stop = l1, gate_lr, interval, start, stop
+        self._layers = {
+            name: layer for name, layer in separate_layers(model).items() if layer.gate is not None
+        }
+        self.l1, self.gate_lr, self.interval, self.start, self.stop = (
+            l1,
+            gate_lr,
+            interval,
+            start,
+            stop,
+        )
         self.unit: Unit = unit
         self.min_rank, self.max_rank = min_rank, max_rank
         self.threshold = threshold
@@ -110,8 +118,15 @@ class L1RA(Allocator):
         self.reset_optimizer = reset_optimizer
         self._check_options()
         check_gates(self._layers, l1 * gate_lr)
-        costs = {n: x.in_features + x.out_features if unit == "parameters" else 1 for n, x in self._layers.items()}
-        self.budget = sum(rank * costs[name] for name, rank in self.ranks.items()) if budget is None else budget
+        costs = {
+            n: x.in_features + x.out_features if unit == "parameters" else 1
+            for n, x in self._layers.items()
+        }
+        self.budget = (
+            sum(rank * costs[name] for name, rank in self.ranks.items())
+            if budget is None
+            else budget
+        )
         self._allocate_scored()  # a budget that cannot be met is refused here, not in the middle of training
         self._scores = None
 
@@ -122,7 +137,7 @@ class L1RA(Allocator):
         self._pending = 0  # those that it has not yet
         self._watch_optimizer()
 
-    # ---- scores and allocations ---------------------------------------------------------------------------
+    # ---- scores and allocations -----------------------------------------------------------------
 
     @property
     def gates(self) -> dict[str, nn.Parameter]:
@@ -138,7 +153,9 @@ class L1RA(Allocator):
 
     def _allocate_scored(self) -> Allocation:
         self.score()
-        return self.allocate(self.budget, unit=self.unit, min_rank=self.min_rank, max_rank=self.max_rank)
+        return self.allocate(
+            self.budget, unit=self.unit, min_rank=self.min_rank, max_rank=self.max_rank
+        )
 
     def _judge(
         self,
@@ -153,7 +170,7 @@ class L1RA(Allocator):
             threshold = self.gate_lr * self.l1 if self.shrinkage == "subgradient" else 0.0
         return reassign(scores, budget, costs=costs, lower=lower, upper=upper, threshold=threshold)
 
-    # ---- training -----------------------------------------------------------------------------------------
+    # ---- training -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self) -> Update | None:
@@ -168,7 +185,11 @@ class L1RA(Allocator):
         if trained:  # the user may freeze layers for a time
             shrink(trained, shrinking * self.gate_lr * self.l1, self.shrinkage)
         latest_due = (self.steps + taken) // self.interval * self.interval
-        due = latest_due > self.steps and self.start <= latest_due and (self.stop is None or latest_due <= self.stop)
+        due = (
+            latest_due > self.steps
+            and self.start <= latest_due
+            and (self.stop is None or latest_due <= self.stop)
+        )
         self.steps += taken
         return self._update() if due else None
 
@@ -184,9 +205,15 @@ class L1RA(Allocator):
             step=self.steps,
             ranks=allocation.ranks,
             pruned={n: before[n] - kept for n, kept in survivors.items() if before[n] > kept},
-            given={n: allocation.ranks[n] - kept for n, kept in survivors.items() if allocation.ranks[n] > kept},
+            given={
+                n: allocation.ranks[n] - kept
+                for n, kept in survivors.items()
+                if allocation.ranks[n] > kept
+            },
             parameters=allocation.parameters,
-            state_reset=tuple(f"{name}.{entry}" for name, change in done.items() for entry in change.state_reset),
+            state_reset=tuple(
+                f"{name}.{entry}" for name, change in done.items() for entry in change.state_reset
+            ),
         )
         self.history.updates.append(update)
         return update
@@ -205,7 +232,7 @@ class L1RA(Allocator):
         if found_inf is None or not found_inf.item():
             self._pending += 1
 
-    # ---- saving -------------------------------------------------------------------------------------------
+    # ---- saving ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything of this object but the model and the optimizer, which have state_dicts of their own. To go on:
@@ -227,14 +254,22 @@ class L1RA(Allocator):
         if the model has other ranks than it: resize(model, state["ranks"]) first."""
         expected = {"ranks", "steps", "pending", "generator", "history", "options"}
         if state.keys() != expected or state["options"].keys() != set(OPTIONS):
-            raise ValueError(f"expected the state_dict() of an L1RA, with {sorted(expected)}; got {sorted(state)}")
+            raise ValueError(
+                f"expected the state_dict() of an L1RA, with {sorted(expected)}; got {sorted(state)}"
+            )
         if state["ranks"] != self.ranks:
-            wrong = [n for n in {**self.ranks, **state["ranks"]} if self.ranks.get(n) != state["ranks"].get(n)]
+            wrong = [
+                n
+                for n in {**self.ranks, **state["ranks"]}
+                if self.ranks.get(n) != state["ranks"].get(n)
+            ]
             raise ValueError(
                 f"the state was saved at other ranks than the model's (at {wrong[:3]}, for example): "
                 'resize(model, state["ranks"]), then load the states of model, optimizer and L1RA'
             )
-        self.generator.set_state(state["generator"].cpu())  # where torch.load(map_location="cuda") did not leave it
+        self.generator.set_state(
+            state["generator"].cpu()
+        )  # where torch.load(map_location="cuda") did not leave it
         self.history = History.from_state_dict(state["history"])
         self.steps, self._pending = state["steps"], state["pending"]
         for name in OPTIONS:
@@ -247,15 +282,28 @@ class L1RA(Allocator):
     def _check_options(self) -> None:
         require(0 <= self.l1 < math.inf, "l1", self.l1, "a number of at least 0")
         require(0 < self.gate_lr < math.inf, "gate_lr", self.gate_lr, "a positive number")
-        require(_is_count(self.interval, 1), "interval", self.interval, "an integer number of steps, at least 1")
-        require(_is_count(self.start, 0), "start", self.start, "an integer number of steps, at least 0")
-        window = self.stop is None or _is_count(self.stop, self.start)
-        require(window, "stop", self.stop, f"None or an integer number of steps, at least start = {self.start}")
+        require(
+            is_integer(self.interval, 1),
+            "interval",
+            self.interval,
+            "an integer number of steps, at least 1",
+        )
+        require(
+            is_integer(self.start, 0), "start", self.start, "an integer number of steps, at least 0"
+        )
+        window = self.stop is None or is_integer(self.stop, self.start)
+        require(
+            window,
+            "stop",
+            self.stop,
+            f"None or an integer number of steps, at least start = {self.start}",
+        )
         known = get_args(Shrinkage)
         require(self.shrinkage in known, "shrinkage", self.shrinkage, f"one of {known}")
         sensible = self.threshold is None or 0 <= self.threshold < 1
-        require(sensible, "threshold", self.threshold, "None or at least 0 and below 1, where gates start")
-
-
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+        require(
+            sensible,
+            "threshold",
+            self.threshold,
+            "None or at least 0 and below 1, where gates start",
+        )

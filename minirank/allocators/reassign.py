@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from .budget import check_budget, hand_out
+from ..budget import check_budget, hand_out
 
 
 class Reassignment(NamedTuple):
@@ -53,12 +53,17 @@ def reassign(
     flat = {f"rank {i} of {name}": gate for name in names for i, gate in enumerate(gates[name])}
     check_budget(flat, budget, cost, low, high, what="ranks" if costs is None else "parameters")
 
-    keep = [_survivors(gates[name], threshold, lo, hi) for name, lo, hi in zip(names, low, high, strict=True)]
+    keep = [
+        _survivors(gates[name], threshold, lo, hi)
+        for name, lo, hi in zip(names, low, high, strict=True)
+    ]
     ranks = [max(sum(mask), least) for mask, least in zip(keep, low, strict=True)]
     left = budget - sum(rank * c for rank, c in zip(ranks, cost, strict=True))
 
     # Later ranks of equal gates fall first, as in _survivors.
-    smallest_first = sorted((gate, -m, -i) for m, name in enumerate(names) for i, gate in enumerate(gates[name]))
+    smallest_first = sorted(
+        (gate, -m, -i) for m, name in enumerate(names) for i, gate in enumerate(gates[name])
+    )
     for _, minus_m, minus_i in smallest_first:
         m, i = -minus_m, -minus_i
         if left < 0 and keep[m][i] and ranks[m] > low[m]:
@@ -66,7 +71,10 @@ def reassign(
             ranks[m], left = ranks[m] - 1, left + cost[m]
 
     smallest = [
-        min((gate for gate, kept in zip(gates[name], mask, strict=True) if kept), default=float("-inf"))
+        min(
+            (gate for gate, kept in zip(gates[name], mask, strict=True) if kept),
+            default=float("-inf"),
+        )
         for name, mask in zip(names, keep, strict=True)
     ]
     order = sorted(range(len(names)), key=lambda m: (-smallest[m], m))

@@ -30,14 +30,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..checks import as_generator
+from ..curvature.estimate import Estimate
+from ..curvature.input_moment import input_second_moment
+from ..layers.linear import linear_shape
+from ..layers.targets import Targets, linear_targets
+from ..measure import LossFn
 from .allocation import Allocation, Allocator, Bound, Unit
-from .curvature import input_second_moment
-from .estimate import Estimate
-from .linear import linear_shape
-from .lora import as_generator
-from .measure import LossFn
 from .stability import Diagonals, Groups, Stability, stability
-from .targets import Targets, linear_targets
 
 
 def trace(h: Tensor) -> Tensor:
@@ -76,7 +76,11 @@ def weighted(metric: Tensor) -> Tensor:
 
 
 def matrix_metrics(
-    diagonals: Iterable[Tensor], topk_fraction: float = 0.5, effective_share: float = 0.85, *, whole: bool = True
+    diagonals: Iterable[Tensor],
+    topk_fraction: float = 0.5,
+    effective_share: float = 0.85,
+    *,
+    whole: bool = True,
 ) -> Tensor:
     """S_g, S_topk and S_er (Eqs 8–10) of each diagonal: (3, n), float64. `whole`: see `effective_rank`."""
     h = [diagonal.detach().double().cpu() for diagonal in diagonals]
@@ -164,14 +168,22 @@ class SensitivityLoRA(Allocator):
                 raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
         for name, function in (("loss_fn", loss_fn), ("curvature", curvature)):
             if not callable(function):
-                raise TypeError(f"{name} must be a function, got {type(function).__name__}: {function!r:.60}")
+                raise TypeError(
+                    f"{name} must be a function, got {type(function).__name__}: {function!r:.60}"
+                )
         if not isinstance(batches, Iterable):
-            raise TypeError(f"batches must be an iterable of what loss_fn takes, got one {type(batches).__name__}")
+            raise TypeError(
+                f"batches must be an iterable of what loss_fn takes, got one {type(batches).__name__}"
+            )
         if groups is not None:
             Groups(groups)  # refuses too few before anything is measured
         self.loss_fn, self.batches, self.curvature = loss_fn, batches, curvature
         self.targets = linear_targets(model, targets)
-        self.topk_fraction, self.effective_share, self.progress = topk_fraction, effective_share, progress
+        self.topk_fraction, self.effective_share, self.progress = (
+            topk_fraction,
+            effective_share,
+            progress,
+        )
         self.groups = groups
         self._measured: Groups | None = None
         self._enough: Callable[[Groups], bool] | None = None  # asked by settle()
@@ -179,7 +191,9 @@ class SensitivityLoRA(Allocator):
         self.metrics: dict[str, dict[str, float]] = {}
 
     def _measure(self) -> dict[str, Tensor]:
-        bar = tqdm(self.batches, desc="calibration", unit="batch", disable=not self.progress, leave=False)
+        bar = tqdm(
+            self.batches, desc="calibration", unit="batch", disable=not self.progress, leave=False
+        )
         measured = None
         with bar:
             if self.groups is None:
@@ -233,17 +247,23 @@ class SensitivityLoRA(Allocator):
         if self._measured is None:
             raise RuntimeError("stability needs scores: call score() first")
 
-        def theta(metrics: Tensor) -> Tensor:  # of drawn metrics: the local ones cannot be negative, and S_er counts
+        def theta(
+            metrics: Tensor,
+        ) -> Tensor:  # of drawn metrics: the local ones cannot be negative, and S_er counts
             S_g, S_topk, S_er = metrics.view(3, -1)
             if S_g.mean() <= 0:  # drawn far from a minimum, where Eqs 13 and 14 say nothing
                 S_g = S_g.clamp(min=0) if (S_g > 0).any() else torch.ones_like(S_g)
-            return sensitivity_metrics(torch.stack([S_g, S_topk.clamp(min=0), S_er.ceil().clamp(min=0)])).theta
+            return sensitivity_metrics(
+                torch.stack([S_g, S_topk.clamp(min=0), S_er.ceil().clamp(min=0)])
+            ).theta
 
         def divide(scores: Tensor) -> Allocation:
             by_name = dict(zip(self.targets, scores.unbind(), strict=True))
             return self._divide(by_name, budget, unit, min_rank, max_rank)
 
-        metrics, deviations = self._measured.jackknife(lambda h: self._matrix_metrics(h, whole=False).flatten())
+        metrics, deviations = self._measured.jackknife(
+            lambda h: self._matrix_metrics(h, whole=False).flatten()
+        )
         sampling = (confidence, resamples, as_generator(generator), self._measured.batches)
         return stability(theta, divide, metrics, deviations, *sampling)
 
@@ -269,12 +289,16 @@ class SensitivityLoRA(Allocator):
         shape = linear_shape(self.targets[name])
         assert shape is not None  # linear_targets() selects by it
         if diagonal is None:
-            raise ValueError(f"the curvature returned nothing for {name!r}: expected one tensor per target")
+            raise ValueError(
+                f"the curvature returned nothing for {name!r}: expected one tensor per target"
+            )
         if diagonal.shape not in (shape, shape[1:]):
             raise ValueError(
                 f"the curvature of {name!r} has shape {tuple(diagonal.shape)}: expected (d_out, d_in) = {shape}, "
                 f"or (d_in,) = {shape[1:]} for a diagonal that all rows share"
             )
         if not torch.isfinite(diagonal).all():
-            raise ValueError(f"the curvature of {name!r} is not finite: check the data, or the estimator")
+            raise ValueError(
+                f"the curvature of {name!r} is not finite: check the data, or the estimator"
+            )
         return diagonal

@@ -38,11 +38,20 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..checks import require
+from ..layers.lora import LoRALinear
+from ..layers.resize import separate_layers
+from ..measure import (
+    NO_BATCH,
+    LossFn,
+    batch_length,
+    called_without_gradient,
+    measuring,
+    repeatable,
+    scalar_loss,
+)
+from ..shapley import coalition_masks, standard_error
 from .allocation import Allocator
-from .lora import LoRALinear, require
-from .measure import NO_BATCH, LossFn, batch_length, called_without_gradient, measuring, repeatable, scalar_loss
-from .resize import separate_layers
-from .shapley import coalition_masks, standard_error
 
 Importance = Literal["sensitivity", "magnitude"]
 
@@ -107,9 +116,13 @@ class ShapLoRA(Allocator):
         require(importance in known, "importance", importance, f"one of {known}")
         for name, function in (("loss_fn", loss_fn), ("batch_weight", batch_weight)):
             if not callable(function):
-                raise TypeError(f"{name} must be a function, got {type(function).__name__}: {function!r:.60}")
+                raise TypeError(
+                    f"{name} must be a function, got {type(function).__name__}: {function!r:.60}"
+                )
         if not isinstance(batches, Iterable):
-            raise TypeError(f"batches must be an iterable of what loss_fn takes, got one {type(batches).__name__}")
+            raise TypeError(
+                f"batches must be an iterable of what loss_fn takes, got one {type(batches).__name__}"
+            )
         self.loss_fn, self.batches, self.batch_weight = loss_fn, batches, batch_weight
         self.coalitions, self.progress = coalitions, progress
         self.importance: Importance = importance
@@ -117,7 +130,9 @@ class ShapLoRA(Allocator):
             generator = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         self.seed = generator
         self.standard_errors: dict[str, Tensor] = {}
-        self._masks(_scorable_layers(model))  # refuses what cannot be scored, and a wrong number of coalitions, at once
+        self._masks(
+            _scorable_layers(model)
+        )  # refuses what cannot be scored, and a wrong number of coalitions, at once
 
     def _masks(self, layers: Mapping[str, LoRALinear]) -> Tensor:
         """bool (coalitions, players), the players being the ranks of all layers; without coalitions, (1, players)."""
@@ -129,7 +144,9 @@ class ShapLoRA(Allocator):
     def _measure(self) -> dict[str, Tensor]:
         layers = _scorable_layers(self.model)
         if not any(layer.gate.any() for layer in layers.values() if layer.gate is not None):
-            raise ValueError("every gate is zero, as wrap(model, ranks, gate=0.0) leaves them: train the model first")
+            raise ValueError(
+                "every gate is zero, as wrap(model, ranks, gate=0.0) leaves them: train the model first"
+            )
         if self.importance == "magnitude":
             sample = _san_of_all(layers, [_wide(w).abs() for w in _adapters(layers)])[None]
         else:
@@ -137,7 +154,9 @@ class ShapLoRA(Allocator):
         scores = _by_module(sample.mean(0), layers)  # Eqs 9, 10
         for name, score in scores.items():
             if not torch.isfinite(score).all():
-                raise ValueError(f"the {self.importance} of {name!r} is not finite: check the data and the weights")
+                raise ValueError(
+                    f"the {self.importance} of {name!r} is not finite: check the data and the weights"
+                )
         pairs = (sample[0::2] + sample[1::2]) / 2 if len(sample) > 1 else None
         self.standard_errors = {} if pairs is None else _by_module(standard_error(pairs), layers)
         return scores
@@ -156,23 +175,36 @@ class ShapLoRA(Allocator):
             return torch.stack([self._sensitivity(layers, mask, data, lost) for mask in bar])
 
     def _sensitivity(
-        self, layers: Mapping[str, LoRALinear], mask: Tensor, data: list[tuple[Any, float]], lost: set[str]
+        self,
+        layers: Mapping[str, LoRALinear],
+        mask: Tensor,
+        data: list[tuple[Any, float]],
+        lost: set[str],
     ) -> Tensor:
         """SAN(i | S) of every player i, (players,), S being those where `mask` is true."""
         adapters = _adapters(layers)
         with _coalition(layers, mask):
             gradient = mean_gradient(self.model, self.loss_fn, data, adapters)
             for i, (name, layer) in enumerate(layers.items()):
-                if name in lost and layer.rank and not any(g.any() for g in gradient[3 * i : 3 * i + 3]):
+                if (
+                    name in lost
+                    and layer.rank
+                    and not any(g.any() for g in gradient[3 * i : 3 * i + 3])
+                ):
                     raise ValueError(
                         f"{name!r} is called where no gradient is taken (no_grad(), re-entrant checkpointing), and its "
                         "ranks would all score 0: take that out of loss_fn and the model (use_reentrant=False)"
                     )
-            return _san_of_all(layers, [ipt(_wide(w), g) for w, g in zip(adapters, gradient, strict=True)])
+            return _san_of_all(
+                layers, [ipt(_wide(w), g) for w, g in zip(adapters, gradient, strict=True)]
+            )
 
 
 def mean_gradient(
-    model: nn.Module, loss_fn: LossFn, data: Iterable[tuple[Any, float]], parameters: Sequence[Tensor]
+    model: nn.Module,
+    loss_fn: LossFn,
+    data: Iterable[tuple[Any, float]],
+    parameters: Sequence[Tensor],
 ) -> list[Tensor]:
     """∂L/∂w for every w in `parameters`, in its shape, float32 or better; L is the mean loss over `data`, pairs of a
     batch and its weight. Zero for a parameter that no batch reaches. The model's mode and its `grad`s are left alone.
@@ -187,7 +219,9 @@ def mean_gradient(
         total += weight
         loss = scalar_loss(model, loss_fn, batch)
         if not torch.isfinite(loss):
-            raise ValueError(f"the loss of a batch is {loss.item()}: check the data and the model's weights")
+            raise ValueError(
+                f"the loss of a batch is {loss.item()}: check the data and the model's weights"
+            )
         if not loss.requires_grad:
             continue  # a batch that reaches no adapter
         gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)
@@ -205,7 +239,9 @@ def mean_gradient(
     return [sum_ / total for sum_ in sums]
 
 
-def _weighted(batches: Iterable[Any], batch_weight: Callable[[Any], float]) -> list[tuple[Any, float]]:
+def _weighted(
+    batches: Iterable[Any], batch_weight: Callable[[Any], float]
+) -> list[tuple[Any, float]]:
     """Every batch with its weight. A list, so that all coalitions see the same data, even of a loader that shuffles."""
     data = [(batch, float(batch_weight(batch))) for batch in batches]
     for _, weight in data:
@@ -216,21 +252,34 @@ def _weighted(batches: Iterable[Any], batch_weight: Callable[[Any], float]) -> l
 def _scorable_layers(model: nn.Module) -> dict[str, LoRALinear]:
     layers = separate_layers(model)
     if not any(layer.rank for layer in layers.values()):
-        raise ValueError("the model has no LoRA layer with ranks to score: wrap(model, ranks, gate=0.0), then train it")
+        raise ValueError(
+            "the model has no LoRA layer with ranks to score: wrap(model, ranks, gate=0.0), then train it"
+        )
     for name, layer in layers.items():
         if layer.gate is None:
-            raise ValueError(f"{name!r} has no gates, by which coalitions are formed: wrap(model, ranks, gate=0.0)")
+            raise ValueError(
+                f"{name!r} has no gates, by which coalitions are formed: wrap(model, ranks, gate=0.0)"
+            )
         if not all(w.requires_grad for w in layer.parameters(recurse=False)):
-            raise ValueError(f"the adapter of {name!r} is frozen: requires_grad_(True) its lora_A, lora_B and gate")
+            raise ValueError(
+                f"the adapter of {name!r} is frozen: requires_grad_(True) its lora_A, lora_B and gate"
+            )
         if layer.merged or not layer.enabled:
             state = "merged: unmerge(model)" if layer.merged else "disabled: set its .enabled"
-            raise ValueError(f"{name!r} is {state} before scoring, so that its gates have an effect")
+            raise ValueError(
+                f"{name!r} is {state} before scoring, so that its gates have an effect"
+            )
     return layers
 
 
 def _adapters(layers: Mapping[str, LoRALinear]) -> list[Tensor]:
     """λ, P and Q of every layer in turn."""
-    return [w for layer in layers.values() for w in (layer.gate, layer.lora_B, layer.lora_A) if w is not None]
+    return [
+        w
+        for layer in layers.values()
+        for w in (layer.gate, layer.lora_B, layer.lora_A)
+        if w is not None
+    ]
 
 
 def _san_of_all(layers: Mapping[str, LoRALinear], ipts: Sequence[Tensor]) -> Tensor:
@@ -241,7 +290,9 @@ def _san_of_all(layers: Mapping[str, LoRALinear], ipts: Sequence[Tensor]) -> Ten
 
 def _by_module(values: Tensor, layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
     """(players,) → {name: (r,)}"""
-    return dict(zip(layers, values.split_with_sizes([layer.rank for layer in layers.values()]), strict=True))
+    return dict(
+        zip(layers, values.split_with_sizes([layer.rank for layer in layers.values()]), strict=True)
+    )
 
 
 def _wide(w: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..curvature.estimate import Estimate
+from ..measure import NO_BATCH
 from .allocation import Allocation
-from .estimate import Estimate
-from .measure import NO_BATCH
 
 Diagonals = Mapping[str, Tensor]
 MIN_GROUPS = 4
@@ -31,7 +31,9 @@ class Groups:
 
     def __init__(self, least: int) -> None:
         if least < MIN_GROUPS:
-            raise ValueError(f"groups must be at least {MIN_GROUPS}, to tell how they vary, got {least!r}")
+            raise ValueError(
+                f"groups must be at least {MIN_GROUPS}, to tell how they vary, got {least!r}"
+            )
         self.least = least
         self.batches_per_group = 1
         self.batches = 0
@@ -43,7 +45,11 @@ class Groups:
     def add(self, diagonals: Diagonals, batches: int) -> None:
         """An estimate's own weights count; anything else counts by its number of batches."""
         self.batches += batches
-        weights = diagonals.weights if isinstance(diagonals, Estimate) else dict.fromkeys(diagonals, float(batches))
+        weights = (
+            diagonals.weights
+            if isinstance(diagonals, Estimate)
+            else dict.fromkeys(diagonals, float(batches))
+        )
         self._groups.append((weights, diagonals))
         if len(self) == 2 * self.least:
             pairs = zip(self._groups[::2], self._groups[1::2], strict=True)
@@ -59,19 +65,27 @@ class Groups:
         """(statistic of the mean, (n,), and deviations D, (groups, n)): Dᵀ D is its covariance. It must be smooth: a
         count that jumps makes errors too large."""
         if len(self) < MIN_GROUPS:
-            raise ValueError(f"{len(self)} batches are too few to tell how scores vary: give at least {MIN_GROUPS}")
+            raise ValueError(
+                f"{len(self)} batches are too few to tell how scores vary: give at least {MIN_GROUPS}"
+            )
         whole = self.mean()
         total = {name: sum(weights[name] for weights, _ in self._groups) for name in whole}
         value = statistic(whole)
         pseudo, ratio = [], []
         for weights, means in self._groups:
             share = {name: weights[name] / total[name] for name in whole}
-            rest = {name: (mean - share[name] * means[name]) / (1 - share[name]) for name, mean in whole.items()}
+            rest = {
+                name: (mean - share[name] * means[name]) / (1 - share[name])
+                for name, mean in whole.items()
+            }
             h = 1 / (sum(share.values()) / len(share))
             ratio.append(h)
             pseudo.append(h * value - (h - 1) * statistic(rest))
         center = torch.stack(pseudo).mean(0)
-        spread = [(p - center) / math.sqrt(len(self) * (h - 1)) for p, h in zip(pseudo, ratio, strict=True)]
+        spread = [
+            (p - center) / math.sqrt(len(self) * (h - 1))
+            for p, h in zip(pseudo, ratio, strict=True)
+        ]
         return value, torch.stack(spread)
 
 
@@ -90,8 +104,12 @@ def resample(value: Tensor, deviations: Tensor, count: int, generator: torch.Gen
     """Values within their errors, (count, n): multivariate Student t about `value`, with groups − 1 degrees of freedom
     and the covariance Dᵀ D as its scale, which a covariance from few groups calls for."""
     groups = len(deviations)
-    normal = torch.randn(count, groups, generator=generator, dtype=torch.float64, device=generator.device).cpu()
-    chi = torch.randn(count, groups - 1, generator=generator, dtype=torch.float64, device=generator.device).cpu()
+    normal = torch.randn(
+        count, groups, generator=generator, dtype=torch.float64, device=generator.device
+    ).cpu()
+    chi = torch.randn(
+        count, groups - 1, generator=generator, dtype=torch.float64, device=generator.device
+    ).cpu()
     widening = ((groups - 1) / chi.square().sum(1, keepdim=True)).sqrt()
     return value + widening * (normal @ deviations)
 
@@ -117,7 +135,9 @@ class Stability:
     @property
     def open(self) -> dict[str, tuple[int, int]]:
         """The modules whose rank would change within the sampling error, and the ranks between which."""
-        return {name: interval for name, interval in self.intervals.items() if interval[0] < interval[1]}
+        return {
+            name: interval for name, interval in self.intervals.items() if interval[0] < interval[1]
+        }
 
     def __str__(self) -> str:
         ranks = self.allocation.ranks
@@ -129,7 +149,10 @@ class Stability:
             f"open, {self.same:.0%} of resampled allocations are the same",
         ]
         width = max((len(name) for name in self.open), default=0)
-        lines += [f"  {name:<{width}}  rank {ranks[name]}, from {lo} to {hi}" for name, (lo, hi) in self.open.items()]
+        lines += [
+            f"  {name:<{width}}  rank {ranks[name]}, from {lo} to {hi}"
+            for name, (lo, hi) in self.open.items()
+        ]
         return "\n".join(lines)
 
 
@@ -151,8 +174,12 @@ def stability(
         raise ValueError(f"resamples must be at least 2, got {resamples}")
     allocation = divide(score(metrics))
     names = list(allocation.ranks)
-    scores = torch.stack([score(drawn) for drawn in resample(metrics, deviations, resamples, generator)])
-    ranks = torch.tensor([list(divide(one).ranks.values()) for one in scores], dtype=torch.float64)  # (resamples, n)
+    scores = torch.stack(
+        [score(drawn) for drawn in resample(metrics, deviations, resamples, generator)]
+    )
+    ranks = torch.tensor(
+        [list(divide(one).ranks.values()) for one in scores], dtype=torch.float64
+    )  # (resamples, n)
     change = ranks - torch.tensor(list(allocation.ranks.values()), dtype=torch.float64)
     moved = torch.maximum(change.clamp(min=0).sum(1), (-change).clamp(min=0).sum(1))
 

@@ -12,15 +12,22 @@ BAR_WIDTH = 4
 class Grid(NamedTuple):
     rows: list[str]  # layers, "encoder.layer.0"
     columns: list[str]  # kinds, "attention.self.query"
-    ranks: dict[tuple[int, int], int]  # (row, column) -> rank, absent where the layer has no such module
+    ranks: dict[
+        tuple[int, int], int
+    ]  # (row, column) -> rank, absent where the layer has no such module
 
 
 def arrange(ranks: Mapping[str, int]) -> Grid:
     """Split each dotted name behind its first number: what comes before is the layer, the rest the kind. Names
     without a number are kinds of their parent module."""
     cells = {_split(name): rank for name, rank in ranks.items()}
-    rows, columns = list(dict.fromkeys(r for r, _ in cells)), list(dict.fromkeys(c for _, c in cells))
-    return Grid(rows, columns, {(rows.index(r), columns.index(c)): rank for (r, c), rank in cells.items()})
+    rows, columns = (
+        list(dict.fromkeys(r for r, _ in cells)),
+        list(dict.fromkeys(c for _, c in cells)),
+    )
+    return Grid(
+        rows, columns, {(rows.index(r), columns.index(c)): rank for (r, c), rank in cells.items()}
+    )
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -47,12 +54,17 @@ def draw_table(ranks: Mapping[str, int]) -> str:
 
     lines = []
     for level in range(height):
-        parts = [head[level - height + len(head)] if level >= height - len(head) else "" for head in heads]
+        parts = [
+            head[level - height + len(head)] if level >= height - len(head) else ""
+            for head in heads
+        ]
         lines.append(line("", parts, "sum" if level == height - 1 else ""))
     for i, row in enumerate(grid.rows):
         cells = [_cell(grid.ranks.get((i, j)), top, number) for j in range(len(grid.columns))]
         lines.append(line(row, cells, sum(rank for (r, _), rank in grid.ranks.items() if r == i)))
-    sums = [sum(rank for (_, c), rank in grid.ranks.items() if c == j) for j in range(len(grid.columns))]
+    sums = [
+        sum(rank for (_, c), rank in grid.ranks.items() if c == j) for j in range(len(grid.columns))
+    ]
     lines.append(line("sum", sums, sum(sums)))
     return "\n".join(line.rstrip() for line in lines)
 
@@ -120,7 +132,14 @@ def fill_heat_map(axes: Any, ranks: Mapping[str, int], top: int) -> Any:
     values = [[grid.ranks.get((i, j), float("nan")) for j in columns] for i in rows]
     image = axes.imshow(values, cmap="viridis", vmin=0, vmax=top or 1, aspect="auto")
     for (i, j), rank in grid.ranks.items():
-        axes.text(j, i, str(rank), ha="center", va="center", color="white" if rank < 0.6 * top else "black")
+        axes.text(
+            j,
+            i,
+            str(rank),
+            ha="center",
+            va="center",
+            color="white" if rank < 0.6 * top else "black",
+        )
     axes.set_xticks(columns, [column.replace(".", "\n") for column in grid.columns], fontsize=8)
     axes.set_yticks(rows, grid.rows)
     return image

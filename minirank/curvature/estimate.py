@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .measure import NO_BATCH
+from ..measure import NO_BATCH
 
 MIN_SAMPLES = 10  # below, a standard error is itself too uncertain to stop on
 Over = Literal["batches", "probes"]
@@ -119,9 +119,13 @@ class DiagonalMean:
         diagonals = {}
         for name, mean in self.means.items():
             if mean is None:
-                raise ValueError(f"no batch reached {name!r}: leave it out of targets, or give other data")
+                raise ValueError(
+                    f"no batch reached {name!r}: leave it out of targets, or give other data"
+                )
             if not torch.isfinite(mean).all():
-                raise ValueError(f"the curvature of {name!r} is not finite: check the data and the model's weights")
+                raise ValueError(
+                    f"the curvature of {name!r} is not finite: check the data and the model's weights"
+                )
             diagonals[name] = mean
         return Estimate(
             diagonals,
@@ -134,4 +138,6 @@ class DiagonalMean:
 
 def check_tolerance(tolerance: float | None) -> None:
     if tolerance is not None and not tolerance > 0:
-        raise ValueError(f"tolerance must be above 0 (0.01: one percent of the mean trace), got {tolerance!r}")
+        raise ValueError(
+            f"tolerance must be above 0 (0.01: one percent of the mean trace), got {tolerance!r}"
+        )

@@ -7,11 +7,24 @@ from typing import Any
 
 from torch import nn
 
+from ..layers.targets import Targets
+from ..measure import (
+    LossFn,
+    batch_length,
+    differentiable_loss,
+    differentiable_twice,
+    repeatable,
+)
 from .estimate import DiagonalMean, Estimate, check_tolerance
-from .measure import LossFn, batch_length, differentiable_loss, differentiable_twice, repeatable
-from .outputs import check_independent, curvature_targets, rows, shifted_outputs, shifts_of, slopes_of
-from .probes import outer_products
-from .targets import Targets
+from .layer_outputs import (
+    check_independent,
+    curvature_targets,
+    rows,
+    shifted_outputs,
+    shifts_of,
+    slopes_of,
+)
+from .sampling import outer_products
 
 
 def empirical_fisher(
@@ -54,16 +67,22 @@ def empirical_fisher(
             with shifted_outputs(modules) as calls:
                 loss = differentiable_loss(model, loss_fn, batch)
             # The first batch in which samples could interact must show that they do not.
-            several = not checked and any(shift.ndim > 1 and shift.shape[0] > 1 for shift in shifts_of(calls))
+            several = not checked and any(
+                shift.ndim > 1 and shift.shape[0] > 1 for shift in shifts_of(calls)
+            )
             slopes = slopes_of(loss, calls, twice=several)
             if several:
-                check_independent(shifts_of(calls), [g for found in slopes.values() for g in found], curved=False)
+                check_independent(
+                    shifts_of(calls), [g for found in slopes.values() for g in found], curved=False
+                )
                 checked = True
             for name, found in calls.items():
                 if not found:
                     total.add(name, None, weight)
                     continue
-                g = rows([slope.detach() for slope in slopes[name]], independent=True)  # (n, T, d_out)
+                g = rows(
+                    [slope.detach() for slope in slopes[name]], independent=True
+                )  # (n, T, d_out)
                 x = rows([call.x.detach() for call in found], independent=True)
                 squares, _ = outer_products(g[None], g[None], x, x)
                 total.add(name, len(g) * squares, weight)

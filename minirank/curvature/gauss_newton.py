@@ -15,9 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..layers.targets import Targets, close_names
+from ..measure import (
+    LossFn,
+    batch_length,
+    differentiable_loss,
+    differentiable_twice,
+    repeatable,
+)
 from .estimate import DiagonalMean, Estimate, check_tolerance
-from .measure import LossFn, batch_length, differentiable_loss, differentiable_twice, repeatable
-from .outputs import (
+from .layer_outputs import (
     NUDGE,
     Call,
     Calls,
@@ -31,8 +38,7 @@ from .outputs import (
     shifted_outputs,
     shifts_of,
 )
-from .probes import Probed, check_sampling, outer_products, probe, random_signs
-from .targets import Targets, close_names
+from .sampling import Probed, check_sampling, outer_products, probe, random_signs
 
 DENSE_LIMIT = 512  # columns of y for which an H_y that is neither diagonal nor softmax's is taken apart numerically
 
@@ -84,7 +90,9 @@ def gauss_newton(
         with shifted_outputs(modules) as calls, _shifted_output(names[output]) as outputs:
             loss = differentiable_loss(model, loss_fn, batch)
         if len(outputs) != 1:
-            raise ValueError(f"the output {output!r} came {len(outputs)} times in one loss, but must come once")
+            raise ValueError(
+                f"the output {output!r} came {len(outputs)} times in one loss, but must come once"
+            )
         y = outputs[0].x
         if y.ndim == 0:
             raise ValueError(
@@ -110,7 +118,9 @@ def gauss_newton(
             of = run(batch, checks=not total.samples)
             return _squares(of, random_signs(of.y, count, generator), independent)
 
-        return probe(model, loss_fn, batches, one_batch, total, samples, tolerance, chunk_size, batch_weight)
+        return probe(
+            model, loss_fn, batches, one_batch, total, samples, tolerance, chunk_size, batch_weight
+        )
 
     total = DiagonalMean(modules)
     with differentiable_twice(model):
@@ -135,7 +145,9 @@ def _check_through_output(loss: Tensor, calls: Calls, y: Tensor, shift: Tensor) 
     whole = torch.autograd.grad(loss, [shift, *shifts], retain_graph=True, materialize_grads=True)
     through = products([y], shifts, [whole[0].view(1, *y.shape)])
     for direct, of_y in zip(whole[1:], through, strict=True):
-        if float((direct - of_y[0]).abs().max()) > torch.finfo(y.dtype).eps ** 0.5 * float(direct.abs().max()):
+        if float((direct - of_y[0]).abs().max()) > torch.finfo(y.dtype).eps ** 0.5 * float(
+            direct.abs().max()
+        ):
             raise ValueError(
                 "the loss depends on a layer by another way than the output (an auxiliary loss, a second head), which "
                 "gauss_newton cannot see: name an output= through which all of it passes, or use hutchinson_outputs"
@@ -185,7 +197,9 @@ def _half_hessian(loss: Tensor, shift: Tensor, y: Tensor) -> Callable[[Tensor], 
     def times(vectors: Tensor) -> Tensor:
         return products([slope], [shift], [vectors.view(-1, *shift.shape)])[0].view(vectors.shape)
 
-    Hv, H_scaled, H_nudged, H_ones = times(torch.stack([v, scales * v, NUDGE * v, torch.ones_like(v)]))
+    Hv, H_scaled, H_nudged, H_ones = times(
+        torch.stack([v, scales * v, NUDGE * v, torch.ones_like(v)])
+    )
     noise = rounding(Hv, H_nudged)
     limit = max(torch.finfo(y.dtype).eps ** 0.5 * float(Hv.abs().max()), noise)
     if float((H_scaled - scales * Hv).abs().max()) > limit:
@@ -199,13 +213,20 @@ def _half_hessian(loss: Tensor, shift: Tensor, y: Tensor) -> Callable[[Tensor], 
     u = v - (p * v).sum(-1, keepdim=True)
     ratio = torch.where(p > 1e3 * torch.finfo(p.dtype).tiny, Hv / p, 0)
     live = (ratio != 0).to(y)
-    a = (ratio * u).sum(-1, keepdim=True) / (live * u.square()).sum(-1, keepdim=True).clamp(min=1e-30)
+    a = (ratio * u).sum(-1, keepdim=True) / (live * u.square()).sum(-1, keepdim=True).clamp(
+        min=1e-30
+    )
     digits = 1e3 * torch.finfo(y.dtype).eps
-    if bool(((ratio - live * a * u).abs() <= digits * a * u.abs().amax(-1, keepdim=True)).all()) and y.shape[-1] > 1:
+    if (
+        bool(((ratio - live * a * u).abs() <= digits * a * u.abs().amax(-1, keepdim=True)).all())
+        and y.shape[-1] > 1
+    ):
         root = (a * p).sqrt()
         return lambda xi: root * xi - p * (root * xi).sum(-1, keepdim=True)
     check_resolved(noise, float(Hv.abs().max()))
-    if float((Hv - H_ones * v).abs().max()) <= limit:  # diagonal: squared error, binary cross-entropy
+    if (
+        float((Hv - H_ones * v).abs().max()) <= limit
+    ):  # diagonal: squared error, binary cross-entropy
         root = _root(H_ones, limit)
         return lambda xi: root * xi
     C = y.shape[-1]
@@ -215,7 +236,9 @@ def _half_hessian(loss: Tensor, shift: Tensor, y: Tensor) -> Callable[[Tensor], 
             f"take it apart, there may be {DENSE_LIMIT} columns: use hutchinson_outputs"
         )
     units = torch.eye(C, dtype=y.dtype, device=y.device)[:, None, None].expand(-1, *y.shape)
-    values, vectors = torch.linalg.eigh(times(units.contiguous()).permute(1, 2, 0, 3))  # (n, T, C, C)
+    values, vectors = torch.linalg.eigh(
+        times(units.contiguous()).permute(1, 2, 0, 3)
+    )  # (n, T, C, C)
     S = vectors * _root(values, limit).unsqueeze(-2)
     return lambda xi: torch.einsum("ntcd,kntd->kntc", S, xi)
 

@@ -23,9 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.targets import Targets
+from ..measure import (
+    LossFn,
+    batch_length,
+    differentiable_loss,
+    differentiable_twice,
+    repeatable,
+)
 from .estimate import DiagonalMean, Estimate
-from .measure import LossFn, batch_length, differentiable_loss, differentiable_twice, repeatable
-from .outputs import (
+from .layer_outputs import (
     Call,
     check_independent,
     curvature_targets,
@@ -38,7 +45,6 @@ from .outputs import (
     slopes_of,
     weight_shifts,
 )
-from .targets import Targets
 
 
 def exact_hessian_diagonal(
@@ -87,7 +93,9 @@ def exact_hessian_diagonal(
     return total.result()
 
 
-def _diagonal(found: list[Call], slopes: list[Tensor], chunk_size: int, independent: bool) -> Tensor:
+def _diagonal(
+    found: list[Call], slopes: list[Tensor], chunk_size: int, independent: bool
+) -> Tensor:
     """One layer, one batch, from each call's x, shift and ∂L/∂z. → (d_out, d_in)."""
     inputs, shifts = [call.x for call in found], [call.shift for call in found]
     x = rows([x.detach() for x in inputs], independent)  # (n, T, d_in)
@@ -106,13 +114,19 @@ def _diagonal(found: list[Call], slopes: list[Tensor], chunk_size: int, independ
             check_independent(w, back)
         for index, columns in _columns(rows(back, independent).sum(0), w, chunk_size):
             t, i = index // len(h), index % len(h)
-            moved = rows(columns, independent, batched=True)  # (K, n, T, d_in): ∂x_t'j / ∂z_ti over t', j
-            path = torch.einsum("knt,kntj->knj", g.detach()[:, :, i].permute(2, 0, 1), moved)  # (K, n, d_in)
+            moved = rows(
+                columns, independent, batched=True
+            )  # (K, n, T, d_in): ∂x_t'j / ∂z_ti over t', j
+            path = torch.einsum(
+                "knt,kntj->knj", g.detach()[:, :, i].permute(2, 0, 1), moved
+            )  # (K, n, d_in)
             h.index_add_(0, i, 2 * (path * x[:, t].transpose(0, 1)).sum(1))
     return h
 
 
-def _columns(slope: Tensor, inputs: list[Tensor], chunk_size: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+def _columns(
+    slope: Tensor, inputs: list[Tensor], chunk_size: int
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """∂ slope_k / ∂ inputs for every entry k of `slope`, (T, d_out): chunks of (indices k, (K, *input.shape) each)."""
     if not slope.requires_grad:  # everything is linear here: no second derivative
         return

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.targets import Targets
+from ..measure import LossFn, batch_length, differentiable_loss
 from .estimate import DiagonalMean, Estimate
-from .measure import LossFn, batch_length, differentiable_loss
-from .outputs import (
+from .layer_outputs import (
     Call,
     check_independent,
     curvature_targets,
@@ -31,8 +32,7 @@ from .outputs import (
     slopes_of,
     weight_shifts,
 )
-from .probes import Probed, check_sampling, outer_products, probe, random_signs
-from .targets import Targets
+from .sampling import Probed, check_sampling, outer_products, probe, random_signs
 
 
 def hutchinson_weights(
@@ -89,7 +89,9 @@ def hutchinson_weights(
         return found
 
     total = DiagonalMean(modules, over="probes")
-    return probe(model, loss_fn, batches, one_batch, total, samples, tolerance, chunk_size, batch_weight)
+    return probe(
+        model, loss_fn, batches, one_batch, total, samples, tolerance, chunk_size, batch_weight
+    )
 
 
 def hutchinson_outputs(
@@ -138,14 +140,25 @@ def hutchinson_outputs(
         for name, of_layer in calls.items():
             v = [next(of_call) for _ in of_layer]
             Hv = [next(curved) for _ in of_layer]
-            found[name] = _through_outputs(of_layer, slopes[name], v, Hv, independent, check) if of_layer else None
+            found[name] = (
+                _through_outputs(of_layer, slopes[name], v, Hv, independent, check)
+                if of_layer
+                else None
+            )
         return found
 
-    return probe(model, loss_fn, batches, one_batch, total, samples, tolerance, chunk_size, batch_weight)
+    return probe(
+        model, loss_fn, batches, one_batch, total, samples, tolerance, chunk_size, batch_weight
+    )
 
 
 def _through_outputs(
-    found: list[Call], slopes: list[Tensor], v: list[Tensor], Hv: list[Tensor], independent: bool, check: bool
+    found: list[Call],
+    slopes: list[Tensor],
+    v: list[Tensor],
+    Hv: list[Tensor],
+    independent: bool,
+    check: bool,
 ) -> tuple[Tensor, Tensor]:
     """One layer, one batch; v and Hv: (K, *shift.shape) for every call → what `outer_products` returns."""
     inputs, shifts = [call.x for call in found], [call.shift for call in found]

@@ -1,9 +1,4 @@
-"""Diagonals of the loss's Hessian with respect to the weights of linear layers, and their stand-ins.
-
-Every estimator has one call, f(model, loss_fn, batches, targets, …) -> {name: Tensor}, so that each can be the
-`curvature` of SensitivityLoRA. A tensor has the shape of the weight, (d_out, d_in); (d_in,) stands for a diagonal that
-all rows share.
-"""
+"""The input second moment: Sensitivity-LoRA's own stand-in for the Hessian diagonal."""
 
 from __future__ import annotations
 
@@ -13,24 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..layers.targets import Targets, linear_targets
+from ..measure import LossFn, measuring, scalar_loss
 from .estimate import DiagonalMean, Estimate, check_tolerance
-from .fisher import empirical_fisher
-from .gauss_newton import gauss_newton
-from .hessian import exact_hessian_diagonal, hessian_diagonal_reference
-from .hutchinson import hutchinson_outputs, hutchinson_weights
-from .measure import LossFn, measuring, scalar_loss
-from .targets import Targets, linear_targets
-
-__all__ = [
-    "Estimate",
-    "empirical_fisher",
-    "exact_hessian_diagonal",
-    "gauss_newton",
-    "hessian_diagonal_reference",
-    "hutchinson_outputs",
-    "hutchinson_weights",
-    "input_second_moment",
-]
 
 DEFAULT_MASK = "attention_mask"
 Mask = str | Callable[[Any], Tensor] | None
@@ -104,7 +84,9 @@ class _MeanSquares:
 
     def start(self, tokens: _Tokens | None) -> None:
         self.tokens = tokens  # of the batch at hand
-        self.last: tuple[Tensor, int] | None = None  # an input, held so that no other takes its place, and its version
+        self.last: tuple[Tensor, int] | None = (
+            None  # an input, held so that no other takes its place, and its version
+        )
         self.result = 0, torch.empty(0)
 
     def of(self, x: Tensor, name: str) -> tuple[int, Tensor]:
@@ -121,7 +103,10 @@ class _MeanSquares:
                 f"the mask of shape {tuple(self.tokens.shape)} does not fit the input of {name!r}, of shape "
                 f"{tuple(x.shape)}: give a mask of its leading dimensions, or mask=None to count every row"
             )
-        if self.tokens is not None and len(self.tokens.positions) < len(rows) == self.tokens.shape.numel():
+        if (
+            self.tokens is not None
+            and len(self.tokens.positions) < len(rows) == self.tokens.shape.numel()
+        ):
             # A choice of rows, not a product with zeros: padding may hold NaN.
             rows = rows.index_select(0, self.tokens.positions.to(rows.device)).square_()
         else:
@@ -141,7 +126,9 @@ class _BatchMean:
         count, mean = self.rows.of(args[0] if args else next(iter(kwargs.values())), self.name)
         self.count += count
         if count:
-            self.mean = mean if self.mean is None else self.mean + (mean - self.mean) * (count / self.count)
+            self.mean = (
+                mean if self.mean is None else self.mean + (mean - self.mean) * (count / self.count)
+            )
 
     def take(self) -> tuple[Tensor | None, int]:
         """(mean, tokens) of the batch that ends here."""
@@ -176,5 +163,7 @@ def _token_mask(mask: Mask, batch: Any) -> _Tokens | None:
     else:
         tokens = batch[mask]
     if not isinstance(tokens, Tensor) or tokens.ndim == 0:
-        raise ValueError(f"mask must give a tensor with one entry per token of the batch, got {tokens!r}")
+        raise ValueError(
+            f"mask must give a tensor with one entry per token of the batch, got {tokens!r}"
+        )
     return _Tokens(tokens.shape, (tokens != 0).flatten().nonzero().flatten())

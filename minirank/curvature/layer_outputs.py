@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from .linear import applies_weight, linear_shape, read_weight
-from .targets import Targets, linear_targets
+from ..layers.linear import applies_weight, linear_shape, read_weight
+from ..layers.targets import Targets, linear_targets
 
 
 class Call(NamedTuple):
@@ -54,12 +54,16 @@ def weight_shifts(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def shifted_outputs(modules: Mapping[str, nn.Module], E: Mapping[str, Tensor] | None = None) -> Iterator[Calls]:
+def shifted_outputs(
+    modules: Mapping[str, nn.Module], E: Mapping[str, Tensor] | None = None
+) -> Iterator[Calls]:
     """Record each call's input and add to its output the shift: zeros that require gradients, or x Eᵀ."""
     calls: Calls = {name: [] for name in modules}
 
     def hook_of(name: str) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> Tensor:
             if not torch.is_grad_enabled() or torch.is_autocast_enabled(output.device.type):
                 raise ValueError(
                     f"{name!r} is called under no_grad(), re-entrant checkpointing or autocast, where its curvature is "
@@ -76,8 +80,13 @@ def shifted_outputs(modules: Mapping[str, nn.Module], E: Mapping[str, Tensor] | 
 
     handles = []
     try:
-        for name, module in modules.items():  # before the user's own hooks, which may change the output
-            handles.append(module.register_forward_hook(hook_of(name), with_kwargs=True, prepend=True))
+        for (
+            name,
+            module,
+        ) in modules.items():  # before the user's own hooks, which may change the output
+            handles.append(
+                module.register_forward_hook(hook_of(name), with_kwargs=True, prepend=True)
+            )
         yield calls
     finally:
         for handle in handles:
@@ -112,7 +121,9 @@ def shifts_of(calls: Calls) -> list[Tensor]:
     return [call.shift for of_layer in calls.values() for call in of_layer]
 
 
-def products(slopes: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
+def products(
+    slopes: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]
+) -> list[Tensor]:
     """vᵀ ∂slopes/∂inputs for K vectors, each a list of (K, *slope.shape): (K, *input.shape) for each input. All at once
     by torch.vmap, or without it if K = 1."""
     if not inputs:
@@ -136,13 +147,19 @@ def products(slopes: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequen
     return filled
 
 
-def path_slopes(inputs: Sequence[Tensor], shifts: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def path_slopes(
+    inputs: Sequence[Tensor], shifts: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
     """(w, back) for a layer that is called again on its own outputs: ∂x/∂z · v is products(back, w, v), by
     differentiating twice, back = (∂x/∂z)ᵀ w being linear in w."""
     w = [torch.zeros_like(x, requires_grad=True) for x in inputs]
     live = [(x, weight) for x, weight in zip(inputs, w, strict=True) if x.requires_grad]
     back = torch.autograd.grad(
-        [x for x, _ in live], shifts, [weight for _, weight in live], create_graph=True, materialize_grads=True
+        [x for x, _ in live],
+        shifts,
+        [weight for _, weight in live],
+        create_graph=True,
+        materialize_grads=True,
     )
     return w, list(back)
 
@@ -158,13 +175,17 @@ def rows(tensors: Sequence[Tensor], independent: bool, batched: bool = False) ->
     return torch.cat(parts, -2)
 
 
-def check_independent(inputs: Sequence[Tensor], slopes: Sequence[Tensor], *, curved: bool = True) -> None:
+def check_independent(
+    inputs: Sequence[Tensor], slopes: Sequence[Tensor], *, curved: bool = True
+) -> None:
     """Raise ValueError unless the samples, which the first dimension of every tensor must count, do not interact: then
     scaling each sample's part of a vector scales that sample's part of the product vᵀ ∂slopes/∂inputs. And, with
     `curved`, if that product, which the curvature is made of, is mostly rounding."""
     lengths = {tensor.shape[0] if tensor.ndim > 1 else 1 for tensor in (*inputs, *slopes)}
     live = [slope for slope in slopes if slope.requires_grad]
-    if not inputs or (len(lengths) == 1 and (not live or _products_scale(live, inputs, max(lengths), curved))):
+    if not inputs or (
+        len(lengths) == 1 and (not live or _products_scale(live, inputs, max(lengths), curved))
+    ):
         return
     way_out = "pass independent=False, which assumes nothing, or use hessian_diagonal_reference"
     if not curved:  # the Fisher, which is about single samples
@@ -175,9 +196,13 @@ def check_independent(inputs: Sequence[Tensor], slopes: Sequence[Tensor], *, cur
     )
 
 
-def _products_scale(slopes: Sequence[Tensor], inputs: Sequence[Tensor], n: int, curved: bool) -> bool:
+def _products_scale(
+    slopes: Sequence[Tensor], inputs: Sequence[Tensor], n: int, curved: bool
+) -> bool:
     generator = torch.Generator().manual_seed(0)
-    scales = torch.rand(n, generator=generator) + 0.5  # all different: every pair of samples is tried
+    scales = (
+        torch.rand(n, generator=generator) + 0.5
+    )  # all different: every pair of samples is tried
     vectors = [torch.randn(g.shape[1:], generator=generator).to(g).expand_as(g) for g in slopes]
     plain, other, nudged = (
         torch.autograd.grad(slopes, inputs, v, retain_graph=True, materialize_grads=True)

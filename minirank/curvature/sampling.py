@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..measure import LossFn, differentiable_twice, repeatable
 from .estimate import DiagonalMean, Estimate, check_tolerance
-from .measure import LossFn, differentiable_twice, repeatable
 
 # {name: (the sum of K samples' diagonals, (d_out, d_in); each one's trace, (K,))}, None for a layer without a call
 Probed = Mapping[str, tuple[Tensor, Tensor] | None]
@@ -49,7 +49,9 @@ def probe(
                 )
             drawn += count
             if weights:
-                total.add_traces({name: torch.as_tensor(t / weights).expand(count) for name, t in traces.items()})
+                total.add_traces(
+                    {name: torch.as_tensor(t / weights).expand(count) for name, t in traces.items()}
+                )
             else:
                 break  # result() names the fault
     return total.result(passes=drawn)
@@ -65,7 +67,9 @@ def outer_products(u: Tensor, v: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, 
         return uv.sum(0).t() @ squares, uv.sum(2) @ squares.sum(1)
     total = x.new_zeros(u.shape[-1], x.shape[-1])
     traces = x.new_zeros(len(u))
-    block = max(1, BLOCK // total.numel())  # samples taken together: what stays in a processor's cache is fastest
+    block = max(
+        1, BLOCK // total.numel()
+    )  # samples taken together: what stays in a processor's cache is fastest
     for k in range(len(u)):
         for first in range(0, len(x), block):
             some = slice(first, first + block)
@@ -85,9 +89,15 @@ def random_signs(like: Tensor, count: int, generator: torch.Generator) -> Tensor
     return (2 * bits - 1).to(like)
 
 
-def check_sampling(samples: int, tolerance: float | None, generator: torch.Generator | None) -> None:
-    if not isinstance(generator, torch.Generator):  # a seed would give groups of batches the same vectors
-        raise TypeError(f"random vectors need generator=torch.Generator().manual_seed(…), got {generator!r}")
+def check_sampling(
+    samples: int, tolerance: float | None, generator: torch.Generator | None
+) -> None:
+    if not isinstance(
+        generator, torch.Generator
+    ):  # a seed would give groups of batches the same vectors
+        raise TypeError(
+            f"random vectors need generator=torch.Generator().manual_seed(…), got {generator!r}"
+        )
     check_tolerance(tolerance)
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")

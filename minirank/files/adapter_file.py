@@ -18,17 +18,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .allocation import Allocation
-from .files import checksum, read_safetensors, safetensors_bytes, tensor_bytes, write_files
-from .fingerprint import fingerprint, same_base
-from .lora import RANK_DIM, LoRALinear
-from .saved import SavedLayer, match, savable_layers, some, warn_of_losses
-from .table import draw_table
-from .targets import first_names, matching_modules, walk
-from .wrap import insert
+from ..allocators.allocation import Allocation
+from ..allocators.table import draw_table
+from ..checks import quoted_names
+from ..layers.lora import RANK_DIM, LoRALinear
+from ..layers.targets import first_names, matching_modules, walk
+from ..layers.wrap import insert_layers
+from .base_fingerprint import fingerprint, same_base
+from .safetensors_file import (
+    checksum,
+    read_safetensors,
+    safetensors_bytes,
+    tensor_bytes,
+    write_files,
+)
+from .saved_layer import SavedLayer, match_modules, savable_layers, warn_of_losses
 
 FORMAT = 1  # of the metadata; a reader refuses a higher one
-FIELDS = ("rank", "shape", "alpha", "reference_rank", "scaling", "gate", "dropout", "enabled", "base")
+FIELDS = (
+    "rank",
+    "shape",
+    "alpha",
+    "reference_rank",
+    "scaling",
+    "gate",
+    "dropout",
+    "enabled",
+    "base",
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,7 +53,9 @@ class SavedAdapter:
     """What a file holds; prints as a table of ranks."""
 
     layers: Mapping[str, SavedLayer]
-    others: Mapping[str, Tensor]  # parameters and buffers of other modules, by their names in the plain model
+    others: Mapping[
+        str, Tensor
+    ]  # parameters and buffers of other modules, by their names in the plain model
     method: str = ""  # which chose the ranks, for this budget
     budget: int | None = None
     unit: str = "rank"
@@ -80,14 +99,20 @@ def save_adapter(
     for name, one in saved.items():
         one.check(name)
     if allocation is not None:
-        given = {first_names(model).get(name, name): rank for name, rank in allocation.ranks.items() if rank > 0}
+        given = {
+            first_names(model).get(name, name): rank
+            for name, rank in allocation.ranks.items()
+            if rank > 0
+        }
         if given != {name: layer.rank for name, layer in layers.items() if layer.rank}:
             raise ValueError(
                 "the model's ranks are not those of the allocation: leave it out, or pass "
                 "dataclasses.replace(allocation, ranks=…) with the ranks that the layers have now"
             )
     warn_of_losses(model, others)
-    tensors = {f"{name}.{key}": value for name, one in saved.items() for key, value in one.tensors.items()} | others
+    tensors = {
+        f"{name}.{key}": value for name, one in saved.items() for key, value in one.tensors.items()
+    } | others
     record = {
         "format": FORMAT,
         "method": allocation.method if allocation else "",
@@ -125,7 +150,7 @@ def load_adapter(
     """
     adapter = read_adapter(path)
     modules = dict(walk(model))
-    names = match(model, {name: layer.shape for name, layer in adapter.layers.items()})
+    names = match_modules(model, {name: layer.shape for name, layer in adapter.layers.items()})
     changed = [
         name
         for name, layer in adapter.layers.items()
@@ -133,7 +158,7 @@ def load_adapter(
     ]
     if changed and not other_base:
         raise ValueError(
-            f"{some(changed)}: not the base weights that the adapter was trained beside. Load that model, or pass "
+            f"{quoted_names(changed)}: not the base weights that the adapter was trained beside. Load that model, or pass "
             "other_base=True if this one is meant"
         )
     others = _places(model, adapter.others)
@@ -143,7 +168,9 @@ def load_adapter(
         for place, value in others:
             _copy(place, value)
             copied.append(place)
-        return insert(model, {first: adapter.layers[name].around for name, first in names.items()}, trainable)
+        return insert_layers(
+            model, {first: adapter.layers[name].around for name, first in names.items()}, trainable
+        )
     except BaseException:
         for place, value in zip(copied, before, strict=False):
             _copy(place, value)
@@ -155,19 +182,30 @@ def read_adapter(path: str | PathLike[str]) -> SavedAdapter:
     tensors, metadata = read_safetensors(Path(path))
     text = metadata.get("minirank")
     if text is None:
-        raise ValueError(f"{str(path)!r} was not written by save_adapter (for PEFT's folders there is import_peft)")
+        raise ValueError(
+            f"{str(path)!r} was not written by save_adapter (for PEFT's folders there is import_peft)"
+        )
     try:
         record = json.loads(text)
         if record["format"] > FORMAT:
-            raise ValueError(f"format {record['format']}, while this version reads up to {FORMAT}: update minirank")
+            raise ValueError(
+                f"format {record['format']}, while this version reads up to {FORMAT}: update minirank"
+            )
         if metadata.get("checksum") != checksum(tensors, text):
             raise ValueError("wrong checksum: damaged, or changed by another program")
         others = {name: tensors.pop(name) for name in record["others"]}
         layers = {name: _layer(tensors, name, fields) for name, fields in record["layers"].items()}
         adapter = SavedAdapter(layers, others, record["method"], record["budget"], record["unit"])
         if tensors:
-            raise ValueError(f"the tensors {some(list(tensors))} belong to no layer")
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"the tensors {quoted_names(list(tensors))} belong to no layer")
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{str(path)!r} cannot be used: {what}") from error
     return adapter
@@ -180,7 +218,9 @@ def _layer(tensors: dict[str, Tensor], name: str, fields: Mapping[str, Any]) -> 
     layer = SavedLayer(own, **numbers)
     layer.check(name)
     if [layer.rank, list(layer.shape)] != [fields["rank"], fields["shape"]]:
-        raise ValueError(f"{name!r} has rank {layer.rank} and shape {layer.shape}, announced {fields}")
+        raise ValueError(
+            f"{name!r} has rank {layer.rank} and shape {layer.shape}, announced {fields}"
+        )
     return layer
 
 
@@ -194,7 +234,9 @@ def _others(model: nn.Module, patterns: Sequence[str]) -> dict[str, Tensor]:
                     continue
                 for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
                     if tensor is not None and key not in module._non_persistent_buffers_set:
-                        found.setdefault(id(tensor), (f"{name}.{key}" if name else key, tensor.detach()))
+                        found.setdefault(
+                            id(tensor), (f"{name}.{key}" if name else key, tensor.detach())
+                        )
     return dict(found.values())
 
 
@@ -208,8 +250,14 @@ def _places(model: nn.Module, others: Mapping[str, Tensor]) -> list[tuple[Tensor
     for name, value in others.items():
         there = plain.get(name)
         if there is None or is_lazy(there) or there.is_meta:
-            what = "none" if there is None else "one without values (lazy, or on the meta device): load its weights"
-            raise ValueError(f"the file holds {name!r}, of shape {tuple(value.shape)}; the model has {what}")
+            what = (
+                "none"
+                if there is None
+                else "one without values (lazy, or on the meta device): load its weights"
+            )
+            raise ValueError(
+                f"the file holds {name!r}, of shape {tuple(value.shape)}; the model has {what}"
+            )
         floating = there.is_floating_point() and value.is_floating_point()
         if there.shape != value.shape or not (floating or there.dtype == value.dtype):
             raise ValueError(
@@ -223,7 +271,9 @@ def _places(model: nn.Module, others: Mapping[str, Tensor]) -> list[tuple[Tensor
             )
         first, _, known = places.setdefault(id(there), (name, there, new))
         if known is not new and tensor_bytes(known) != tensor_bytes(new):
-            raise ValueError(f"{first!r} and {name!r} are one tensor of the model, which the file has two values for")
+            raise ValueError(
+                f"{first!r} and {name!r} are one tensor of the model, which the file has two values for"
+            )
     return [(there, new) for _, there, new in places.values()]
 
 

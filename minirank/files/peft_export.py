@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .files import safetensors_bytes, write_files
-from .linear import is_transposed
-from .lora import LoRALinear
-from .saved import SavedLayer, savable_layers, some, warn_of_losses
-from .targets import all_names, exact_key, exact_pattern, first_names, walk
+from ..checks import quoted_names
+from ..layers.linear import is_transposed
+from ..layers.lora import LoRALinear
+from ..layers.targets import all_names, exact_key, exact_pattern, first_names, walk
+from .safetensors_file import safetensors_bytes, write_files
+from .saved_layer import SavedLayer, savable_layers, warn_of_losses
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -58,18 +59,24 @@ def export_peft(
     """
     layers = {name: layer for name, layer in savable_layers(model).items() if layer.rank > 0}
     if not layers:
-        raise ValueError("every layer has rank 0, which PEFT's files cannot say: there is nothing to export")
+        raise ValueError(
+            "every layer has rank 0, which PEFT's files cannot say: there is nothing to export"
+        )
     check_places(model, layers)
     tensors: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
     for name, layer in layers.items():
         if not layer.enabled:
-            raise ValueError(f"{name!r} is disabled, which PEFT's files cannot say: enable it, or resize it to 0")
+            raise ValueError(
+                f"{name!r} is disabled, which PEFT's files cannot say: enable it, or resize it to 0"
+            )
         SavedLayer.of(layer).check(name)
         # PEFT multiplies by alpha / r: by 1 if portable.
         B = _folded(layer, layer.scaling if portable else 1.0)
         if not torch.isfinite(B).all():
-            raise ValueError(f"{name}.lora_B times gates or scaling overflows {B.dtype}: convert to a wider type")
+            raise ValueError(
+                f"{name}.lora_B times gates or scaling overflows {B.dtype}: convert to a wider type"
+            )
         alphas[name] = float(layer.rank) if portable else layer.scaling * layer.rank
         tensors |= {f"{name}.lora_A.weight": layer.lora_A.detach(), f"{name}.lora_B.weight": B}
     warn_of_losses(model, ())
@@ -90,7 +97,9 @@ def export_peft(
         "bias": "none",
     }
     files = {
-        TENSORS: safetensors_bytes({PREFIX + key: tensor for key, tensor in tensors.items()}, {"format": "pt"}),
+        TENSORS: safetensors_bytes(
+            {PREFIX + key: tensor for key, tensor in tensors.items()}, {"format": "pt"}
+        ),
         CONFIG: (json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n").encode(),
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -106,7 +115,9 @@ def check_places(model: nn.Module, names: Iterable[str]) -> None:
         module = modules[name]
         if places[id(module)] > 1:
             same = aliases[first[name]]
-            raise ValueError(f"{some(same)} are one module, of which PEFT adapts {same[0]!r} only, minirank all places")
+            raise ValueError(
+                f"{quoted_names(same)} are one module, of which PEFT adapts {same[0]!r} only, minirank all places"
+            )
         base = module.base if isinstance(module, LoRALinear) else module
         if isinstance(base, NonDynamicallyQuantizableLinear):
             raise ValueError(
@@ -117,7 +128,11 @@ def check_places(model: nn.Module, names: Iterable[str]) -> None:
 
 def _warn_of_fast_paths(model: nn.Module) -> None:
     for name, module in walk(model):
-        read = (module.linear1, module.linear2) if isinstance(module, nn.TransformerEncoderLayer) else ()
+        read = (
+            (module.linear1, module.linear2)
+            if isinstance(module, nn.TransformerEncoderLayer)
+            else ()
+        )
         if any(isinstance(linear, LoRALinear) for linear in read):
             warnings.warn(
                 f"evaluating {name!r} in PEFT, its fast path would leave the adapters of linear1 and linear2 out: call "

@@ -33,12 +33,18 @@ LONGEST_HEADER = 100_000_000  # bytes; safetensors reads no longer one
 def tensor_bytes(tensor: Tensor) -> bytes:
     """The entries of `tensor`, of any device, in row-major order. Raises ValueError if they are not in its memory: one
     that wraps others (DTensor) would give what happens to lie there."""
-    if tensor.is_meta or tensor.layout != torch.strided or hasattr(type(tensor), "__tensor_flatten__"):
+    if (
+        tensor.is_meta
+        or tensor.layout != torch.strided
+        or hasattr(type(tensor), "__tensor_flatten__")
+    ):
         raise ValueError(
             f"a {type(tensor).__name__} on {tensor.device}, {tensor.layout}, where an ordinary tensor with values is "
             "expected: gather what is distributed, load what is on the meta device"
         )
-    whole = tensor.detach().cpu().contiguous().resolve_conj().resolve_neg()  # as torch.conj() may leave them
+    whole = (
+        tensor.detach().cpu().contiguous().resolve_conj().resolve_neg()
+    )  # as torch.conj() may leave them
     return ctypes.string_at(whole.data_ptr(), whole.nbytes)
 
 
@@ -59,16 +65,28 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     content: list[bytes] = []
     end = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+    for name, tensor in sorted(
+        tensors.items(), key=lambda item: (-item[1].element_size(), item[0])
+    ):
         if name in header:
-            raise ValueError(f"{name!r} is what safetensors calls its metadata, no name for a tensor: rename it")
+            raise ValueError(
+                f"{name!r} is what safetensors calls its metadata, no name for a tensor: rename it"
+            )
         if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name!r} is {tensor.dtype}, which cannot be saved: expected one of {list(DTYPES)}")
+            raise ValueError(
+                f"{name!r} is {tensor.dtype}, which cannot be saved: expected one of {list(DTYPES)}"
+            )
         if tensor.is_meta:
-            raise ValueError(f"{name!r} is on the meta device and has no values to save: load the model's weights")
+            raise ValueError(
+                f"{name!r} is on the meta device and has no values to save: load the model's weights"
+            )
         content.append(tensor_bytes(tensor))
         start, end = end, end + len(content[-1])
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > LONGEST_HEADER:
@@ -92,7 +110,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, entry in entries:
         if entry["dtype"] not in DTYPES.values():
             expected = ", ".join(DTYPES.values())
-            raise ValueError(f"{str(path)!r} holds {name!r} as {entry['dtype']}, expected one of {expected}")
+            raise ValueError(
+                f"{str(path)!r} holds {name!r} as {entry['dtype']}, expected one of {expected}"
+            )
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     return {name: _tensor(**entry) for name, entry in entries}, header.get("__metadata__") or {}
 
@@ -115,9 +135,13 @@ def write_files(files: Mapping[Path, bytes]) -> None:
             if target.is_dir():
                 raise IsADirectoryError(f"{str(path)!r} is a folder: expected the name of a file")
             if target.exists() and not target.is_file():  # a pipe or a device, which would be gone
-                raise FileExistsError(f"{str(path)!r} is no ordinary file: expected one, or a new name")
+                raise FileExistsError(
+                    f"{str(path)!r} is no ordinary file: expected one, or a new name"
+                )
             if not target.parent.is_dir():
-                raise FileNotFoundError(f"there is no folder {str(target.parent)!r} to write {target.name!r} in")
+                raise FileNotFoundError(
+                    f"there is no folder {str(target.parent)!r} to write {target.name!r} in"
+                )
             part = target.with_name(f".{uuid.uuid4().hex}.part")
             parts[part] = target
             with open(part, "xb") as file:

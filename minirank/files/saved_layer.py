@@ -5,23 +5,26 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .lora import RANK_DIM, LoRALinear
-from .targets import close_names, first_names, layer_shape, walk
-from .wrap import lora_layers, plan
+from ..checks import quoted_names
+from ..layers.lora import RANK_DIM, LoRALinear
+from ..layers.targets import close_names, first_names, layer_shape, walk
+from ..layers.wrap import lora_layers, resolve_ranks
 
 
 @dataclass(frozen=True)
 class SavedLayer:
     """A LoRA layer without its base."""
 
-    tensors: Mapping[str, Tensor]  # lora_A (r, d_in), lora_B (d_out, r), and gate (r,) where there are gates
+    tensors: Mapping[
+        str, Tensor
+    ]  # lora_A (r, d_in), lora_B (d_out, r), and gate (r,) where there are gates
     alpha: float
     reference_rank: float
     scaling: float
@@ -67,10 +70,14 @@ class SavedLayer:
         """Raises ValueError if these tensors and numbers make no layer."""
         expected = {"lora_A", "lora_B"} if self.gate is None else {"lora_A", "lora_B", "gate"}
         if self.tensors.keys() != expected:
-            raise ValueError(f"{name!r} has the tensors {sorted(self.tensors)}, expected {sorted(expected)}")
+            raise ValueError(
+                f"{name!r} has the tensors {sorted(self.tensors)}, expected {sorted(expected)}"
+            )
         shapes = {key: tuple(value.shape) for key, value in self.tensors.items()}
         if any(len(shape) != (1 if key == "gate" else 2) for key, shape in shapes.items()):
-            raise ValueError(f"{name!r} has shapes {shapes}: expected lora_A (r, d_in), lora_B (d_out, r), gate (r,)")
+            raise ValueError(
+                f"{name!r} has shapes {shapes}: expected lora_A (r, d_in), lora_B (d_out, r), gate (r,)"
+            )
         if len({shape[RANK_DIM[key]] for key, shape in shapes.items()}) != 1:
             raise ValueError(
                 f"{name!r} has shapes {shapes}: expected one rank in lora_A (r, d_in) and lora_B (d_out, r)"
@@ -83,7 +90,9 @@ class SavedLayer:
         dtypes = {value.dtype for value in self.tensors.values()}
         if len(dtypes) != 1 or not dtypes.pop().is_floating_point:
             found = {key: str(value.dtype) for key, value in self.tensors.items()}
-            raise ValueError(f"the tensors of {name!r} have types {found}, expected one floating-point type")
+            raise ValueError(
+                f"the tensors of {name!r} have types {found}, expected one floating-point type"
+            )
         for key, value in self.tensors.items():
             if not torch.isfinite(value).all():
                 raise ValueError(f"{name}.{key} is not finite: was the training stable?")
@@ -97,38 +106,46 @@ def savable_layers(model: nn.Module) -> dict[str, LoRALinear]:
     if not layers:
         raise ValueError("the model has no LoRA layer to save: wrap() puts them in")
     if model in layers.values():
-        raise ValueError("the model itself is a LoRALinear, which has no name: save a model that holds it")
+        raise ValueError(
+            "the model itself is a LoRALinear, which has no name: save a model that holds it"
+        )
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(
-            f"{some(merged)} merged, where the file needs A, B and the base's own weight: unmerge() first, or unwrap() "
+            f"{quoted_names(merged)} merged, where the file needs A, B and the base's own weight: unmerge() first, or unwrap() "
             "and save the plain model with ΔW in its weights"
         )
     without = [name for name, layer in layers.items() if any(p.is_meta for p in layer.parameters())]
     if without:
-        raise ValueError(f"{some(without)} on the meta device, without values to save: load the model's weights first")
+        raise ValueError(
+            f"{quoted_names(without)} on the meta device, without values to save: load the model's weights first"
+        )
     return layers
 
 
-def match(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+def match_modules(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
     """{name in a file: first name of that module in `model`}, in module order, every module being there, plain, and
     (d_out, d_in) as given. Raises ValueError."""
     modules, first = dict(walk(model)), first_names(model)
     missing = [name for name in shapes if name not in modules]
     if missing:
         raise ValueError(
-            f"the model has no {some(missing)}, which the file has an adapter for: is it the whole model that was "
+            f"the model has no {quoted_names(missing)}, which the file has an adapter for: is it the whole model that was "
             f"saved, or a part of it? {close_names(missing[0], modules)}"
         )
-    order = {name: i for i, name in enumerate(plan(model, dict.fromkeys(shapes, 0)))}
+    order = {name: i for i, name in enumerate(resolve_ranks(model, dict.fromkeys(shapes, 0)))}
     for name, shape in shapes.items():
         there = layer_shape(modules[name])
         if there != shape:
-            raise ValueError(f"{name!r}: the file's adapter is for (d_out, d_in) = {shape}, the model has {there}")
+            raise ValueError(
+                f"{name!r}: the file's adapter is for (d_out, d_in) = {shape}, the model has {there}"
+            )
     if len(order) < len(shapes):
         count = Counter(first[name] for name in shapes)
         same = [name for name in shapes if count[first[name]] > 1]
-        raise ValueError(f"{some(same)} are one module of the model, which the file has several adapters for")
+        raise ValueError(
+            f"{quoted_names(same)} are one module of the model, which the file has several adapters for"
+        )
     return {name: first[name] for name in sorted(shapes, key=lambda name: order[first[name]])}
 
 
@@ -139,13 +156,8 @@ def warn_of_losses(model: nn.Module, saved: Collection[str]) -> None:
     lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
     if lost:
         warnings.warn(
-            f"{some(lost)} require a gradient and will not be in the file, which holds the adapters. What trained "
+            f"{quoted_names(lost)} require a gradient and will not be in the file, which holds the adapters. What trained "
             "besides must be saved too (save_adapter's `modules`, or your own file); freeze the rest, as "
             "wrap(…, trainable=[…]) does",
             stacklevel=3,
         )
-
-
-def some(names: Sequence[str]) -> str:
-    """Some of the names, for an error message."""
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

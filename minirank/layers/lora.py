@@ -24,22 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import as_generator, is_integer, require
 from .linear import is_transposed, linear_shape, read_weight
 
 RANK_DIM = {"lora_A": 0, "lora_B": 1, "gate": 0}  # the axis of each parameter that counts ranks
 
 
-def as_generator(generator: torch.Generator | int) -> torch.Generator:
-    """A seed becomes a CPU generator, so that one seed gives one result on every device."""
-    return generator if isinstance(generator, torch.Generator) else torch.Generator().manual_seed(generator)
-
-
-def is_rank(rank: object, limit: int) -> bool:
-    """Whether `rank` is an integer (no bool) from 0 to `limit`."""
-    return isinstance(rank, int) and not isinstance(rank, bool) and 0 <= rank <= limit
-
-
-def survivors(value: Tensor, dim: int, keep: Tensor) -> Tensor:
+def select_ranks(value: Tensor, dim: int, keep: Tensor) -> Tensor:
     """The slices of `value` along `dim` where the bool mask `keep`, on any device, is true."""
     return value.index_select(dim, keep.nonzero().flatten().to(value.device))
 
@@ -88,25 +79,43 @@ class LoRALinear(nn.Module):
         if shape is None:
             raise TypeError(
                 f"expected an nn.Linear-like module with a floating-point weight, got {type(base).__name__}"
-                + (", which already has an adapter: resize it instead" if isinstance(base, LoRALinear) else "")
+                + (
+                    ", which already has an adapter: resize it instead"
+                    if isinstance(base, LoRALinear)
+                    else ""
+                )
             )
         self.out_features, self.in_features = shape
-        require(is_rank(rank, min(shape)), "rank", rank, f"an integer from 0 to min(d_in, d_out) = {min(shape)}")
+        require(
+            is_integer(rank, 0, min(shape)),
+            "rank",
+            rank,
+            f"an integer from 0 to min(d_in, d_out) = {min(shape)}",
+        )
         for key, number in (("alpha", alpha), ("reference_rank", reference_rank)):
             require(number is None or 0 < number < math.inf, key, number, "a positive number")
-        require(gate is None or 0 <= gate <= 1, "gate", gate, "None (no gate) or a start value from 0 to 1")
+        require(
+            gate is None or 0 <= gate <= 1,
+            "gate",
+            gate,
+            "None (no gate) or a start value from 0 to 1",
+        )
         require(0 <= dropout < 1, "dropout", dropout, "at least 0 and below 1")
         require(dtype is None or dtype.is_floating_point, "dtype", dtype, "a floating-point type")
         self.reference_rank = float(reference_rank if reference_rank is not None else max(rank, 1))
         self.alpha = float(alpha if alpha is not None else self.reference_rank)
-        self.scaling = self.alpha / (math.sqrt(self.reference_rank) if rank_stabilized else self.reference_rank)
+        self.scaling = self.alpha / (
+            math.sqrt(self.reference_rank) if rank_stabilized else self.reference_rank
+        )
         self.initial_gate = gate
         self.dropout = float(dropout)
         self.enabled = True  # False: the base function, the adapter being kept
         self.base = base
         weight = read_weight(base)
         assert weight is not None  # linear_shape() has seen it
-        for name, value in self._new_ranks(rank, dtype or weight.dtype, weight.device, as_generator(generator)).items():
+        for name, value in self._new_ranks(
+            rank, dtype or weight.dtype, weight.device, as_generator(generator)
+        ).items():
             self.register_parameter(name, nn.Parameter(value))
         if gate is None:
             self.register_parameter("gate", None)
@@ -116,7 +125,7 @@ class LoRALinear(nn.Module):
         self._base_requires_grad = {name: p.requires_grad for name, p in base.named_parameters()}
         base.requires_grad_(False)
 
-    # ---- the function -------------------------------------------------------------------------------------
+    # ---- the function ---------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (…, d_in) → (…, d_out)."""
@@ -125,14 +134,18 @@ class LoRALinear(nn.Module):
             return y
         if x.dtype != self.lora_A.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.dtype)
-        h = F.linear(F.dropout(x, self.dropout, self.training) if self.dropout else x, self.lora_A)  # (…, r)
+        h = F.linear(
+            F.dropout(x, self.dropout, self.training) if self.dropout else x, self.lora_A
+        )  # (…, r)
         if self.gate is not None:
             h = h * self.gate
         if h.dtype != y.dtype or y.is_nested:
             return y + (self.scaling * F.linear(h, self.lora_B)).to(y.dtype)
         # y + s h Bᵀ as one fused multiply-add: no scaled copy of h Bᵀ, and no second pass over y.
         rows = y.reshape(-1, self.out_features)
-        return torch.addmm(rows, h.reshape(-1, self.rank), self.lora_B.t(), alpha=self.scaling).view(y.shape)
+        return torch.addmm(
+            rows, h.reshape(-1, self.rank), self.lora_B.t(), alpha=self.scaling
+        ).view(y.shape)
 
     def delta_weight(self) -> Tensor:
         """ΔW = s · B diag(gate) A: (d_out, d_in), float32 or better, differentiable."""
@@ -158,7 +171,9 @@ class LoRALinear(nn.Module):
         """W + ΔW in W's layout and dtype, computed in float32 or better, differentiable."""
         W = self._base_weight
         B, A = self._factors(W.dtype)
-        return torch.addmm(W.to(A.dtype), *((A.t(), B.t()) if is_transposed(self.base) else (B, A))).to(W.dtype)
+        return torch.addmm(
+            W.to(A.dtype), *((A.t(), B.t()) if is_transposed(self.base) else (B, A))
+        ).to(W.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -170,7 +185,7 @@ class LoRALinear(nn.Module):
     def rank(self) -> int:
         return self.lora_A.shape[0]
 
-    # ---- changing the rank --------------------------------------------------------------------------------
+    # ---- changing the rank ----------------------------------------------------------------------
 
     def contributions(self) -> Tensor:
         """‖s · gate_i · B[:, i] A[i, :]‖_F of every rank: (r,), float32 or better."""
@@ -178,7 +193,9 @@ class LoRALinear(nn.Module):
         norms: Tensor = B.detach().norm(dim=0) * A.detach().norm(dim=1)
         return norms
 
-    def resized(self, keep: Tensor, add: int = 0, *, generator: torch.Generator | int = 0) -> dict[str, nn.Parameter]:
+    def resized(
+        self, keep: Tensor, add: int = 0, *, generator: torch.Generator | int = 0
+    ) -> dict[str, nn.Parameter]:
         """The parameters of this layer with other ranks; the layer itself is not changed (resize.py does that).
 
         keep: (r,) bool, the ranks that survive, in their order; `add` new ones follow, drawn as at the start, whose
@@ -190,13 +207,15 @@ class LoRALinear(nn.Module):
             )
         new_rank, limit = int(keep.sum()) + add, min(self.in_features, self.out_features)
         if add < 0 or new_rank > limit:
-            raise ValueError(f"add={add} would give rank {new_rank}; expected add ≥ 0 and a rank of at most {limit}")
+            raise ValueError(
+                f"add={add} would give rank {new_rank}; expected add ≥ 0 and a rank of at most {limit}"
+            )
         fresh = self._new_ranks(add, self.lora_A.dtype, self.lora_A.device, as_generator(generator))
         result = {}
         for name, new in fresh.items():
             old = self.get_parameter(name)
             dim = RANK_DIM[name]
-            value = torch.cat([survivors(old.detach(), dim, keep), new], dim)
+            value = torch.cat([select_ranks(old.detach(), dim, keep), new], dim)
             result[name] = nn.Parameter(value, requires_grad=old.requires_grad)
         return result
 
@@ -204,7 +223,11 @@ class LoRALinear(nn.Module):
         self, rank: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator
     ) -> dict[str, Tensor]:
         # Drawn in float32 on the generator's device, so that a seed gives one result for every dtype and device.
-        draw: dict[str, Any] = {"generator": generator, "device": generator.device, "dtype": torch.float32}
+        draw: dict[str, Any] = {
+            "generator": generator,
+            "device": generator.device,
+            "dtype": torch.float32,
+        }
         A_shape, B_shape = (rank, self.in_features), (self.out_features, rank)
         B = torch.zeros(B_shape, device=device, dtype=dtype)
         if self.initial_gate is None:
@@ -218,7 +241,7 @@ class LoRALinear(nn.Module):
             new["gate"] = torch.full((rank,), self.initial_gate, device=device, dtype=dtype)
         return new
 
-    # ---- merging ------------------------------------------------------------------------------------------
+    # ---- merging --------------------------------------------------------------------------------
 
     @property
     def merged(self) -> bool:
@@ -266,14 +289,11 @@ class LoRALinear(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self.merged:
-            raise RuntimeError("loading a state into a merged layer would be undone by unmerge(): unmerge() first")
+            raise RuntimeError(
+                "loading a state into a merged layer would be undone by unmerge(): unmerge() first"
+            )
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         state = f"{', gated' if self.gate is not None else ''}{', merged' if self.merged else ''}"
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, scaling={self.scaling:g}{state}"
-
-
-def require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {expected}, got {value!r}")

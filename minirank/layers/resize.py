@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .lora import RANK_DIM, LoRALinear, as_generator, is_rank, survivors
+from ..checks import as_generator, is_integer
+from .lora import RANK_DIM, LoRALinear, select_ranks
 from .targets import close_names, first_names
 from .wrap import HasRanks, lora_layers, plain_ranks
 
@@ -20,7 +21,9 @@ class Resized(NamedTuple):
     old_rank: int
     new_rank: int
     keep: Tensor  # bool (old_rank,): the survivors, which now come first, in their old order
-    state_reset: tuple[str, ...]  # optimizer entries that could not be sliced, so that their parameter starts afresh
+    state_reset: tuple[
+        str, ...
+    ]  # optimizer entries that could not be sliced, so that their parameter starts afresh
 
 
 @torch.inference_mode(False)
@@ -53,7 +56,11 @@ def resize(
     plan: dict[str, tuple[LoRALinear, Tensor, dict[str, nn.Parameter]]] = {}
     for name, (layer, rank, keep) in _wanted(model, ranks).items():
         if rank != layer.rank or not keep.all():
-            plan[name] = layer, keep, layer.resized(keep, rank - int(keep.sum()), generator=generator)
+            plan[name] = (
+                layer,
+                keep,
+                layer.resized(keep, rank - int(keep.sum()), generator=generator),
+            )
 
     places = {
         id(p): (group["params"], i)
@@ -67,7 +74,9 @@ def resize(
         rank = parameters["lora_A"].shape[0]
         for key, new in parameters.items():
             old = layer.get_parameter(key)
-            if old.grad is not None and rank > 0:  # with an empty one, optimizers would count steps, or divide by zero
+            if (
+                old.grad is not None and rank > 0
+            ):  # with an empty one, optimizers would count steps, or divide by zero
                 new.grad = _carry(old.grad, RANK_DIM[key], keep, rank)
             if optimizer is None:
                 continue
@@ -77,7 +86,9 @@ def resize(
                 raise ValueError(
                     f"the optimizer does not hold {name}.{key}: make it after wrap(), from model.parameters()"
                 )
-            states[new], lost = _carry_state(optimizer.state.get(old, {}), old, RANK_DIM[key], keep, rank)
+            states[new], lost = _carry_state(
+                optimizer.state.get(old, {}), old, RANK_DIM[key], keep, rank
+            )
             reset += [f"{key}.{entry}" for entry in lost]
         report[name] = Resized(layer.rank, rank, keep, tuple(reset))
 
@@ -109,7 +120,9 @@ def separate_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return layers
 
 
-def _wanted(model: nn.Module, ranks: Mapping[str, int] | HasRanks) -> dict[str, tuple[LoRALinear, int, Tensor]]:
+def _wanted(
+    model: nn.Module, ranks: Mapping[str, int] | HasRanks
+) -> dict[str, tuple[LoRALinear, int, Tensor]]:
     masks: Mapping[str, Tensor] = getattr(ranks, "keep", None) or {}
     layers = separate_layers(model)
     first = first_names(model)
@@ -120,11 +133,17 @@ def _wanted(model: nn.Module, ranks: Mapping[str, int] | HasRanks) -> dict[str, 
         if layer is None:
             if name in first and rank == 0:
                 continue  # wrap() left it plain
-            hint = close_names(alias, layers) if layers and alias not in first else "wrap() puts one in"
+            hint = (
+                close_names(alias, layers)
+                if layers and alias not in first
+                else "wrap() puts one in"
+            )
             raise ValueError(f"{alias!r} has no adapter to resize: {hint}")
         limit = min(layer.in_features, layer.out_features)
-        if not is_rank(rank, limit):
-            raise ValueError(f"rank of {alias!r}: expected an integer from 0 to {limit}, got {rank!r}")
+        if not is_integer(rank, 0, limit):
+            raise ValueError(
+                f"rank of {alias!r}: expected an integer from 0 to {limit}, got {rank!r}"
+            )
         if layer.merged:
             raise ValueError(f"{alias!r} is merged: unmerge() the model before resizing it")
         keep = masks[alias] if alias in masks else _largest(layer.contributions(), rank)
@@ -134,7 +153,9 @@ def _wanted(model: nn.Module, ranks: Mapping[str, int] | HasRanks) -> dict[str, 
                 f"shape ({layer.rank},) and at most {rank}: score and allocate again after a resize"
             )
         if name in wanted and wanted[name][1] != rank:
-            raise ValueError(f"{alias!r} and {name!r} are one module, but got ranks {rank} and {wanted[name][1]}")
+            raise ValueError(
+                f"{alias!r} and {name!r} are one module, but got ranks {rank} and {wanted[name][1]}"
+            )
         wanted[name] = layer, rank, keep
     return wanted
 
@@ -148,7 +169,7 @@ def _largest(values: Tensor, count: int) -> Tensor:
 
 def _carry(value: Tensor, dim: int, keep: Tensor, new_rank: int) -> Tensor:
     """The survivors of `value` along `dim`, then zeros up to the new rank."""
-    kept = survivors(value, dim, keep)
+    kept = select_ranks(value, dim, keep)
     result = value.new_zeros([new_rank if d == dim else size for d, size in enumerate(value.shape)])
     result.narrow(dim, 0, kept.shape[dim]).copy_(kept)
     return result
@@ -197,5 +218,7 @@ def _rank_axes(key: str, shape: torch.Size, parameter: torch.Size, dim: int) -> 
             return set()
         return {dim if shape[dim] == parameter[dim] else None}
     if len(shape) == 1:  # one number per entry of one axis
-        return {0 if axis == dim else None for axis, size in enumerate(parameter) if size == shape[0]}
+        return {
+            0 if axis == dim else None for axis, size in enumerate(parameter) if size == shape[0]
+        }
     return set()

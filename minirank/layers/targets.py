@@ -32,20 +32,30 @@ def linear_targets(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mo
     """
     names = all_names(model)
     linear = _linear_modules(model)
-    ordinary = {n: m for n, m in linear.items() if not isinstance(m, NonDynamicallyQuantizableLinear)}
+    ordinary = {
+        n: m for n, m in linear.items() if not isinstance(m, NonDynamicallyQuantizableLinear)
+    }
     if targets is None:
         selected = set(ordinary)
     elif isinstance(targets, type):
         selected = {name for name, module in ordinary.items() if isinstance(module, targets)}
     elif callable(targets):
-        selected = {name for name, module in ordinary.items() if any(targets(alias, module) for alias in names[name])}
+        selected = {
+            name
+            for name, module in ordinary.items()
+            if any(targets(alias, module) for alias in names[name])
+        }
     else:
         selected = set()
         for pattern in [targets] if isinstance(targets, str) else targets:
             if not isinstance(pattern, str):
-                raise TypeError(f"targets must be names, one type or one function; the list holds {pattern!r}")
+                raise TypeError(
+                    f"targets must be names, one type or one function; the list holds {pattern!r}"
+                )
             found = {name for name in linear if pattern in names[name]}
-            found = found or {n for n in ordinary if any(fnmatchcase(alias, pattern) for alias in names[n])}
+            found = found or {
+                n for n in ordinary if any(fnmatchcase(alias, pattern) for alias in names[n])
+            }
             if not found:
                 raise ValueError(no_match(model, pattern))
             selected |= found
@@ -83,9 +93,15 @@ def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
 def matching_modules(model: nn.Module, pattern: str, what: str) -> dict[str, nn.Module]:
     """The modules of any kind, LoRA layers included, whose name is `pattern` or matches it as a glob, under every name.
     Raises ValueError, naming the argument `what`, if there is none."""
-    found = {name: module for name, module in walk(model) if name == pattern or fnmatchcase(name, pattern)}
+    found = {
+        name: module
+        for name, module in walk(model)
+        if name == pattern or fnmatchcase(name, pattern)
+    }
     if not found:
-        raise ValueError(f"{what}={pattern!r} matches no module: {close_names(pattern, dict(walk(model)))}")
+        raise ValueError(
+            f"{what}={pattern!r} matches no module: {close_names(pattern, dict(walk(model)))}"
+        )
     return found
 
 
@@ -111,7 +127,11 @@ def close_names(name: str, known: Collection[str]) -> str:
     leaf = name.rsplit(".", 1)[-1]
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     close += [k for k in known if k.rsplit(".", 1)[-1] == leaf and k not in close][:3]
-    return f"did you mean {', '.join(map(repr, close[:4]))}?" if close else f"known names start {list(known)[:3]}"
+    return (
+        f"did you mean {', '.join(map(repr, close[:4]))}?"
+        if close
+        else f"known names start {list(known)[:3]}"
+    )
 
 
 def no_match(model: nn.Module, pattern: str) -> str:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..checks import as_generator, is_integer
 from .linear import applies_weight, linear_shape
-from .lora import LoRALinear, as_generator, is_rank
+from .lora import LoRALinear
 from .targets import first_names, matching_modules, no_match, walk
 
 
@@ -32,7 +33,9 @@ class HasRanks(Protocol):
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The LoRA layers of `model` by name, each once, under its first name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
+    }
 
 
 @torch.inference_mode(False)  # parameters made in inference mode could not train
@@ -69,7 +72,7 @@ def wrap(
         ValueError: unknown or already wrapped name, rank out of range, meta device, two ranks for one module.
         TypeError: the model itself is the linear layer, so there is no parent to put the new one into.
     """
-    wanted = plan(model, plain_ranks(ranks))
+    wanted = resolve_ranks(model, plain_ranks(ranks))
     if not any(wanted.values()):
         raise ValueError("every rank is 0: there is nothing to wrap")
     if reference_rank is None:
@@ -84,15 +87,19 @@ def wrap(
         dtype=dtype,
         generator=as_generator(generator),
     )
-    return insert(model, {name: partial(make, rank=rank) for name, rank in wanted.items() if rank > 0}, trainable)
+    return insert_layers(
+        model,
+        {name: partial(make, rank=rank) for name, rank in wanted.items() if rank > 0},
+        trainable,
+    )
 
 
-def insert(
+def insert_layers(
     model: nn.Module,
     make: Mapping[str, Callable[[nn.Module], LoRALinear]],
     trainable: str | Sequence[str] | None,
 ) -> dict[str, LoRALinear]:
-    """Put make[name](module) into the place of every named module; names as `plan` returns them, `trainable` as in
+    """Put make[name](module) into the place of every named module; names as `resolve_ranks` returns them, `trainable` as in
     `wrap`. If anything raises, the model is as it was."""
     modules = dict(walk(model))
     adapted = {id(p) for name in make for p in modules[name].parameters()}
@@ -103,8 +110,13 @@ def insert(
         for name, make_layer in make.items():
             layers[name] = make_layer(modules[name])
         if chosen is not None:
-            every = [*lora_layers(model).values(), *layers.values()]  # an earlier call's adapters keep training
-            chosen |= {id(parameter) for layer in every for parameter in layer.parameters(recurse=False)}
+            every = [
+                *lora_layers(model).values(),
+                *layers.values(),
+            ]  # an earlier call's adapters keep training
+            chosen |= {
+                id(parameter) for layer in every for parameter in layer.parameters(recurse=False)
+            }
             chosen -= {id(parameter) for layer in every for parameter in layer.base.parameters()}
             for parameter in model.parameters():
                 parameter.requires_grad_(id(parameter) in chosen)
@@ -120,14 +132,18 @@ def insert(
 def plain_ranks(ranks: Mapping[str, int] | HasRanks) -> Mapping[str, int]:
     found = ranks if isinstance(ranks, Mapping) else getattr(ranks, "ranks", None)
     if not isinstance(found, Mapping) or not found:
-        raise ValueError(f"expected an Allocation or a non-empty {{module name: rank}}, got {ranks!r}")
+        raise ValueError(
+            f"expected an Allocation or a non-empty {{module name: rank}}, got {ranks!r}"
+        )
     return found
 
 
-def plan(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
+def resolve_ranks(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
     """`ranks` in module order and under first names, checked: every named module can get its LoRA layer."""
     if linear_shape(model) is not None:
-        raise TypeError(f"the model itself is a {type(model).__name__}: wrap nn.Sequential(model), or use LoRALinear")
+        raise TypeError(
+            f"the model itself is a {type(model).__name__}: wrap nn.Sequential(model), or use LoRALinear"
+        )
     first, modules = first_names(model), dict(walk(model))
     named = {id(modules[name]) for name in ranks if name in modules}
     wanted: dict[str, int] = {}
@@ -136,13 +152,19 @@ def plan(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
         shape = None if module is None or isinstance(module, LoRALinear) else linear_shape(module)
         if module is None or shape is None:
             raise ValueError(no_match(model, name))
-        if not is_rank(rank, min(shape)):
-            raise ValueError(f"rank of {name!r}: expected an integer from 0 to min{shape}, got {rank!r}")
+        if not is_integer(rank, 0, min(shape)):
+            raise ValueError(
+                f"rank of {name!r}: expected an integer from 0 to min{shape}, got {rank!r}"
+            )
         if any(parameter.is_meta for parameter in module.parameters()):
-            raise ValueError(f"{name!r} is on the meta device: load its weights (to_empty, load_state_dict), then wrap")
+            raise ValueError(
+                f"{name!r} is on the meta device: load its weights (to_empty, load_state_dict), then wrap"
+            )
         for key, inner in module.named_modules():
             if inner is not module and (id(inner) in named or isinstance(inner, LoRALinear)):
-                raise ValueError(f"{name!r} contains '{name}.{key}': adapt one of the two, not both")
+                raise ValueError(
+                    f"{name!r} contains '{name}.{key}': adapt one of the two, not both"
+                )
         if wanted.setdefault(first[name], rank) != rank:
             raise ValueError(
                 f"{name!r} and {first[name]!r} are one module, but got ranks {rank} and {wanted[first[name]]}"
@@ -156,7 +178,10 @@ def _parameters_of(model: nn.Module, patterns: str | Sequence[str], adapted: set
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = matching_modules(model, pattern, "trainable")
         ids = {
-            id(p) for module in found.values() for p in module.parameters() if p.is_floating_point() or p.is_complex()
+            id(p)
+            for module in found.values()
+            for p in module.parameters()
+            if p.is_floating_point() or p.is_complex()
         }
         if ids and ids <= adapted:
             raise ValueError(
@@ -184,7 +209,9 @@ def unwrap(model: nn.Module) -> list[str]:
         raise TypeError("the model itself is a LoRALinear: take its .base")
     for layer in layers.values():
         layer.base.requires_grad_(False)
-    for layer in layers.values():  # after that: of layers with a tied weight only the first saw it trainable
+    for layer in (
+        layers.values()
+    ):  # after that: of layers with a tied weight only the first saw it trainable
         layer.release_base()
     _replace(model, {id(layer): layer.base for layer in layers.values()})
     return list(layers)
@@ -243,7 +270,12 @@ def _shared_storages(model: nn.Module) -> dict[int, set[str]]:
     owners: dict[int, set[str]] = {}
     for module_name, module in model.named_modules():
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is None or is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided:
+            if (
+                tensor is None
+                or is_lazy(tensor)
+                or tensor.is_meta
+                or tensor.layout != torch.strided
+            ):
                 continue
             if tensor.numel() > 0:
                 name = f"{module_name}.{key}" if module_name else key
@@ -264,7 +296,9 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """The base model's function inside the block: `with disabled(model): reference = model(x)`. Refused when merged."""
     layers = list(lora_layers(model).values())
     if any(layer.merged for layer in layers):
-        raise ValueError("the weight of a merged layer holds its adapter, which cannot be disabled: unmerge() first")
+        raise ValueError(
+            "the weight of a merged layer holds its adapter, which cannot be disabled: unmerge() first"
+        )
     before = [layer.enabled for layer in layers]
     try:
         for layer in layers:

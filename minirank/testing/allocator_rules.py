@@ -15,8 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .allocation import Allocation, Allocator
-from .targets import layer_shape, walk
+from ..allocators.allocation import Allocation, Allocator
+from ..layers.targets import layer_shape, walk
 
 
 @contextmanager
@@ -28,18 +28,33 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     after = _state(model)
     for key in before.keys() | after.keys():
         old, new = before.get(key), after.get(key)
-        same = torch.equal(old, new) if isinstance(old, Tensor) and isinstance(new, Tensor) else old == new
+        same = (
+            torch.equal(old, new)
+            if isinstance(old, Tensor) and isinstance(new, Tensor)
+            else old == new
+        )
         assert same, f"{key} changed: expected {old}, got {new}"
 
 
 def _state(model: nn.Module) -> dict[str, object]:
     state: dict[str, object] = {"the global random state": torch.get_rng_state()}
     for name, module in model.named_modules():
-        hooks = [len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks)]
-        state[f"module {name!r} (identity, mode, numbers of hooks)"] = (id(module), module.training, hooks)
+        hooks = [
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            len(module._backward_hooks),
+        ]
+        state[f"module {name!r} (identity, mode, numbers of hooks)"] = (
+            id(module),
+            module.training,
+            hooks,
+        )
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None:
-                state[f"{name}.{key} (identity, requires_grad)"] = (id(tensor), tensor.requires_grad)
+                state[f"{name}.{key} (identity, requires_grad)"] = (
+                    id(tensor),
+                    tensor.requires_grad,
+                )
                 state[f"{name}.{key}"] = tensor.detach().clone()
                 state[f"{name}.{key}.grad"] = None if tensor.grad is None else tensor.grad.clone()
     return state
@@ -66,8 +81,12 @@ def check_allocator(allocator: Allocator) -> None:
     limits = {}
     for name, score in scores.items():
         shape = layer_shape(modules[name])
-        assert shape is not None, f"score() names {name!r}, which is not a linear layer of the model"
-        assert score.ndim <= 1, f"score of {name!r}: expected shape () or (r,), got {tuple(score.shape)}"
+        assert shape is not None, (
+            f"score() names {name!r}, which is not a linear layer of the model"
+        )
+        assert score.ndim <= 1, (
+            f"score of {name!r}: expected shape () or (r,), got {tuple(score.shape)}"
+        )
         assert torch.isfinite(score).all(), f"score of {name!r} is not finite: {score}"
         limits[name] = min(shape) if score.ndim == 0 or allocator.grows else len(score)
     with unchanged(model):
@@ -85,20 +104,30 @@ def check_allocator(allocator: Allocator) -> None:
                 allocator.allocate(budget)
             except ValueError:
                 continue
-            raise AssertionError(f"a budget of {budget} ranks cannot be met, and must raise ValueError")
+            raise AssertionError(
+                f"a budget of {budget} ranks cannot be met, and must raise ValueError"
+            )
 
 
 def _check_ranks(allocation: Allocation, limits: dict[str, int], grows: bool) -> None:
     ranks, costs = allocation.ranks, allocation.costs
     assert list(ranks) == list(limits), f"expected ranks for {list(limits)}, got {list(ranks)}"
-    assert all(0 <= rank <= limits[name] for name, rank in ranks.items()), f"ranks {ranks} exceed {limits}"
+    assert all(0 <= rank <= limits[name] for name, rank in ranks.items()), (
+        f"ranks {ranks} exceed {limits}"
+    )
     if allocation.keep is not None:
         kept = {name: int(mask.sum()) for name, mask in allocation.keep.items()}
-        fits = all(count <= ranks[name] if grows else count == ranks[name] for name, count in kept.items())
-        assert kept.keys() == ranks.keys(), f"expected keep masks for {list(ranks)}, got {list(kept)}"
+        fits = all(
+            count <= ranks[name] if grows else count == ranks[name] for name, count in kept.items()
+        )
+        assert kept.keys() == ranks.keys(), (
+            f"expected keep masks for {list(ranks)}, got {list(kept)}"
+        )
         assert fits, f"keep masks hold {kept}, but the ranks are {ranks}"
     if allocation.unit == "rank":
-        assert sum(ranks.values()) == allocation.budget, f"{ranks} miss the budget of {allocation.budget}"
+        assert sum(ranks.values()) == allocation.budget, (
+            f"{ranks} miss the budget of {allocation.budget}"
+        )
         return
     left = allocation.budget - sum(rank * costs[name] for name, rank in ranks.items())
     assert left >= 0, f"{ranks} exceed the budget of {allocation.budget} parameters by {-left}"
@@ -130,9 +159,17 @@ def check_lora_layer(
     assert A64 is not None
     assert B64 is not None
     h = x64 @ A64.t()
-    expected = x64 @ W.t() + scaling * ((h if c is None else h * c) @ B64.t()) + (0 if b is None else b)
+    expected = (
+        x64 @ W.t() + scaling * ((h if c is None else h * c) @ B64.t()) + (0 if b is None else b)
+    )
     got = layer(x).detach().double()
-    assert got.shape == expected.shape, f"expected shape {tuple(expected.shape)}, got {tuple(got.shape)}"
-    limit = tolerance if tolerance is not None else (x.shape[-1] + len(A64)) * torch.finfo(x.dtype).eps
-    error = float((got - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(x.dtype).tiny))
+    assert got.shape == expected.shape, (
+        f"expected shape {tuple(expected.shape)}, got {tuple(got.shape)}"
+    )
+    limit = (
+        tolerance if tolerance is not None else (x.shape[-1] + len(A64)) * torch.finfo(x.dtype).eps
+    )
+    error = float(
+        (got - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(x.dtype).tiny)
+    )
     assert error <= limit, f"the largest relative difference is {error:.3g}, allowed is {limit:.3g}"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from minirank import Allocation, Allocator, UniformRanks, lora_layers, resize, wrap
-from minirank.table import arrange
+from minirank.allocators.table import arrange
 
 
 def mlp():
@@ -28,7 +28,9 @@ class Shares(Allocator):
         self.scores = scores
 
     def _measure(self):
-        return {name: torch.tensor(score, dtype=torch.float64) for name, score in self.scores.items()}
+        return {
+            name: torch.tensor(score, dtype=torch.float64) for name, score in self.scores.items()
+        }
 
 
 def scored(model, scores):
@@ -37,7 +39,7 @@ def scored(model, scores):
     return allocator
 
 
-# ---- allocate ------------------------------------------------------------------------------------------------------
+# ---- allocate ----------------------------------------------------------------------------------
 
 
 def test_allocate_before_score_says_so():
@@ -59,7 +61,10 @@ def test_a_rank_never_exceeds_the_smaller_dimension():
 def test_parameter_budget_counts_trainable_parameters():
     model = mlp()
     allocation = scored(model, {"0": 1.0, "2": 1.0}).allocate(55, unit="parameters")
-    assert allocation.ranks == {"0": 2, "2": 2}  # 52; a third rank of the cheaper module would need 12 more
+    assert allocation.ranks == {
+        "0": 2,
+        "2": 2,
+    }  # 52; a third rank of the cheaper module would need 12 more
     wrap(model, allocation)
     adapters = [p.numel() for p in model.parameters() if p.requires_grad]
     assert sum(adapters) == allocation.parameters == 52
@@ -137,7 +142,7 @@ def test_shares_serve_several_budgets_and_survive_wrapping():
     assert allocator.allocate(6).ranks == {"0": 3, "2": 3}
 
 
-# ---- uniform -------------------------------------------------------------------------------------------------------
+# ---- uniform -----------------------------------------------------------------------------------
 
 
 def test_uniform_is_the_same_rank_everywhere_and_the_first_modules_get_the_rest():
@@ -155,7 +160,7 @@ def test_uniform_plans_on_the_meta_device():
     assert allocator.allocate(100_000, unit="parameters").ranks == {"0": 4, "1": 4}
 
 
-# ---- the record ----------------------------------------------------------------------------------------------------
+# ---- the record --------------------------------------------------------------------------------
 
 RANKS = {
     "model.layers.0.attn.q": 2,
@@ -187,7 +192,9 @@ def test_the_table_shows_every_rank_sums_and_totals():
         ["4", "█▍", "4"],
         ["sum", "2", "12", "4", "18"],
     ]
-    assert len({line.rfind(line.split()[-1]) + len(line.split()[-1]) for line in lines[2:]}) == 1  # sums line up
+    assert (
+        len({line.rfind(line.split()[-1]) + len(line.split()[-1]) for line in lines[2:]}) == 1
+    )  # sums line up
 
 
 def test_layers_are_told_from_kinds_at_the_first_number():
@@ -206,7 +213,9 @@ def test_rank_pattern_keys_match_one_module_each_and_zero_ranks_are_absent():
     ranks = {"enc.fc": 3, "fc": 2, "x.fc1": 1, "a+b": 5, "off": 0}
     record = Allocation(ranks, dict.fromkeys(ranks, 1), 11)
     for name, rank in ranks.items():
-        matches = [r for key, r in record.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name)]
+        matches = [
+            r for key, r in record.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name)
+        ]
         assert matches == ([rank] if rank else [])
         assert bool(re.fullmatch(record.target_modules, name)) == bool(rank)
     assert not re.fullmatch(record.target_modules, "other.enc.fc")
@@ -234,7 +243,10 @@ def test_peft_gives_each_module_its_rank():
     layers = [m for m in wrapped.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
     assert [layer.scaling["default"] for layer in layers] == [2.0, 2.0]
     got = {n: p.shape[0] for n, p in wrapped.named_parameters() if "lora_A" in n}
-    assert got == {"base_model.model.fc.lora_A.default.weight": 1, "base_model.model.enc.fc.lora_A.default.weight": 3}
+    assert got == {
+        "base_model.model.fc.lora_A.default.weight": 1,
+        "base_model.model.enc.fc.lora_A.default.weight": 3,
+    }
 
 
 def test_the_heat_map_shows_the_table(tmp_path):

@@ -7,12 +7,12 @@ import pickle
 
 import pytest
 import torch
-from models import TOKENS, assert_unchanged, snapshot, wrapped
+from helpers.models import TOKENS, assert_unchanged, snapshot, wrapped
 from torch import nn
 from torch.optim import lr_scheduler
 
 from minirank import L1RA, lora_layers, merge, resize, wrap
-from minirank.gates import shrink
+from minirank.allocators.gates import shrink
 
 RANKS = {"body.up": 2, "body.conv": 3, "blocks.0.0": 1, "like": 4}
 
@@ -66,7 +66,7 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ---- shrinking -----------------------------------------------------------------------------------------------------
+# ---- shrinking ---------------------------------------------------------------------------------
 
 
 def test_the_proximal_step_minimises_its_objective():
@@ -83,7 +83,9 @@ def test_the_proximal_step_minimises_its_objective():
 def test_the_authors_step_has_a_dead_zone():
     gates = [torch.tensor([0.5, 0.1, 0.11, 0.05, 0.0, -0.05, -0.5, 1.3, 1.05]), torch.empty(0)]
     shrink(gates, 0.1, "subgradient")
-    torch.testing.assert_close(gates[0], torch.tensor([0.4, 0.1, 0.01, 0.05, 0.0, 0.0, 0.0, 1.0, 0.95]))
+    torch.testing.assert_close(
+        gates[0], torch.tensor([0.4, 0.1, 0.01, 0.05, 0.0, 0.0, 0.0, 1.0, 0.95])
+    )
 
 
 @pytest.mark.parametrize("shrinkage", ["proximal", "subgradient"])
@@ -93,7 +95,9 @@ def test_a_step_shrinks_what_the_optimizer_left(shrinkage):
     backward(model, optimizer)
     optimizer.step()
     expected = gates_of(layers)
-    assert not torch.equal(expected["body.conv"], torch.tensor([0.5, 0.029, 0.01], dtype=torch.float64))
+    assert not torch.equal(
+        expected["body.conv"], torch.tensor([0.5, 0.029, 0.01], dtype=torch.float64)
+    )
     for gate in expected.values():
         shrink([gate], 0.02 * 1.5, shrinkage)
     l1ra.step()
@@ -163,7 +167,9 @@ def test_several_optimizer_steps_before_one_step_count_each(stop, shrinkages):
     assert l1ra.step() is not None  # the interval's end is among them
     assert l1ra.steps == 7
     for gate in gates_of(layers).values():
-        torch.testing.assert_close(gate, torch.full_like(gate, 1 - shrinkages * 0.02), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            gate, torch.full_like(gate, 1 - shrinkages * 0.02), rtol=1e-12, atol=0
+        )
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -179,7 +185,9 @@ def test_a_step_that_a_grad_scaler_skips_shrinks_nothing(fused):
         overflows = step in (1, 4)
         before = gates_of(layers)
         optimizer.zero_grad()
-        scaler.scale(model(TOKENS).square().mean() * (float("inf") if overflows else 1.0)).backward()
+        scaler.scale(
+            model(TOKENS).square().mean() * (float("inf") if overflows else 1.0)
+        ).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
@@ -190,7 +198,7 @@ def test_a_step_that_a_grad_scaler_skips_shrinks_nothing(fused):
     assert updates == [False, False, True, False, False, True]
 
 
-# ---- when ranks move -----------------------------------------------------------------------------------------------
+# ---- when ranks move ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -209,14 +217,18 @@ def test_updates_come_at_every_interval_inside_the_window(options, expected):
     model, layers, optimizer, l1ra = made(torch.optim.SGD, l1=0.1, **options)
     steps = [step for step in range(1, 13) if still_step(model, optimizer, l1ra)]
     assert steps == expected == [update.step for update in l1ra.history.updates]
-    for gate in gates_of(layers).values():  # which shrink from the beginning to the last possible update
+    for gate in gates_of(
+        layers
+    ).values():  # which shrink from the beginning to the last possible update
         expected = 1 - min(12, options.get("stop", 12)) * 0.002
         torch.testing.assert_close(gate, torch.full_like(gate, expected), rtol=1e-12, atol=0)
 
 
 def test_an_update_prunes_reassigns_and_records():
     model, layers, optimizer, l1ra = made(torch.optim.SGD, interval=1, l1=0.0)
-    set_gates(layers, {"body.up": [0.9, 0.8], "body.conv": [0.0, 0.5, 0.0], "like": [1.0, 0.7, 0.9, 0.9]})
+    set_gates(
+        layers, {"body.up": [0.9, 0.8], "body.conv": [0.0, 0.5, 0.0], "like": [1.0, 0.7, 0.9, 0.9]}
+    )
     set_gates(layers, {"blocks.0.0": [0.75]})
     update = still_step(model, optimizer, l1ra)
     assert update.ranks == l1ra.ranks == {"body.up": 3, "body.conv": 1, "blocks.0.0": 2, "like": 4}
@@ -236,8 +248,14 @@ def test_the_threshold_decides_what_falls():
     for options, kept in (
         ({}, [0.004, 0.05]),
         ({"threshold": 0.01}, [0.05]),
-        ({"shrinkage": "subgradient", "gate_lr": 0.02, "l1": 0.25}, [0.045]),  # its dead zone ends at 0.005
-        ({"shrinkage": "subgradient", "gate_lr": 0.02, "l1": 0.25, "threshold": 0.0}, [0.004, 0.045]),
+        (
+            {"shrinkage": "subgradient", "gate_lr": 0.02, "l1": 0.25},
+            [0.045],
+        ),  # its dead zone ends at 0.005
+        (
+            {"shrinkage": "subgradient", "gate_lr": 0.02, "l1": 0.25, "threshold": 0.0},
+            [0.004, 0.045],
+        ),
     ):
         model, layers, optimizer, l1ra = made(torch.optim.SGD, interval=1, **{"l1": 0.0, **options})
         set_gates(layers, values)
@@ -251,10 +269,17 @@ def test_bounds_hold_and_a_budget_is_reached_by_the_first_update():
     bounds = {"min_rank": 2, "max_rank": {"body.conv": 3, "like": 5}}
     model, _, optimizer, l1ra = made(torch.optim.SGD, **options, **bounds, budget=14)
     # "blocks.0.0" is lifted to 2; the other three go to "body.up", "blocks.0.0" and "like", whose gates are equal.
-    assert still_step(model, optimizer, l1ra).ranks == {"body.up": 3, "body.conv": 3, "blocks.0.0": 3, "like": 5}
+    assert still_step(model, optimizer, l1ra).ranks == {
+        "body.up": 3,
+        "body.conv": 3,
+        "blocks.0.0": 3,
+        "like": 5,
+    }
     l1ra.budget = 9
     assert sum(still_step(model, optimizer, l1ra).ranks.values()) == 9
-    model, _, optimizer, l1ra = made(torch.optim.SGD, **options, budget=100, unit="parameters", min_rank=0)
+    model, _, optimizer, l1ra = made(
+        torch.optim.SGD, **options, budget=100, unit="parameters", min_rank=0
+    )
     update = still_step(model, optimizer, l1ra)
     assert 100 - 12 < update.parameters <= 100
 
@@ -305,7 +330,7 @@ def test_gates_that_are_not_finite_are_named():
     assert l1ra.ranks == ranks
 
 
-# ---- the gates' parameter group ------------------------------------------------------------------------------------
+# ---- the gates' parameter group ----------------------------------------------------------------
 
 
 def test_gates_move_into_a_group_of_their_own_with_the_options_of_the_old_one():
@@ -313,7 +338,9 @@ def test_gates_move_into_a_group_of_their_own_with_the_options_of_the_old_one():
     others = [layer.lora_A for layer in layers.values()]
     ids = {id(p) for p in others}
     rest = [p for p in trainable(model) if id(p) not in ids]
-    optimizer = torch.optim.AdamW([{"params": others}, {"params": rest, "betas": (0.5, 0.6), "weight_decay": 0.3}])
+    optimizer = torch.optim.AdamW(
+        [{"params": others}, {"params": rest, "betas": (0.5, 0.6), "weight_decay": 0.3}]
+    )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     L1RA(model, optimizer, interval=5, gate_lr=0.07)
     *old, own = optimizer.param_groups
@@ -327,7 +354,9 @@ def test_gates_move_into_a_group_of_their_own_with_the_options_of_the_old_one():
 def test_parameter_names_follow_the_gates():
     model, _ = gated()
     try:
-        optimizer = torch.optim.AdamW([(n, p) for n, p in model.named_parameters() if p.requires_grad])
+        optimizer = torch.optim.AdamW(
+            [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        )
     except TypeError:
         pytest.skip("optimizers take names from torch 2.6 on")
     l1ra = L1RA(model, optimizer, interval=1)
@@ -346,13 +375,19 @@ def test_a_group_that_the_user_made_is_checked():
         ({"lr": 0.02}, "weight_decay=0.5"),
         ({"lr": 0.03, "weight_decay": 0.0}, "lr=0.03"),
     ):
-        optimizer = torch.optim.AdamW([{"params": gates, **options}, {"params": others}], weight_decay=0.5)
+        optimizer = torch.optim.AdamW(
+            [{"params": gates, **options}, {"params": others}], weight_decay=0.5
+        )
         before = [dict(group) for group in optimizer.param_groups]
         with pytest.raises(ValueError, match=message):
             L1RA(model, optimizer, interval=5)
         assert [dict(group) for group in optimizer.param_groups] == before
-    good = torch.optim.AdamW([{"params": gates, "lr": 0.02, "weight_decay": 0.0}, {"params": others}])
-    scheduler = lr_scheduler.LambdaLR(good, lambda step: 0.1)  # made before, with the right number of groups
+    good = torch.optim.AdamW(
+        [{"params": gates, "lr": 0.02, "weight_decay": 0.0}, {"params": others}]
+    )
+    scheduler = lr_scheduler.LambdaLR(
+        good, lambda step: 0.1
+    )  # made before, with the right number of groups
     before = [dict(group, params=list(group["params"])) for group in good.param_groups]
     l1ra = L1RA(model, good, interval=5)
     assert [dict(group, params=list(group["params"])) for group in good.param_groups] == before
@@ -367,19 +402,25 @@ SCHEDULERS = {
     "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=4),
     "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=10.0),
     "warm-up and decay": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.ExponentialLR(o, 0.9)], milestones=[3]
+        o,
+        [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.ExponentialLR(o, 0.9)],
+        milestones=[3],
     ),
 }
 
 
-@pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning")  # from inside torch 2.4's SequentialLR
+@pytest.mark.filterwarnings(
+    "ignore:The epoch parameter in:UserWarning"
+)  # from inside torch 2.4's SequentialLR
 @pytest.mark.parametrize("scheduler_first", [True, False])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_no_scheduler_changes_the_gates_learning_rate(name, scheduler_first):
     model, _, optimizer, l1ra = made(torch.optim.AdamW, interval=3)
     scheduler = SCHEDULERS[name](optimizer)
     used = []
-    optimizer.register_step_pre_hook(lambda o, *_: used.append([group["lr"] for group in o.param_groups]))
+    optimizer.register_step_pre_hook(
+        lambda o, *_: used.append([group["lr"] for group in o.param_groups])
+    )
     for _ in range(8):
         backward(model, optimizer)
         optimizer.step()
@@ -403,7 +444,7 @@ def test_a_scheduler_made_before_is_refused():
     assert [list(map(id, group["params"])) for group in optimizer.param_groups] == before
 
 
-# ---- refusals ------------------------------------------------------------------------------------------------------
+# ---- refusals ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -430,7 +471,10 @@ def test_a_scheduler_made_before_is_refused():
 def test_bad_options_are_refused_before_anything_changes(options, message):
     model, _ = gated()
     optimizer = torch.optim.Adam(trainable(model), 0.01)
-    before, groups = snapshot(model), [list(map(id, group["params"])) for group in optimizer.param_groups]
+    before, groups = (
+        snapshot(model),
+        [list(map(id, group["params"])) for group in optimizer.param_groups],
+    )
     with pytest.raises(ValueError, match=message):
         L1RA(model, optimizer, **{"interval": 5, **options})
     assert_unchanged(model, before)
@@ -485,10 +529,12 @@ def test_layers_without_gates_are_left_alone():
     assert {name: layer.rank for name, layer in lora_layers(model).items()} == {"0": 2, "1": 3}
 
 
-# ---- copies --------------------------------------------------------------------------------------------------------
+# ---- copies ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
 def test_copies_of_model_optimizer_and_l1ra_go_on_alike(clone):
     original = made(interval=3, l1=2.0, generator=7)
     for _ in range(4):

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.models import TOKENS, delta_by_hand, wrapped, zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import TOKENS, delta_by_hand, wrapped, zoo
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-import minirank.l1ra
+import minirank.allocators.l1ra
 from minirank import L1RA, lora_layers, resize, wrap
 
 RANKS = {"body.up": 2, "body.conv": 3, "blocks.0.0": 1, "like": 4}
@@ -44,13 +44,18 @@ def own_parameters(layer):
 def check_invariants(l1ra, model, optimizer):
     ranks = {name: layer.rank for name, layer in lora_layers(model).items()}
     assert ranks == l1ra.ranks
-    costs = {n: (x.in_features + x.out_features if l1ra.unit == "parameters" else 1) for n, x in l1ra._layers.items()}
+    costs = {
+        n: (x.in_features + x.out_features if l1ra.unit == "parameters" else 1)
+        for n, x in l1ra._layers.items()
+    }
     spent = sum(rank * costs[name] for name, rank in ranks.items())
     assert spent <= l1ra.budget
     for name, layer in l1ra._layers.items():
         most = min(layer.in_features, layer.out_features, bound(l1ra.max_rank, name, 99))
         assert bound(l1ra.min_rank, name, 0) <= layer.rank <= most
-        assert layer.rank == most or spent + costs[name] > l1ra.budget  # with costs of 1: the sum is the budget
+        assert (
+            layer.rank == most or spent + costs[name] > l1ra.budget
+        )  # with costs of 1: the sum is the budget
         assert layer.gate.min() >= 0 if layer.rank else True
         assert layer.gate.max() <= 1 if layer.rank else True
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
@@ -84,8 +89,12 @@ def checked(resize_itself, output, seen):
             layer, old = layers[name], before[name]
             kept, moved = int(keep.sum()), name in report
             with torch.no_grad():
-                old.lora_B[:, ~keep] = 0  # takes away the pruned ranks' contribution and nothing else
-            torch.testing.assert_close(layer.delta_weight(), delta_by_hand(old), rtol=1e-13, atol=1e-13)
+                old.lora_B[:, ~keep] = (
+                    0  # takes away the pruned ranks' contribution and nothing else
+                )
+            torch.testing.assert_close(
+                layer.delta_weight(), delta_by_hand(old), rtol=1e-13, atol=1e-13
+            )
             assert layer.lora_B[:, kept:].eq(0).all()
             assert layer.gate[kept:].eq(1).all()
             seen["pruned"] += layer.rank < old.rank or not keep.all()
@@ -95,16 +104,23 @@ def checked(resize_itself, output, seen):
                 was = own_parameters(before[name])[key]
                 if key != "lora_B" or keep.all():
                     indices = keep.nonzero().flatten()
-                    assert torch.equal(parameter.narrow(axis, 0, kept), was.index_select(axis, indices))
+                    assert torch.equal(
+                        parameter.narrow(axis, 0, kept), was.index_select(axis, indices)
+                    )
                 assert state.keys() == states[name, key].keys()
                 for entry, value in state.items():
                     previous = states[name, key][entry]
                     if not isinstance(value, torch.Tensor) or value.ndim == 0 or not moved:
                         assert (
-                            value == previous if not isinstance(value, torch.Tensor) else torch.equal(value, previous)
+                            value == previous
+                            if not isinstance(value, torch.Tensor)
+                            else torch.equal(value, previous)
                         )
                     elif value.shape[axis] == layer.rank and previous.shape[axis] == len(keep):
-                        assert torch.equal(value.narrow(axis, 0, kept), previous.index_select(axis, indices_of(keep)))
+                        assert torch.equal(
+                            value.narrow(axis, 0, kept),
+                            previous.index_select(axis, indices_of(keep)),
+                        )
                         assert value.narrow(axis, kept, layer.rank - kept).eq(0).all()
                         seen["moments"] += 1
                     else:
@@ -131,7 +147,7 @@ def test_the_invariants_hold_at_every_step_of_a_training(name, unit, monkeypatch
     _, model, _ = wrapped(ranks=RANKS, gate=1.0, trainable=["emb"])
     seen = dict.fromkeys(("pruned", "given", "moments", "same function"), 0)
     output = lambda m: m(TOKENS).detach().clone()  # noqa: E731
-    monkeypatch.setattr(minirank.l1ra, "resize", checked(resize, output, seen))
+    monkeypatch.setattr(minirank.allocators.l1ra, "resize", checked(resize, output, seen))
     optimizer = OPTIMIZERS[name](trainable(model))
     # Any of the gates can fall at any time: the penalty is large, and the targets never rest.
     l1ra = L1RA(model, optimizer, interval=2, l1=3.0, unit=unit, **BOUNDS)
@@ -153,7 +169,7 @@ def test_the_invariants_hold_at_every_step_of_a_training(name, unit, monkeypatch
     assert len({tuple(update.ranks.values()) for update in l1ra.history.updates}) >= 4
 
 
-# ---- random gates --------------------------------------------------------------------------------------------------
+# ---- random gates ------------------------------------------------------------------------------
 
 
 @st.composite
@@ -170,7 +186,9 @@ def gated_chains(draw):
         for parameter in model.parameters():
             parameter.copy_(torch.randint(-3, 4, parameter.shape, generator=generator))
         for layer in layers.values():
-            pattern = draw(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=layer.rank, max_size=layer.rank))
+            pattern = draw(
+                st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=layer.rank, max_size=layer.rank)
+            )
             layer.gate.copy_(torch.tensor(pattern))
     return model, layers, widths[0]
 
@@ -181,12 +199,19 @@ def test_random_gates_move_ranks_and_not_the_function(case, data):
     model, layers, width = case
     unit = data.draw(st.sampled_from(["rank", "parameters"]), label="unit")
     optimizer = torch.optim.Adam(trainable(model), 1e-30)
-    costs = {n: x.in_features + x.out_features if unit == "parameters" else 1 for n, x in layers.items()}
+    costs = {
+        n: x.in_features + x.out_features if unit == "parameters" else 1 for n, x in layers.items()
+    }
     limits = {n: min(x.in_features, x.out_features) for n, x in layers.items()}
     least, most = sum(costs.values()), sum(limits[n] * costs[n] for n in layers)
     now = sum(x.rank * costs[n] for n, x in layers.items())
-    budget = data.draw(st.sampled_from([now, None, *range(now, most + 1)]) | st.integers(least, most), label="budget")
-    l1ra = L1RA(model, optimizer, interval=1, l1=0.0, gate_lr=1e-30, unit=unit, budget=budget, generator=5)
+    budget = data.draw(
+        st.sampled_from([now, None, *range(now, most + 1)]) | st.integers(least, most),
+        label="budget",
+    )
+    l1ra = L1RA(
+        model, optimizer, interval=1, l1=0.0, gate_lr=1e-30, unit=unit, budget=budget, generator=5
+    )
     x = torch.arange(-2 * width, 2 * width, dtype=torch.float64).reshape(4, width)
     model(x).square().mean().backward()
     optimizer.step()  # of 1e-30: the moments are there, the parameters stay
@@ -203,11 +228,15 @@ def test_random_gates_move_ranks_and_not_the_function(case, data):
     if budget is None or budget >= now:
         assert only_zeros
     if only_zeros:
-        assert torch.equal(model(x), y)  # bit for bit: whole and half numbers leave nothing to rounding
+        assert torch.equal(
+            model(x), y
+        )  # bit for bit: whole and half numbers leave nothing to rounding
     for name, layer in layers.items():
         moved = update.given.get(name, 0) - update.pruned.get(name, 0)
         assert layer.rank == update.ranks[name] == old[name][0] + moved
-        assert int(layer.gate.eq(0).sum()) == (zero_before[name] == old[name][0])  # the one that min_rank keeps
+        assert int(layer.gate.eq(0).sum()) == (
+            zero_before[name] == old[name][0]
+        )  # the one that min_rank keeps
         for parameter in own_parameters(layer).values():
             assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape
 
@@ -230,7 +259,7 @@ def test_growing_alone_keeps_the_outputs_of_random_weights():
         torch.testing.assert_close(model(TOKENS), y, rtol=1e-13, atol=1e-13)
 
 
-# ---- corners -------------------------------------------------------------------------------------------------------
+# ---- corners -----------------------------------------------------------------------------------
 
 
 def corner(ranks, gate_values, **options):
@@ -283,7 +312,7 @@ def test_rank_zero_is_reached_and_left_again():
     assert layers["0"].gate.tolist() == [1.0]
 
 
-# ---- saving --------------------------------------------------------------------------------------------------------
+# ---- saving ------------------------------------------------------------------------------------
 
 
 def start(ranks=RANKS, **options):
@@ -294,7 +323,9 @@ def start(ranks=RANKS, **options):
     if ranks != RANKS:
         resize(model, ranks)
     optimizer = torch.optim.AdamW(trainable(model), 0.05)
-    l1ra = L1RA(model, optimizer, **{"l1": 2.0, "interval": 3, "generator": 11, "min_rank": 0, **options})
+    l1ra = L1RA(
+        model, optimizer, **{"l1": 2.0, "interval": 3, "generator": 11, "min_rank": 0, **options}
+    )
     scheduler = LambdaLR(optimizer, lambda step: 0.97**step)
     return model, layers, optimizer, scheduler, l1ra
 
@@ -390,7 +421,11 @@ def test_states_that_do_not_fit_are_refused_and_change_nothing():
     assert l1ra.ranks != fresh.ranks
     before = fresh.state_dict()
     bad_options = {**l1ra.state_dict(), "options": {"l1": 1.0}}
-    for state, message in ((l1ra.state_dict(), "resize"), ({"ranks": {}}, "expected"), (bad_options, "expected")):
+    for state, message in (
+        (l1ra.state_dict(), "resize"),
+        ({"ranks": {}}, "expected"),
+        (bad_options, "expected"),
+    ):
         with pytest.raises(ValueError, match=message):
             fresh.load_state_dict(state)
     after = fresh.state_dict()
@@ -398,12 +433,12 @@ def test_states_that_do_not_fit_are_refused_and_change_nothing():
     assert before == after
 
 
-# ---- where ranks should go -----------------------------------------------------------------------------------------
+# ---- where ranks should go ---------------------------------------------------------------------
 
 
 def test_ranks_go_where_they_are_needed(monkeypatch):
     """Three layers that need 1, 6 and 2 ranks start with 3 each. All ten seeds of the example find them."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
     import l1ra_planted
 
     for seed, shrinkage in ((0, "proximal"), (1, "proximal"), (2, "subgradient")):

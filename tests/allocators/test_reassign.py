@@ -8,14 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirank.reassign import reassign
+from minirank.allocators.reassign import reassign
 
 
 def run(gates, budget=None, *, lower=1, upper=9, **options):
     """`reassign` with the same bounds for all modules, and the budget that is in use."""
     costs = options.get("costs") or dict.fromkeys(gates, 1)
     budget = sum(len(g) * costs[n] for n, g in gates.items()) if budget is None else budget
-    return reassign(gates, budget, lower=dict.fromkeys(gates, lower), upper=dict.fromkeys(gates, upper), **options)
+    return reassign(
+        gates,
+        budget,
+        lower=dict.fromkeys(gates, lower),
+        upper=dict.fromkeys(gates, upper),
+        **options,
+    )
 
 
 def simulated(gates, budget, costs, lower, upper, threshold):
@@ -40,7 +46,11 @@ def simulated(gates, budget, costs, lower, upper, threshold):
     total = {name: max(len(alive[name]), lower[name]) for name in gates}
     smallest = {name: weakest(name)[1] if alive[name] else -math.inf for name in gates}
     ordered = sorted(gates, key=lambda name: -smallest[name])
-    intact = [n for n in ordered if len(alive[n]) == len(gates[n]) and not [g for g in gates[n] if g <= threshold]]
+    intact = [
+        n
+        for n in ordered
+        if len(alive[n]) == len(gates[n]) and not [g for g in gates[n] if g <= threshold]
+    ]
     for receivers in (intact, [name for name in ordered if name not in intact]):
         while True:
             served = False
@@ -51,7 +61,9 @@ def simulated(gates, budget, costs, lower, upper, threshold):
                     served = True
             if not served:
                 break
-    return total, {name: [i in dict(alive[name]) for i in range(len(gates[name]))] for name in gates}
+    return total, {
+        name: [i in dict(alive[name]) for i in range(len(gates[name]))] for name in gates
+    }
 
 
 GATE = st.sampled_from([0.0, 0.0, 0.0, 0.1, 0.25, 0.5, 0.9, 1.0, 1.0])
@@ -67,7 +79,14 @@ def cases(draw):
     costs = {name: draw(st.integers(1, 9)) if in_parameters else 1 for name in names}
     least, most = (sum(bound[n] * costs[n] for n in names) for bound in (lower, upper))
     budget = draw(st.integers(least, most))
-    return gates, budget, costs if in_parameters else None, lower, upper, draw(st.sampled_from([0.0, 0.0, 0.25]))
+    return (
+        gates,
+        budget,
+        costs if in_parameters else None,
+        lower,
+        upper,
+        draw(st.sampled_from([0.0, 0.0, 0.25])),
+    )
 
 
 @settings(max_examples=1500, deadline=None)
@@ -79,13 +98,17 @@ def test_against_the_simulation_and_the_invariants(case):
     assert result == simulated(gates, budget, ones, lower, upper, threshold)
     spent = sum(rank * ones[name] for name, rank in result.ranks.items())
     assert spent == budget if costs is None else spent <= budget
-    assert not [n for n, rank in result.ranks.items() if rank < upper[n] and spent + ones[n] <= budget]
+    assert not [
+        n for n, rank in result.ranks.items() if rank < upper[n] and spent + ones[n] <= budget
+    ]
     for name, rank in result.ranks.items():
         assert lower[name] <= rank <= upper[name]
         assert len(result.keep[name]) == len(gates[name])
         assert sum(result.keep[name]) <= rank
         kept = [gate for gate, keep in zip(gates[name], result.keep[name], strict=True) if keep]
-        fallen = [gate for gate, keep in zip(gates[name], result.keep[name], strict=True) if not keep]
+        fallen = [
+            gate for gate, keep in zip(gates[name], result.keep[name], strict=True) if not keep
+        ]
         assert not kept or not fallen or max(fallen) <= min(kept)
 
 
@@ -94,8 +117,16 @@ def test_the_papers_rule():
     gates = {"loses": [0.9, 0.0, 0.8, 0.0], "second": [0.7, 0.6], "first": [0.8, 0.65]}
     result = run(gates)
     assert result.ranks == {"loses": 2, "second": 3, "first": 3}
-    assert result.keep == {"loses": [True, False, True, False], "second": [True, True], "first": [True, True]}
-    assert run(gates | {"loses": [0.9, 0.7, 0.8, 0.0]}).ranks == {"loses": 3, "second": 2, "first": 3}
+    assert result.keep == {
+        "loses": [True, False, True, False],
+        "second": [True, True],
+        "first": [True, True],
+    }
+    assert run(gates | {"loses": [0.9, 0.7, 0.8, 0.0]}).ranks == {
+        "loses": 3,
+        "second": 2,
+        "first": 3,
+    }
 
 
 def test_round_robin_goes_round_more_than_once():
@@ -109,7 +140,11 @@ def test_nothing_falls_nothing_moves():
 
 
 def test_a_gate_at_the_threshold_falls_and_one_above_stays():
-    assert run({"a": [0.25, 0.26, 0.24], "b": [1.0]}, threshold=0.25).keep["a"] == [False, True, False]
+    assert run({"a": [0.25, 0.26, 0.24], "b": [1.0]}, threshold=0.25).keep["a"] == [
+        False,
+        True,
+        False,
+    ]
 
 
 def test_if_every_gate_of_a_module_falls_the_largest_stays_and_of_equal_ones_the_first():
@@ -147,7 +182,10 @@ def test_budget_of_one_rank_per_module_can_never_move():
 def test_a_smaller_budget_takes_the_smallest_gates_of_all():
     result = run({"a": [0.9, 0.3, 0.2], "b": [0.8, 0.25]}, 3)
     assert result == ({"a": 2, "b": 1}, {"a": [True, True, False], "b": [True, False]})
-    assert run({"a": [0.5, 0.5], "b": [0.5, 0.5]}, 3).keep == {"a": [True, True], "b": [True, False]}
+    assert run({"a": [0.5, 0.5], "b": [0.5, 0.5]}, 3).keep == {
+        "a": [True, True],
+        "b": [True, False],
+    }
 
 
 def test_a_larger_budget_grows_where_the_gates_are_highest():
@@ -158,25 +196,39 @@ def test_a_larger_budget_grows_where_the_gates_are_highest():
 def test_bounds_that_the_present_ranks_violate():
     result = reassign({"a": [], "b": [0.5] * 4}, 4, lower={"a": 1, "b": 0}, upper={"a": 9, "b": 2})
     assert result == ({"a": 2, "b": 2}, {"a": [], "b": [True, True, False, False]})
-    result = reassign({"a": [0.9], "b": [0.5] * 3}, 4, lower={"a": 2, "b": 0}, upper={"a": 2, "b": 9})
+    result = reassign(
+        {"a": [0.9], "b": [0.5] * 3}, 4, lower={"a": 2, "b": 0}, upper={"a": 2, "b": 9}
+    )
     assert result == ({"a": 2, "b": 2}, {"a": [True], "b": [True, True, False]})
 
 
 def test_modules_without_ranks_come_last_but_do_come():
     assert run({"empty": [], "a": [0.0, 0.2]}, lower=0, upper=1).ranks == {"empty": 1, "a": 1}
-    assert run({"empty": [], "a": [1.0], "b": [0.0, 1.0]}, lower=0).ranks == {"empty": 0, "a": 2, "b": 1}
+    assert run({"empty": [], "a": [1.0], "b": [0.0, 1.0]}, lower=0).ranks == {
+        "empty": 0,
+        "a": 2,
+        "b": 1,
+    }
 
 
 def test_a_budget_in_parameters_is_not_exceeded_and_used_up():
-    gates, costs = {"wide": [1.0, 0.0], "narrow": [0.9, 0.8], "dear": [1.0]}, {"wide": 10, "narrow": 3, "dear": 20}
+    gates, costs = (
+        {"wide": [1.0, 0.0], "narrow": [0.9, 0.8], "dear": [1.0]},
+        {"wide": 10, "narrow": 3, "dear": 20},
+    )
     result = run(gates, costs=costs)  # 10 are freed: "dear" cannot be paid, "narrow" three times
     assert result.ranks == {"wide": 1, "narrow": 5, "dear": 1}
-    gates["narrow"] = [0.9, 0.0]  # 13 are freed and nobody can take them: back to "wide", once, and "narrow"
+    gates["narrow"] = [
+        0.9,
+        0.0,
+    ]  # 13 are freed and nobody can take them: back to "wide", once, and "narrow"
     assert run(gates, costs=costs).ranks == {"wide": 2, "narrow": 2, "dear": 1}
 
 
 def test_what_a_smaller_budget_leaves_over_goes_to_modules_that_lost_nothing():
-    result = run({"a": [0.1, 0.9], "b": [0.2, 0.95], "c": [0.5]}, 20, costs={"a": 1, "b": 10, "c": 1})
+    result = run(
+        {"a": [0.1, 0.9], "b": [0.2, 0.95], "c": [0.5]}, 20, costs={"a": 1, "b": 10, "c": 1}
+    )
     assert result.ranks == {"a": 1, "b": 1, "c": 9}
 
 

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minirank import SensitivityLoRA, curvature
-from minirank.sensitivity import (
+from minirank.allocators.sensitivity import (
     effective_rank,
     matrix_metrics,
     topk_mean,
     trace,
     weighted,
 )
-from minirank.sensitivity import (
+from minirank.allocators.sensitivity import (
     sensitivity_metrics as of_matrices,
 )
 
@@ -49,7 +49,7 @@ def paper_theta(diagonals, topk=0.5, share=0.85):
     return weight(S_g) * np.array(S_g) + weight(S_l) * S_l
 
 
-# ---- the equations -------------------------------------------------------------------------------------------------
+# ---- the equations -----------------------------------------------------------------------------
 
 
 def test_metrics_of_a_diagonal_worked_by_hand():
@@ -66,8 +66,12 @@ def test_metrics_of_a_diagonal_worked_by_hand():
 @pytest.mark.parametrize("seed", range(5))
 def test_theta_equals_an_independent_transcription(seed, topk, share):
     rng = np.random.default_rng(seed)
-    diagonals = [rng.exponential(10.0 ** rng.integers(-3, 3), size=n) for n in rng.integers(1, 200, size=7)]
-    ours = sensitivity_metrics([torch.tensor(h) for h in diagonals], topk_fraction=topk, effective_share=share)
+    diagonals = [
+        rng.exponential(10.0 ** rng.integers(-3, 3), size=n) for n in rng.integers(1, 200, size=7)
+    ]
+    ours = sensitivity_metrics(
+        [torch.tensor(h) for h in diagonals], topk_fraction=topk, effective_share=share
+    )
     np.testing.assert_allclose(ours.theta.numpy(), paper_theta(diagonals, topk, share), rtol=1e-12)
 
 
@@ -97,7 +101,9 @@ def test_negative_entries_are_clamped_in_local_metrics_and_signed_in_the_trace()
 
 
 def test_a_negative_theta_counts_as_zero():
-    metrics = sensitivity_metrics([torch.tensor([9.0, 1.0]), torch.tensor([-3.0, -2.0]), torch.tensor([5.0, 5.0])])
+    metrics = sensitivity_metrics(
+        [torch.tensor([9.0, 1.0]), torch.tensor([-3.0, -2.0]), torch.tensor([5.0, 5.0])]
+    )
     assert metrics.trace.tolist() == [10, -5, 10]
     assert metrics.theta[1] == 0
     assert (metrics.theta[[0, 2]] > 0).all()
@@ -124,7 +130,7 @@ def test_theta_is_never_nan_or_negative(diagonals):
         assert theta.any()
 
 
-# ---- the allocator -------------------------------------------------------------------------------------------------
+# ---- the allocator -----------------------------------------------------------------------------
 
 
 def model_and_batches():
@@ -154,8 +160,13 @@ def test_score_is_theta_of_the_input_second_moment():
 
 def test_ranks_are_the_shares_of_theta():
     model, batches = model_and_batches()
-    weight = {"0": torch.full((8, 6), 3.0), "2": torch.full((5, 8), 1.0)}  # per Eqs 8–14, unequal by hand
-    allocator = SensitivityLoRA(model, loss_fn, batches, curvature=lambda *_: weight, progress=False)
+    weight = {
+        "0": torch.full((8, 6), 3.0),
+        "2": torch.full((5, 8), 1.0),
+    }  # per Eqs 8–14, unequal by hand
+    allocator = SensitivityLoRA(
+        model, loss_fn, batches, curvature=lambda *_: weight, progress=False
+    )
     theta = allocator.score()
     share = float(theta["0"] / (theta["0"] + theta["2"]))
     assert allocator.allocate(7).ranks == {"0": round(7 * share), "2": 7 - round(7 * share)}
@@ -178,7 +189,9 @@ def test_the_curvature_gets_model_loss_batches_and_exact_names():
 
 def test_the_exact_hessian_diagonal_is_a_curvature():
     model, batches = model_and_batches()
-    allocator = SensitivityLoRA(model, loss_fn, batches, curvature=curvature.exact_hessian_diagonal, progress=False)
+    allocator = SensitivityLoRA(
+        model, loss_fn, batches, curvature=curvature.exact_hessian_diagonal, progress=False
+    )
     scores = allocator.score()
     diagonals = curvature.hessian_diagonal_reference(model, loss_fn, batches)
     expected = sensitivity_metrics(list(diagonals.values())).theta
@@ -191,17 +204,24 @@ def test_the_exact_hessian_diagonal_is_a_curvature():
     ("result", "match"),
     [
         ({"0": torch.ones(6)}, "returned nothing for '2'"),
-        ({"0": torch.ones(6), "2": torch.ones(5)}, r"has shape \(5,\): expected \(d_out, d_in\) = \(5, 8\)"),
+        (
+            {"0": torch.ones(6), "2": torch.ones(5)},
+            r"has shape \(5,\): expected \(d_out, d_in\) = \(5, 8\)",
+        ),
         ({"0": torch.ones(6), "2": torch.full((8,), math.nan)}, "'2' is not finite"),
     ],
 )
 def test_a_curvature_that_returns_nonsense_is_told_so(result, match):
     model, batches = model_and_batches()
     with pytest.raises(ValueError, match=match):
-        SensitivityLoRA(model, loss_fn, batches, curvature=lambda *_: result, progress=False).score()
+        SensitivityLoRA(
+            model, loss_fn, batches, curvature=lambda *_: result, progress=False
+        ).score()
 
 
-@pytest.mark.parametrize("option", [{"topk_fraction": 0.0}, {"topk_fraction": 1.5}, {"effective_share": math.nan}])
+@pytest.mark.parametrize(
+    "option", [{"topk_fraction": 0.0}, {"topk_fraction": 1.5}, {"effective_share": math.nan}]
+)
 def test_options_out_of_range_are_errors(option):
     model, batches = model_and_batches()
     with pytest.raises(ValueError, match=next(iter(option))):

@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import randomize
-from shaplora_cases import PLAYERS, RANKS, SCALING, data, flat, loss_fn, scored, trained
+from helpers.models import randomize
+from helpers.shaplora_cases import PLAYERS, RANKS, SCALING, data, flat, loss_fn, scored, trained
 from torch import nn
 
 from minirank import ShapLoRA, lora_layers, resize, wrap
+from minirank.allocators.shaplora import ipt, mean_gradient, san
 from minirank.shapley import coalition_masks, exact_shapley_values
-from minirank.shaplora import ipt, mean_gradient, san
 
-# ---- the equations -------------------------------------------------------------------------------------------------
+# ---- the equations ------------------------------------------------------------------------------
 
 
 def oracle(model, batches, masks):
@@ -52,7 +52,9 @@ def oracle(model, batches, masks):
             for i in range(len(gate)):
                 of_P = [abs(float(P[j, i] * g_P[j, i])) for j in range(len(P))]
                 of_Q = [abs(float(Q[i, j] * g_Q[i, j])) for j in range(Q.shape[1])]
-                sans.append(abs(float(gate[i] * g_gate[i])) + sum(of_P) / len(of_P) + sum(of_Q) / len(of_Q))
+                sans.append(
+                    abs(float(gate[i] * g_gate[i])) + sum(of_P) / len(of_P) + sum(of_Q) / len(of_Q)
+                )
         san_of_coalition.append(sans)
     return torch.tensor(san_of_coalition, dtype=torch.float64)
 
@@ -62,11 +64,15 @@ def test_scores_and_standard_errors_equal_plain_loops(coalitions):
     model = trained()
     scores, allocator = scored(model, coalitions=coalitions, generator=5)
     sample = oracle(model, data(), coalition_masks(PLAYERS, coalitions, generator=5))
-    assert {name: score.shape for name, score in scores.items()} == {name: (r,) for name, r in RANKS.items()}
+    assert {name: score.shape for name, score in scores.items()} == {
+        name: (r,) for name, r in RANKS.items()
+    }
     assert all(score.dtype == torch.float64 for score in scores.values())
     torch.testing.assert_close(flat(scores), sample.mean(0), rtol=1e-12, atol=0)
     pairs = torch.stack([(sample[k] + sample[k + 1]) / 2 for k in range(0, coalitions, 2)])
-    expected = ((pairs - pairs.mean(0)) ** 2).sum(0).div(len(pairs) - 1).sqrt() / math.sqrt(len(pairs))
+    expected = ((pairs - pairs.mean(0)) ** 2).sum(0).div(len(pairs) - 1).sqrt() / math.sqrt(
+        len(pairs)
+    )
     torch.testing.assert_close(flat(allocator.standard_errors), expected, rtol=1e-10, atol=0)
     assert (expected > 0).all()
 
@@ -119,7 +125,9 @@ def test_a_rank_outside_has_gradients_times_weights_of_exactly_zero(seed):
     position = 0
     for layer in lora_layers(model).values():
         parameters = [layer.gate, layer.lora_B, layer.lora_A]
-        of_gate, of_P, of_Q = mean_gradient(model, loss_fn, [(b, len(b[0])) for b in data()], parameters)
+        of_gate, of_P, of_Q = mean_gradient(
+            model, loss_fn, [(b, len(b[0])) for b in data()], parameters
+        )
         outside = ~mask[position : position + layer.rank]
         assert (layer.gate * of_gate)[outside].tolist() == [0.0] * int(outside.sum())
         assert not of_P[:, outside].any()
@@ -133,14 +141,16 @@ def test_the_three_signed_sums_agree():
     model = coalition_of(trained(), torch.tensor([1, 0, 1, 1, 1, 0, 1]))
     for layer in lora_layers(model).values():
         parameters = [layer.gate, layer.lora_B, layer.lora_A]
-        of_gate, of_P, of_Q = mean_gradient(model, loss_fn, [(b, len(b[0])) for b in data()], parameters)
+        of_gate, of_P, of_Q = mean_gradient(
+            model, loss_fn, [(b, len(b[0])) for b in data()], parameters
+        )
         expected = layer.gate * of_gate
         torch.testing.assert_close((layer.lora_B * of_P).sum(0), expected, rtol=1e-11, atol=1e-16)
         torch.testing.assert_close((layer.lora_A * of_Q).sum(1), expected, rtol=1e-11, atol=1e-16)
         assert expected.any()
 
 
-# ---- what the scores do and do not depend on -----------------------------------------------------------------------
+# ---- what the scores do and do not depend on ---------------------------------------------------
 
 
 @pytest.mark.parametrize("sizes", [(1,) * 11, (11,), (2, 9), (10, 1), (3, 3, 3, 2)])
@@ -199,7 +209,9 @@ def test_identical_generators_give_identical_scores_and_another_does_not():
     assert not torch.equal(flat(three), flat(further))
 
 
-@pytest.mark.parametrize("generator", [3, torch.Generator().manual_seed(3)], ids=["seed", "generator"])
+@pytest.mark.parametrize(
+    "generator", [3, torch.Generator().manual_seed(3)], ids=["seed", "generator"]
+)
 def test_scoring_again_takes_the_same_coalitions(generator):
     first, allocator = scored(coalitions=18, generator=generator)
     errors = allocator.standard_errors
@@ -209,7 +221,9 @@ def test_scoring_again_takes_the_same_coalitions(generator):
 
 def test_dropout_is_off_and_batch_statistics_are_not_taken():
     training, evaluation = trained().train(), trained().eval()
-    assert torch.equal(flat(scored(training, coalitions=18)[0]), flat(scored(evaluation, coalitions=18)[0]))
+    assert torch.equal(
+        flat(scored(training, coalitions=18)[0]), flat(scored(evaluation, coalitions=18)[0])
+    )
 
 
 def test_a_loader_that_shuffles_is_read_once():
@@ -241,7 +255,9 @@ def test_every_coalition_costs_one_forward_pass_per_batch():
 
 def test_a_loss_that_is_not_deterministic_is_refused():
     def noisy(model, batch):
-        return (nn.functional.dropout(model(batch[0]), 0.5) - batch[1]).square().mean()  # never the same mask twice
+        return (
+            (nn.functional.dropout(model(batch[0]), 0.5) - batch[1]).square().mean()
+        )  # never the same mask twice
 
     with pytest.raises(ValueError, match="the loss is not deterministic"):
         scored(loss=noisy, coalitions=18)
@@ -259,7 +275,9 @@ def test_a_layer_and_a_batch_that_are_not_reached_count_as_nothing():
     scores, _ = scored(model, loss=loss, coalitions=18)
     assert scores.pop("unused").tolist() == [0.0, 0.0]
     assert all(score.all() for score in scores.values())
-    assert ShapLoRA(model, loss, data(), coalitions=0, progress=False).score()["unused"].tolist() == [0.0, 0.0]
+    assert ShapLoRA(model, loss, data(), coalitions=0, progress=False).score()[
+        "unused"
+    ].tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -267,26 +285,34 @@ def test_lower_precision(dtype):
     scores, _ = scored(trained(dtype), data(dtype=dtype), coalitions=18)
     exact, _ = scored(coalitions=18)
     assert flat(scores).dtype == torch.float64
-    torch.testing.assert_close(flat(scores), flat(exact), rtol=1e-4 if dtype == torch.float32 else 0.3, atol=0)
+    torch.testing.assert_close(
+        flat(scores), flat(exact), rtol=1e-4 if dtype == torch.float32 else 0.3, atol=0
+    )
 
 
 def test_gradients_of_half_precision_add_up_in_float32():
     """A thousand batches with a gradient of 1 and one of 0.5 each: bfloat16 would stop adding at 256."""
     model = nn.Linear(1, 1)
     w = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
-    (gradient,) = mean_gradient(model, lambda _, factor: (w * factor).sum(), [(1.0, 1), (0.5, 1)] * 1000, [w])
+    (gradient,) = mean_gradient(
+        model, lambda _, factor: (w * factor).sum(), [(1.0, 1), (0.5, 1)] * 1000, [w]
+    )
     assert gradient.dtype == torch.float32
     assert gradient.item() == 0.75
 
 
-# ---- from scores to ranks ------------------------------------------------------------------------------------------
+# ---- from scores to ranks ----------------------------------------------------------------------
 
 
 def test_allocate_keeps_the_best_ranks_of_all_modules():
     scores, allocator = scored(coalitions=18)
     for budget in range(PLAYERS + 1):
         allocation = allocator.allocate(budget)
-        best = flat(scores) >= flat(scores).sort(descending=True).values[budget - 1] if budget else flat(scores) < 0
+        best = (
+            flat(scores) >= flat(scores).sort(descending=True).values[budget - 1]
+            if budget
+            else flat(scores) < 0
+        )
         assert torch.equal(flat(allocation.keep), best)
         assert allocation.total_rank == budget
         assert allocation.method == "ShapLoRA"
@@ -315,7 +341,10 @@ def test_bounds_and_parameters():
 def test_a_model_can_be_pruned_in_place_too():
     model = trained()
     _, allocator = scored(model, coalitions=18)
-    kept = {name: getattr(model, name).gate.detach()[mask] for name, mask in allocator.allocate(4).keep.items()}
+    kept = {
+        name: getattr(model, name).gate.detach()[mask]
+        for name, mask in allocator.allocate(4).keep.items()
+    }
     resize(model, allocator.allocate(4))
     for name, gate in kept.items():
         assert torch.equal(getattr(model, name).gate, gate)
@@ -339,7 +368,10 @@ def test_ranks_that_learned_nothing_go_first():
         targets.append(layer.weight.detach() + U @ V.T)
 
     def loss(model, x):
-        errors = [(layer(x) - x @ target.T).square().mean() for layer, target in zip(model, targets, strict=True)]
+        errors = [
+            (layer(x) - x @ target.T).square().mean()
+            for layer, target in zip(model, targets, strict=True)
+        ]
         return torch.stack(errors).sum()
 
     wrap(layers, {str(i): 4 for i in range(3)}, gate=0.0, alpha=4)
@@ -373,12 +405,20 @@ def test_what_the_sensitivity_sees_and_what_it_does_not():
     layers[0].gate.data.fill_(0.5)
 
     def loss(model, x):
-        return sum((layer(x) - x @ target.T).square().sum() for layer, target in zip(model, targets, strict=True))
+        return sum(
+            (layer(x) - x @ target.T).square().sum()
+            for layer, target in zip(model, targets, strict=True)
+        )
 
     scores, _ = scored(layers, [eye], loss, generator=4)
     masks = coalition_masks(4, 90, generator=4)
-    alone = [(masks[:, 0] & ~masks[:, 1]).double().mean(), (masks[:, 1] & ~masks[:, 0]).double().mean()]
+    alone = [
+        (masks[:, 0] & ~masks[:, 1]).double().mean(),
+        (masks[:, 1] & ~masks[:, 0]).double().mean(),
+    ]
     torch.testing.assert_close(scores["0"], torch.stack(alone), rtol=1e-14, atol=0)
     assert scores["1"].tolist() == [0.0, 0.0]
     values = exact_shapley_values(lambda mask: -loss(coalition_of(layers, mask), eye).item(), 4)
-    torch.testing.assert_close(values, torch.tensor([0.5, 0.5, 1, 1], dtype=torch.float64), rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        values, torch.tensor([0.5, 0.5, 1, 1], dtype=torch.float64), rtol=1e-14, atol=0
+    )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import randomize
-from shaplora_cases import data, flat, loss_fn, scored, trained
+from helpers.models import randomize
+from helpers.shaplora_cases import data, flat, loss_fn, scored, trained
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -45,12 +45,19 @@ def partly(how, ranks):
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 @pytest.mark.parametrize("coalitions", [0, 18])
 @pytest.mark.parametrize("how", ["no_grad", "reentrant"])
-def test_layers_that_no_gradient_reaches_by_mistake_are_named_and_do_not_score_zero(how, coalitions):
+def test_layers_that_no_gradient_reaches_by_mistake_are_named_and_do_not_score_zero(
+    how, coalitions
+):
     model = partly(how, {"body": 2, "head": 2})
-    with testing.unchanged(model), pytest.raises(ValueError, match="'body' is called where no gradient is taken"):
+    with (
+        testing.unchanged(model),
+        pytest.raises(ValueError, match="'body' is called where no gradient is taken"),
+    ):
         scored(model, coalitions=coalitions)
     alone = partly(how, {"body": 2})
-    with pytest.raises(ValueError, match=r"the loss depends on no adapter.*no re-entrant checkpointing"):
+    with pytest.raises(
+        ValueError, match=r"the loss depends on no adapter.*no re-entrant checkpointing"
+    ):
         scored(alone, coalitions=coalitions)
 
 
@@ -89,5 +96,7 @@ def test_the_default_device_does_not_matter(coalitions):
         resize(model, other.allocate(4))
         resize(model, {"up": 1})  # by contribution
     assert torch.equal(flat(scores), flat(expected))
-    assert torch.equal(flat(other.standard_errors or scores), flat(allocator.standard_errors or expected))
+    assert torch.equal(
+        flat(other.standard_errors or scores), flat(allocator.standard_errors or expected)
+    )
     assert model.up.rank == 1

@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from models import assert_unchanged, snapshot
-from shaplora_cases import RANKS, Net, data, flat, loss_fn, scored, trained
+from helpers.models import assert_unchanged, snapshot
+from helpers.shaplora_cases import RANKS, Net, data, flat, loss_fn, scored, trained
 
 from minirank import ShapLoRA, UniformRanks, merge, wrap
 
-# ---- nothing changes -----------------------------------------------------------------------------------------------
+# ---- nothing changes ----------------------------------------------------------------------------
 
 
 def test_score_leaves_everything_as_it_was():
@@ -57,7 +57,9 @@ def test_only_the_adapters_take_gradients_inside():
     model = trained()
     assert model.norm.weight.requires_grad
     scored(model, loss=looking, coalitions=18)
-    assert set.union(*seen) == {f"{name}.{part}" for name in RANKS for part in ("lora_A", "lora_B", "gate")}
+    assert set.union(*seen) == {
+        f"{name}.{part}" for name in RANKS for part in ("lora_A", "lora_B", "gate")
+    }
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
@@ -77,7 +79,7 @@ def test_scores_do_not_alias_the_allocators_own():
     assert allocator.allocate(4).ranks == expected
 
 
-# ---- two stages ----------------------------------------------------------------------------------------------------
+# ---- two stages --------------------------------------------------------------------------------
 
 
 def two_stages(first_stage):
@@ -92,7 +94,9 @@ def two_stages(first_stage):
         shaplora = ShapLoRA(trial, loss_fn, data((5,), seed=9), coalitions=18, progress=False)
         shaplora.score()
         shaplora.allocate(4)
-    wrap(model, {"up": 1, "mid": 2, "down": 1}, trainable=[])  # the same ranks, whatever the first stage found
+    wrap(
+        model, {"up": 1, "mid": 2, "down": 1}, trainable=[]
+    )  # the same ranks, whatever the first stage found
     train(model, steps=5, lr=0.1)
     return model
 
@@ -118,14 +122,16 @@ def test_nothing_of_stage_one_leaks_into_stage_two():
     results = []
     for stage_one in (None, first_stage(2, 0.01), first_stage(9, 0.5)):
         torch.manual_seed(3)
-        results.append({name: value.clone() for name, value in two_stages(stage_one).state_dict().items()})
+        results.append(
+            {name: value.clone() for name, value in two_stages(stage_one).state_dict().items()}
+        )
     for other in results[1:]:
         assert other.keys() == results[0].keys()
         for name, value in other.items():
             assert torch.equal(value, results[0][name]), name
 
 
-# ---- errors --------------------------------------------------------------------------------------------------------
+# ---- errors ------------------------------------------------------------------------------------
 
 
 def ungated():
@@ -209,10 +215,18 @@ def test_frozen_after_it_was_made():
         ({"coalitions": 20}, ValueError, "coalitions must be a multiple of 18"),
         ({"coalitions": -18}, ValueError, "coalitions must be an integer of at least 18"),
         ({"coalitions": None}, ValueError, "coalitions must be"),
-        ({"importance": "hessian"}, ValueError, r"importance must be one of \('sensitivity', 'magnitude'\)"),
+        (
+            {"importance": "hessian"},
+            ValueError,
+            r"importance must be one of \('sensitivity', 'magnitude'\)",
+        ),
         ({"loss_fn": "mse"}, TypeError, "loss_fn must be a function, got str"),
         ({"batch_weight": 3}, TypeError, "batch_weight must be a function, got int"),
-        ({"batches": 3}, TypeError, "batches must be an iterable of what loss_fn takes, got one int"),
+        (
+            {"batches": 3},
+            TypeError,
+            "batches must be an iterable of what loss_fn takes, got one int",
+        ),
     ],
 )
 def test_wrong_arguments_are_told_at_once(option, error, match):
@@ -229,15 +243,33 @@ OTHER = trained().eval()  # whose own parameters give the loss a graph
         ({"batches": []}, "batches is empty"),
         ({"batches": iter(())}, "a generator that was used up"),
         ({"batch_weight": lambda batch: 0}, "weigh nothing"),
-        ({"batch_weight": lambda batch: -1.0}, r"batch_weight\(batch\) must be a number of at least 0, got -1.0"),
+        (
+            {"batch_weight": lambda batch: -1.0},
+            r"batch_weight\(batch\) must be a number of at least 0, got -1.0",
+        ),
         ({"batch_weight": lambda batch: math.nan}, r"batch_weight\(batch\) must be"),
         ({"batch_weight": lambda batch: math.inf}, r"batch_weight\(batch\) must be"),
-        ({"loss": lambda model, batch: loss_fn(model, batch).detach()}, "the loss depends on no adapter"),
-        ({"loss": lambda model, batch: (model(batch[0]) - batch[1]).square()}, "must return a scalar"),
+        (
+            {"loss": lambda model, batch: loss_fn(model, batch).detach()},
+            "the loss depends on no adapter",
+        ),
+        (
+            {"loss": lambda model, batch: (model(batch[0]) - batch[1]).square()},
+            "must return a scalar",
+        ),
         ({"loss": lambda model, batch: loss_fn(model, batch).item()}, "must return a scalar"),
-        ({"loss": lambda model, batch: loss_fn(model, batch) * math.nan}, "the loss of a batch is nan: check the data"),
-        ({"loss": lambda model, batch: loss_fn(model, batch) + math.inf}, "the loss of a batch is inf"),  # finite slope
-        ({"loss": lambda model, batch: (0 * loss_fn(model, batch)).sqrt()}, "the sensitivity of 'up' is not finite"),
+        (
+            {"loss": lambda model, batch: loss_fn(model, batch) * math.nan},
+            "the loss of a batch is nan: check the data",
+        ),
+        (
+            {"loss": lambda model, batch: loss_fn(model, batch) + math.inf},
+            "the loss of a batch is inf",
+        ),  # finite slope
+        (
+            {"loss": lambda model, batch: (0 * loss_fn(model, batch)).sqrt()},
+            "the sensitivity of 'up' is not finite",
+        ),
         ({"loss": lambda model, batch: loss_fn(OTHER, batch)}, "the loss depends on no adapter"),
     ],
 )

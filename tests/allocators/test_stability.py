@@ -8,15 +8,15 @@ import math
 
 import pytest
 import torch
-from estimators import seeded
+from helpers.estimators import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from minirank import Allocation, SensitivityLoRA, curvature, testing
-from minirank.estimate import Estimate
-from minirank.sensitivity import effective_rank, matrix_metrics, sensitivity_metrics
-from minirank.stability import Groups, resample, stability
+from minirank.allocators.sensitivity import effective_rank, matrix_metrics, sensitivity_metrics
+from minirank.allocators.stability import Groups, resample, stability
+from minirank.curvature.estimate import Estimate
 
 
 def estimate(value, weight):
@@ -28,7 +28,7 @@ def plain(h):
     return h["a"]
 
 
-# ---- groups and the jackknife --------------------------------------------------------------------------------------
+# ---- groups and the jackknife ------------------------------------------------------------------
 
 
 def test_of_a_plain_mean_the_jackknife_gives_the_textbook_error():
@@ -44,7 +44,10 @@ def test_of_a_plain_mean_the_jackknife_gives_the_textbook_error():
 
 def test_unequal_groups_follow_busing_and_others():
     """Their estimator written out: mean 1/g Σ (θ̃_j − θ_J)² / (h_j − 1) with θ̃_j = h_j θ − (h_j − 1) θ_(−j)."""
-    xs, ws = torch.tensor([1.0, 4.0, 6.0, 9.0], dtype=torch.float64), torch.tensor([1.0, 2.0, 2.0, 5.0])
+    xs, ws = (
+        torch.tensor([1.0, 4.0, 6.0, 9.0], dtype=torch.float64),
+        torch.tensor([1.0, 2.0, 2.0, 5.0]),
+    )
     groups = Groups(4)
     for x, w in zip(xs.tolist(), ws.tolist(), strict=True):
         groups.add(estimate(x, w), 1)
@@ -57,7 +60,9 @@ def test_unequal_groups_follow_busing_and_others():
     for j in range(4):
         rest = [i for i in range(4) if i != j]
         h = float(ws.sum() / ws[j])
-        pseudo.append((h, h * mean**2 - (h - 1) * float((xs[rest] * ws[rest]).sum() / ws[rest].sum()) ** 2))
+        pseudo.append(
+            (h, h * mean**2 - (h - 1) * float((xs[rest] * ws[rest]).sum() / ws[rest].sum()) ** 2)
+        )
     center = sum(p for _, p in pseudo) / 4
     variances = sum((p - center) ** 2 / (h - 1) for h, p in pseudo) / 4
     score, deviations = groups.jackknife(squared)
@@ -66,7 +71,10 @@ def test_unequal_groups_follow_busing_and_others():
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(0.5, 5)), min_size=1, max_size=70), st.integers(4, 6))
+@given(
+    st.lists(st.tuples(st.floats(-5, 5), st.floats(0.5, 5)), min_size=1, max_size=70),
+    st.integers(4, 6),
+)
 def test_groups_join_without_loss(batches, least):
     groups, stream = Groups(least), iter(batches)
     while group := list(itertools.islice(stream, groups.batches_per_group)):
@@ -74,7 +82,9 @@ def test_groups_join_without_loss(batches, least):
         groups.add(estimate(sum(x * w for x, w in group) / weight, weight), len(group))
         assert len(groups) < 2 * least
     total = sum(w for _, w in batches)
-    assert float(groups.mean()["a"]) == pytest.approx(sum(x * w for x, w in batches) / total, rel=1e-9, abs=1e-9)
+    assert float(groups.mean()["a"]) == pytest.approx(
+        sum(x * w for x, w in batches) / total, rel=1e-9, abs=1e-9
+    )
     assert len(groups) >= min(len(batches), least)
 
 
@@ -112,7 +122,9 @@ def test_95_percent_intervals_of_theta_cover_92_to_98_percent():
         while left > 0:
             count = min(groups.batches_per_group, left)
             left -= count
-            common = -torch.rand(count, n, 1, 4, generator=generator, dtype=torch.float64).log().mean(3)
+            common = (
+                -torch.rand(count, n, 1, 4, generator=generator, dtype=torch.float64).log().mean(3)
+            )
             own = -torch.rand(count, n, 12, generator=generator, dtype=torch.float64).log()
             groups.add({str(i): h for i, h in enumerate((truth * common * own).mean(0))}, count)
         draws = theta(resample(*groups.jackknife(metrics), 500, generator))
@@ -123,7 +135,9 @@ def test_95_percent_intervals_of_theta_cover_92_to_98_percent():
 
 
 def test_resampled_scores_have_the_stated_spread():
-    deviations = torch.tensor([[3.0, 0.0], [4.0, 1.0], [0.0, -1.0], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    deviations = torch.tensor(
+        [[3.0, 0.0], [4.0, 1.0], [0.0, -1.0], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float64
+    )
     score = torch.tensor([10.0, 20.0], dtype=torch.float64)
     draws = resample(score, deviations, 200_000, seeded())
     torch.testing.assert_close(draws.mean(0), score, rtol=0, atol=0.1)
@@ -145,7 +159,7 @@ def test_the_smooth_effective_rank_rounds_up_to_the_count(entries, share):
         assert abs(float(nudged - smooth)) < 1e-4
 
 
-# ---- the report ----------------------------------------------------------------------------------------------------
+# ---- the report --------------------------------------------------------------------------------
 
 
 def largest_gets_all(scores):
@@ -156,15 +170,29 @@ def largest_gets_all(scores):
 
 def report(score, spread, **options):
     deviations = torch.eye(5, dtype=torch.float64)[:, :2] * spread
-    arguments = {"confidence": 0.9, "resamples": 500, "generator": seeded(), "batches": 7, **options}
-    return stability(torch.exp, largest_gets_all, torch.tensor(score, dtype=torch.float64), deviations, **arguments)
+    arguments = {
+        "confidence": 0.9,
+        "resamples": 500,
+        "generator": seeded(),
+        "batches": 7,
+        **options,
+    }
+    return stability(
+        torch.exp,
+        largest_gets_all,
+        torch.tensor(score, dtype=torch.float64),
+        deviations,
+        **arguments,
+    )
 
 
 def test_a_clear_lead_is_settled_and_a_tie_is_open():
     settled = report([1.0, 5.0], 0.01)
     assert (settled.moved, settled.same, settled.open) == (0, 1.0, {})
     assert "none of them would move" in str(settled)
-    low, high = settled.score_intervals["b"]  # scores are exp of the metrics; t of 4 degrees of freedom: 2.13
+    low, high = settled.score_intervals[
+        "b"
+    ]  # scores are exp of the metrics; t of 4 degrees of freedom: 2.13
     assert math.log(low) == pytest.approx(5 - 0.0213, abs=0.003)
     assert math.log(high) == pytest.approx(5 + 0.0213, abs=0.003)
     tie = report([5.0, 5.001], 1.0)
@@ -190,17 +218,20 @@ def test_confidence_out_of_range(confidence):
         report([1.0, 5.0], 1.0, resamples=1)
 
 
-# ---- SensitivityLoRA -----------------------------------------------------------------------------------------------
+# ---- SensitivityLoRA ---------------------------------------------------------------------------
 
 
 def model_and_batches(count, seed=0, sizes=(8,)):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(60, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 8)).double()
+        model = nn.Sequential(
+            nn.Linear(60, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 8)
+        ).double()
     generator = seeded(seed)
     scale = torch.logspace(0.5, -0.5, 60, dtype=torch.float64)
     batches = [
-        torch.randn(sizes[i % len(sizes)], 60, generator=generator, dtype=torch.float64) * scale for i in range(count)
+        torch.randn(sizes[i % len(sizes)], 60, generator=generator, dtype=torch.float64) * scale
+        for i in range(count)
     ]
     return model, batches
 
@@ -213,7 +244,9 @@ def allocator(model, batches, **options):
     return SensitivityLoRA(model, loss_fn, batches, progress=False, **options)
 
 
-@pytest.mark.parametrize("estimator", [curvature.input_second_moment, curvature.exact_hessian_diagonal])
+@pytest.mark.parametrize(
+    "estimator", [curvature.input_second_moment, curvature.exact_hessian_diagonal]
+)
 def test_groups_change_no_score(estimator):
     model, batches = model_and_batches(27, sizes=(8, 3, 5))
     together = allocator(model, batches, curvature=estimator)
@@ -334,11 +367,15 @@ def test_errors_say_what_to_do():
         allocator(model, batches, groups=3)
     few = allocator(model, batches[:3], groups=10)
     assert few.score().keys() == {"0", "2", "4"}
-    with pytest.raises(ValueError, match="3 batches are too few to tell how scores vary: give at least 4"):
+    with pytest.raises(
+        ValueError, match="3 batches are too few to tell how scores vary: give at least 4"
+    ):
         few.stability(12)
     with pytest.raises(ValueError, match="batches is empty"):
         allocator(model, [], groups=4).score()
-    with pytest.raises(RuntimeError, match=r"needs scores by group: SensitivityLoRA\(…, groups=10\)"):
+    with pytest.raises(
+        RuntimeError, match=r"needs scores by group: SensitivityLoRA\(…, groups=10\)"
+    ):
         allocator(model, batches).stability(12)
     with pytest.raises(RuntimeError, match=r"stability needs scores: call score\(\) first"):
         allocator(model, batches, groups=10).stability(12)

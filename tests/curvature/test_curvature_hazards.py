@@ -7,8 +7,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from estimators import LOSS_BASED, seeded
-from test_hessian import build, classify, mlp, pairs
+from helpers.curvature_cases import build, classify, mlp, pairs
+from helpers.estimators import LOSS_BASED, seeded
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +21,7 @@ from minirank.curvature import (
     hutchinson_weights,
     input_second_moment,
 )
-from minirank.probes import outer_products
+from minirank.curvature.sampling import outer_products
 
 every = pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
 
@@ -94,7 +94,10 @@ def test_layers_that_cannot_be_differentiated_are_named_not_flat(estimate, how):
     model, batches = build(lambda: Frozen(how)), pairs((5,), (4,))
     if how == "autocast":
         model, batches = model.float(), [(x.float(), y) for x, y in batches]
-    with testing.unchanged(model), pytest.raises(ValueError, match="'body' is called under no_grad"):
+    with (
+        testing.unchanged(model),
+        pytest.raises(ValueError, match="'body' is called under no_grad"),
+    ):
         estimate(model, classify, batches)
     input_second_moment(model, classify, batches)
 
@@ -110,14 +113,19 @@ def test_gradient_checkpointing_is_followed_or_refused(estimate):
     expected = estimate(build(lambda: Frozen("")), classify, batches)
     model = build(lambda: Checkpointed(""))
     if estimate in (hessian_diagonal_reference, LOSS_BASED["Hutchinson, weights"]):
-        with testing.unchanged(model), pytest.raises(ValueError, match=r"gradient checkpointing.* hutchinson_outputs"):
+        with (
+            testing.unchanged(model),
+            pytest.raises(ValueError, match=r"gradient checkpointing.* hutchinson_outputs"),
+        ):
             estimate(model, classify, batches)
         return
     for name, h in estimate(model, classify, batches).items():
         torch.testing.assert_close(h, expected[name], rtol=1e-12, atol=1e-16)
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch 2.6 brought the switch")
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "set_stance"), reason="torch 2.6 brought the switch"
+)
 @every
 def test_compiled_parts_run_as_written(estimate):
     """By torch.compile's plainest backend, which needs no C++ compiler: hooks inside are skipped all the same."""
@@ -226,12 +234,18 @@ def test_weights_kept_as_buffers_count():
         def forward(self, x):
             return F.linear(x, self.weight)
 
-    model, batches = build(lambda: nn.Sequential(Fixed(), nn.Tanh(), nn.Linear(3, 3))), pairs((5,), (4,))
+    model, batches = (
+        build(lambda: nn.Sequential(Fixed(), nn.Tanh(), nn.Linear(3, 3))),
+        pairs((5,), (4,)),
+    )
     exact = exact_hessian_diagonal(model, classify, batches)
     reference = hessian_diagonal_reference(model, classify, batches)
     for name in exact:
         torch.testing.assert_close(reference[name], exact[name], rtol=1e-12, atol=1e-16)
-    assert hutchinson_weights(model, classify, batches, generator=seeded(), samples=2).keys() == exact.keys()
+    assert (
+        hutchinson_weights(model, classify, batches, generator=seeded(), samples=2).keys()
+        == exact.keys()
+    )
 
 
 def test_a_layer_that_casts_its_input():
@@ -256,7 +270,7 @@ def test_a_layer_that_casts_its_input():
 
 @pytest.mark.parametrize("block", [1, 100, 10**6])
 def test_outer_products_in_blocks_of_samples(block, monkeypatch):
-    monkeypatch.setattr("minirank.probes.BLOCK", block)
+    monkeypatch.setattr("minirank.curvature.sampling.BLOCK", block)
     generator = seeded()
     u, v = torch.randn(2, 4, 5, 3, 6, generator=generator, dtype=torch.float64)
     x = torch.randn(5, 3, 7, generator=generator, dtype=torch.float64)
@@ -271,7 +285,11 @@ def test_outer_products_in_blocks_of_samples(block, monkeypatch):
 @pytest.mark.parametrize("seed", range(8))
 def test_stability_answers_where_few_groups_tell_little(seed):
     """Draws within wide errors can have a negative mean trace, which no minimum has: they still give ranks."""
-    model = build(lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)))
+    model = build(
+        lambda: nn.Sequential(
+            nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)
+        )
+    )
     generator = seeded(seed)
     batches = [torch.randn(1, 6, generator=generator, dtype=torch.float64) for _ in range(5)]
 

@@ -8,8 +8,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from estimators import LOSS_BASED
-from test_hessian import CASES, Attention, build, classify, dense_diagonal, mlp, pairs
+from helpers.curvature_cases import CASES, Attention, build, classify, mlp, pairs
+from helpers.dense import dense_diagonal
+from helpers.estimators import LOSS_BASED
 from torch import nn
 
 from minirank import testing
@@ -22,7 +23,9 @@ from minirank.curvature import (
 from minirank.measure import batch_length
 
 # torch.func.hessian's own, in torch 2.13
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)
 
 
 def one_pair_interacts(model, batch):
@@ -66,10 +69,15 @@ class Flattened(nn.Module):
 )
 def test_samples_that_interact_are_detected_and_done_without_the_assumption(make, loss_fn, shape):
     model, batches = build(make), pairs(shape, (3, 4))
-    with testing.unchanged(model), pytest.raises(ValueError, match=r"samples of a batch interact .* independent=False"):
+    with (
+        testing.unchanged(model),
+        pytest.raises(ValueError, match=r"samples of a batch interact .* independent=False"),
+    ):
         exact_hessian_diagonal(model, loss_fn, batches)
     for name, h in exact_hessian_diagonal(model, loss_fn, batches, independent=False).items():
-        torch.testing.assert_close(h, dense_diagonal(model, loss_fn, batches, name), rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(
+            h, dense_diagonal(model, loss_fn, batches, name), rtol=1e-12, atol=1e-15
+        )
 
 
 @pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
@@ -164,7 +172,9 @@ def test_samples_that_meet_between_two_calls_of_a_layer_are_detected():
         with pytest.raises(ValueError, match="samples of a batch interact"):
             estimate(model, loss_fn, [x])
     exact = exact_hessian_diagonal(model, loss_fn, [x], independent=False)["twice"]
-    torch.testing.assert_close(exact, hessian_diagonal_reference(model, loss_fn, [x])["twice"], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        exact, hessian_diagonal_reference(model, loss_fn, [x])["twice"], rtol=1e-12, atol=1e-15
+    )
 
 
 def test_interaction_in_a_layer_of_small_curvature_is_detected():
@@ -178,7 +188,9 @@ def test_interaction_in_a_layer_of_small_curvature_is_detected():
             return self.b(torch.tanh(h - h.roll(1, 0) / 2) + 1)
 
     with pytest.raises(ValueError, match="samples of a batch interact"):
-        exact_hessian_diagonal(build(Faint).float(), classify, [(b[0].float(), b[1]) for b in pairs((4,), (6,))])
+        exact_hessian_diagonal(
+            build(Faint).float(), classify, [(b[0].float(), b[1]) for b in pairs((4,), (6,))]
+        )
 
 
 def test_an_input_changed_in_place_after_the_layer_counts_as_the_layer_saw_it():
@@ -209,7 +221,9 @@ def test_hooks_of_the_user_that_change_an_output_are_part_of_the_function(estima
         layer.register_forward_hook(lambda module, args, output: output.square())
     h = estimate(model, classify, batches)
     for name in h:
-        torch.testing.assert_close(h[name], dense_diagonal(model, classify, batches, name), rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(
+            h[name], dense_diagonal(model, classify, batches, name), rtol=1e-12, atol=1e-15
+        )
 
 
 @pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
@@ -254,7 +268,10 @@ def test_a_batch_that_does_not_reach_a_layer_counts_as_flat_there(estimate):
     ("options", "match"),
     [
         ({"batch_weight": lambda batch: 0}, "weigh nothing"),
-        ({"batch_weight": lambda batch: float("nan")}, "batch_weight must give a number of at least 0, got nan"),
+        (
+            {"batch_weight": lambda batch: float("nan")},
+            "batch_weight must give a number of at least 0, got nan",
+        ),
     ],
 )
 @pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
@@ -316,11 +333,16 @@ def test_half_precision_is_computed_in_float32_and_comes_back_bit_for_bit(estima
 @pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
 def test_a_loss_that_is_not_deterministic_is_refused(estimate):
     def noisy(model, batch):
-        return F.cross_entropy(F.dropout(model(batch[0]), 0.3), batch[1])  # training=True is its default
+        return F.cross_entropy(
+            F.dropout(model(batch[0]), 0.3), batch[1]
+        )  # training=True is its default
 
     model = build(mlp)
     state = torch.get_rng_state()
-    with testing.unchanged(model), pytest.raises(ValueError, match=r"not deterministic: one batch gave .* and then"):
+    with (
+        testing.unchanged(model),
+        pytest.raises(ValueError, match=r"not deterministic: one batch gave .* and then"),
+    ):
         estimate(model, noisy, pairs((5,), (4,)))
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -346,7 +368,9 @@ def test_a_loss_that_took_its_gradient_or_lost_its_graph_is_refused(estimate):
     with pytest.raises(ValueError, match=r"not connected to any target: .*no detach\(\)"):
         estimate(model, lambda m, b: classify(m, b).detach(), batches)
     other = build(mlp).requires_grad_(False)
-    with pytest.raises(ValueError, match=r"call the model that it is given|no batch reached '0'|came 0 times"):
+    with pytest.raises(
+        ValueError, match=r"call the model that it is given|no batch reached '0'|came 0 times"
+    ):
         estimate(model, lambda m, b: classify(other, b), batches)
 
 
@@ -389,7 +413,10 @@ def test_a_target_that_the_loss_ignores_has_zeros(estimate):
 def test_batches_of_any_type(estimate):
     model, ((x, y),) = build(mlp), pairs((5,), (4,))
     expected = estimate(model, classify, [(x, y)])
-    inputs = {"tuple": ([x, y], classify), "dict": ({"x": x, "y": y}, lambda m, b: classify(m, (b["x"], b["y"])))}
+    inputs = {
+        "tuple": ([x, y], classify),
+        "dict": ({"x": x, "y": y}, lambda m, b: classify(m, (b["x"], b["y"]))),
+    }
     inputs["tensor"] = (x, lambda m, b: classify(m, (b, y)))
     for batch, loss_fn in inputs.values():
         found = estimate(model, loss_fn, [batch])
@@ -400,7 +427,9 @@ def test_batches_of_any_type(estimate):
 def test_a_sample_without_a_batch_dimension_is_a_batch_of_one(estimate):
     model, ((x, y),) = build(mlp), pairs((5,), (1,))
     expected = estimate(model, classify, [(x, y)])
-    found = estimate(model, lambda m, b: classify(m, (b[0], b[1][0])), [(x[0], y)], batch_weight=lambda b: 1)
+    found = estimate(
+        model, lambda m, b: classify(m, (b[0], b[1][0])), [(x[0], y)], batch_weight=lambda b: 1
+    )
     for name, h in expected.items():
         torch.testing.assert_close(found[name], h, rtol=1e-12, atol=1e-16)
 
@@ -421,7 +450,11 @@ def test_no_more_products_at_once_than_the_chunk_size(estimate, monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", counted)
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         estimate(build(mlp), classify, pairs((5,), (4,)), chunk_size=0)
-    samples = {} if estimate in (exact_hessian_diagonal, hessian_diagonal_reference, gauss_newton) else {"samples": 9}
+    samples = (
+        {}
+        if estimate in (exact_hessian_diagonal, hessian_diagonal_reference, gauss_newton)
+        else {"samples": 9}
+    )
     model = build(mlp)
     model[4] = nn.Linear(4, 7).double()
     estimate(model, classify, pairs((5,), (4,)), chunk_size=4, **samples)

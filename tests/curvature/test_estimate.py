@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirank.estimate import MIN_SAMPLES, DiagonalMean, Estimate, RunningMean
+from minirank.curvature.estimate import MIN_SAMPLES, DiagonalMean, Estimate, RunningMean
 
 values = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=30)
 
@@ -66,7 +66,9 @@ def test_unequal_weights_cover_as_stated():
     for _ in range(runs):
         running = RunningMean()
         for n in torch.randint(1, 41, (30,), generator=generator).tolist():
-            running.add(float(-torch.rand(n, generator=generator, dtype=torch.float64).log().mean()), n)
+            running.add(
+                float(-torch.rand(n, generator=generator, dtype=torch.float64).log().mean()), n
+            )
         hits += abs(running.mean - 1) < 2.05 * running.standard_error
     assert 0.92 <= hits / runs <= 0.98
 
@@ -102,7 +104,9 @@ def test_known_to_compares_with_the_mean_trace_over_layers():
     assert not total.known_to(10.0)  # too few to say
     total.add("large", diagonal(2.1), 1)
     total.add("small", diagonal(0.1), 1)
-    worst = max(running.standard_error for running in total.traces.values())  # 0.1 = s / √n of ±0.3, ten times
+    worst = max(
+        running.standard_error for running in total.traces.values()
+    )  # 0.1 = s / √n of ±0.3, ten times
     assert math.isclose(worst, 0.1, rel_tol=1e-9)
     assert total.known_to(0.1001)  # the mean of |1.8| and |−0.2| is 1
     assert not total.known_to(0.0999)
@@ -116,8 +120,18 @@ def test_weights_out_of_range_are_errors(weight):
 
 
 def test_an_estimate_survives_copy_and_pickle():
-    estimate = Estimate({"a": diagonal(1, 2)}, samples=3, over="probes", standard_errors={"a": 0.5}, weights={"a": 2.0})
-    for twin in (copy.copy(estimate), copy.deepcopy(estimate), pickle.loads(pickle.dumps(estimate))):
+    estimate = Estimate(
+        {"a": diagonal(1, 2)},
+        samples=3,
+        over="probes",
+        standard_errors={"a": 0.5},
+        weights={"a": 2.0},
+    )
+    for twin in (
+        copy.copy(estimate),
+        copy.deepcopy(estimate),
+        pickle.loads(pickle.dumps(estimate)),
+    ):
         assert type(twin) is Estimate
         assert vars(twin) == vars(estimate)
         assert twin["a"].tolist() == [1, 2]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from estimators import coverage_of_traces, seeded
-from test_hessian import CASES, build, classify, mlp, pairs
+from helpers.curvature_cases import CASES, build, classify, mlp, pairs
+from helpers.estimators import coverage_of_traces, seeded
 from torch import nn
 
-from minirank import gauss_newton as module
 from minirank.curvature import empirical_fisher, exact_hessian_diagonal, gauss_newton
 from minirank.measure import batch_length
 
 # torch.func.hessian's own, in torch 2.13
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)
+
+module = importlib.import_module("minirank.curvature.gauss_newton")
 
 
 def dense_gauss_newton(model, loss_of_output, batches, name):
@@ -32,7 +36,9 @@ def dense_gauss_newton(model, loss_of_output, batches, name):
 
         y = output(weight).detach()
         J = torch.func.jacrev(output)(weight).reshape(y.numel(), weight.numel())
-        H = torch.func.hessian(lambda y, labels=labels: loss_of_output(y, labels))(y).reshape(y.numel(), y.numel())
+        H = torch.func.hessian(lambda y, labels=labels: loss_of_output(y, labels))(y).reshape(
+            y.numel(), y.numel()
+        )
         total += len(x) * (J.t() @ H @ J).diagonal()
     return (total / sum(len(x) for x, _ in batches)).reshape(weight.shape)
 
@@ -59,10 +65,15 @@ def binary(y, labels):
 
 def mixed(y, labels):
     """Convex, neither diagonal nor softmax's: taken apart numerically."""
-    return (torch.logsumexp(y, -1) + (y[..., 0] - 2 * y[..., 1]).square() + y[..., 2].square() / 9).mean()
+    return (
+        torch.logsumexp(y, -1) + (y[..., 0] - 2 * y[..., 1]).square() + y[..., 2].square() / 9
+    ).mean()
 
 
-LOSSES = {f.__name__: f for f in (F.cross_entropy, smoothed, partly_ignored, weighted_classes, squared, binary, mixed)}
+LOSSES = {
+    f.__name__: f
+    for f in (F.cross_entropy, smoothed, partly_ignored, weighted_classes, squared, binary, mixed)
+}
 
 
 def transposed_like(model, name, h):
@@ -78,12 +89,16 @@ def test_exact_equals_the_dense_matrix(loss, case):
     assert found.over == "batches"
     for name, h in found.items():
         dense = dense_gauss_newton(model, of_output, batches, name)
-        torch.testing.assert_close(transposed_like(model, name, h), dense, rtol=1e-7, atol=1e-13, msg=name)
+        torch.testing.assert_close(
+            transposed_like(model, name, h), dense, rtol=1e-7, atol=1e-13, msg=name
+        )
         assert float(h.min()) >= 0
         assert float(h.max()) > 1e-6
 
 
-@pytest.mark.parametrize("options", [{"chunk_size": 1}, {"chunk_size": 100}, {"independent": False}])
+@pytest.mark.parametrize(
+    "options", [{"chunk_size": 1}, {"chunk_size": 100}, {"independent": False}]
+)
 def test_options_change_nothing(options):
     make, batches = CASES["encoder layer"]
     model = build(make)
@@ -113,7 +128,12 @@ def test_one_prediction_per_position():
     model, batches = build(TokenModel), pairs((3, 4), (2, 3))
     found = gauss_newton(model, lambda m, b: token_loss(m(b[0]), b[1]), batches)
     sampled = gauss_newton(
-        model, lambda m, b: token_loss(m(b[0]), b[1]), batches, samples=400, chunk_size=100, generator=seeded()
+        model,
+        lambda m, b: token_loss(m(b[0]), b[1]),
+        batches,
+        samples=400,
+        chunk_size=100,
+        generator=seeded(),
     )
     for name, h in found.items():
         dense = dense_gauss_newton(model, token_loss, batches, name)
@@ -124,11 +144,17 @@ def test_one_prediction_per_position():
 def test_the_last_layer_and_a_linear_network_have_the_hessian_itself():
     make, batches = CASES["mlp"]
     model = build(make)
-    exact, found = exact_hessian_diagonal(model, classify, batches), gauss_newton(model, classify, batches)
+    exact, found = (
+        exact_hessian_diagonal(model, classify, batches),
+        gauss_newton(model, classify, batches),
+    )
     torch.testing.assert_close(found["4"], exact["4"], rtol=1e-7, atol=1e-13)
     assert not torch.allclose(found["0"], exact["0"], rtol=0.1)
     linear = build(lambda: nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)))
-    exact, found = exact_hessian_diagonal(linear, classify, batches), gauss_newton(linear, classify, batches)
+    exact, found = (
+        exact_hessian_diagonal(linear, classify, batches),
+        gauss_newton(linear, classify, batches),
+    )
     for name in exact:
         torch.testing.assert_close(found[name], exact[name], rtol=1e-7, atol=1e-13)
 
@@ -136,7 +162,9 @@ def test_the_last_layer_and_a_linear_network_have_the_hessian_itself():
 @pytest.mark.parametrize("loss", ["cross_entropy", "squared", "mixed"])
 def test_the_mean_over_all_signs_is_the_exact_diagonal(loss, monkeypatch):
     model, batches, of_output = build(mlp), pairs((5,), (3,)), LOSSES[loss]
-    every = torch.tensor(list(itertools.product([1.0, -1.0], repeat=9)), dtype=torch.float64).view(-1, 3, 1, 3)
+    every = torch.tensor(list(itertools.product([1.0, -1.0], repeat=9)), dtype=torch.float64).view(
+        -1, 3, 1, 3
+    )
     monkeypatch.setattr(module, "random_signs", lambda like, count, generator: every[:count])
 
     def loss_fn(model, batch):
@@ -169,7 +197,9 @@ def test_many_classes_need_no_dense_matrix():
         y = model(batch[0])
         return (torch.logsumexp(y, 1) + y.sum(1).square()).mean()
 
-    with pytest.raises(ValueError, match=r"an output of 612 columns is neither .* use hutchinson_outputs"):
+    with pytest.raises(
+        ValueError, match=r"an output of 612 columns is neither .* use hutchinson_outputs"
+    ):
         gauss_newton(model, mixes, batches)
 
 
@@ -194,7 +224,9 @@ def test_an_output_of_one_number_per_sample():
 
     model, batches = build(Regression), pairs((5,), (4, 2))
     for name, h in gauss_newton(model, lambda m, b: error(m(b[0]), b[1]), batches).items():
-        torch.testing.assert_close(h, dense_gauss_newton(model, error, batches, name), rtol=1e-8, atol=1e-14)
+        torch.testing.assert_close(
+            h, dense_gauss_newton(model, error, batches, name), rtol=1e-8, atol=1e-14
+        )
 
 
 class LossInside(nn.Module):
@@ -216,7 +248,9 @@ def test_a_model_that_computes_its_loss_names_its_head():
     def loss_fn(model, batch):
         return model(*batch)["loss"]
 
-    with pytest.raises(ValueError, match=r"output of LossInside is a dict, not a tensor: .* output=\"classifier\""):
+    with pytest.raises(
+        ValueError, match=r"output of LossInside is a dict, not a tensor: .* output=\"classifier\""
+    ):
         gauss_newton(model, loss_fn, batches)
     found = gauss_newton(model, loss_fn, batches, output="classifier")
     hessian = exact_hessian_diagonal(model, loss_fn, batches)
@@ -260,7 +294,9 @@ def test_what_gauss_newton_refuses(loss_fn, options, match):
 
 @pytest.mark.parametrize("generator", [None, 0])
 def test_samples_need_a_generator(generator):
-    with pytest.raises(TypeError, match=r"random vectors need generator=torch\.Generator.* got (None|0)"):
+    with pytest.raises(
+        TypeError, match=r"random vectors need generator=torch\.Generator.* got (None|0)"
+    ):
         gauss_newton(build(mlp), classify, pairs((5,), (4,)), samples=3, generator=generator)
 
 
@@ -284,7 +320,7 @@ def test_samples_that_meet_inside_the_network_are_detected():
         torch.testing.assert_close(h, dense, rtol=1e-7, atol=1e-13)
 
 
-# ---- empirical Fisher ----------------------------------------------------------------------------------------------
+# ---- empirical Fisher --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -297,20 +333,29 @@ def test_empirical_fisher_equals_a_loop_over_samples(case):
     expected = {name: torch.zeros_like(w) for name, w in weights.items()}
     for sample in samples:
         loss = classify(model, sample)
-        for (name, w), g in zip(weights.items(), torch.autograd.grad(loss, list(weights.values())), strict=True):
+        for (name, w), g in zip(
+            weights.items(), torch.autograd.grad(loss, list(weights.values())), strict=True
+        ):
             expected[name] += g.square() / len(samples)
             assert w.grad is None
     for name, h in found.items():
-        torch.testing.assert_close(transposed_like(model, name, h), expected[name], rtol=1e-12, atol=1e-16)
+        torch.testing.assert_close(
+            transposed_like(model, name, h), expected[name], rtol=1e-12, atol=1e-16
+        )
     assert found.over == "batches"
     assert found.samples == len(batches)
-    assert found.weights == dict.fromkeys(found, float(sum(batch_length(batch) for batch in batches)))
+    assert found.weights == dict.fromkeys(
+        found, float(sum(batch_length(batch) for batch in batches))
+    )
 
 
 def test_tolerance_stops_before_the_end_of_the_batches():
     model, batches = build(mlp), pairs((5,), [8] * 200)
     for estimate in (empirical_fisher, gauss_newton):
-        whole, part = estimate(model, classify, batches), estimate(model, classify, batches, tolerance=0.1)
+        whole, part = (
+            estimate(model, classify, batches),
+            estimate(model, classify, batches, tolerance=0.1),
+        )
         assert whole.samples == 200
         assert 10 <= part.samples < 200
         scale = sum(float(h.sum()) for h in part.values()) / len(part)

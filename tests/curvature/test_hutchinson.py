@@ -3,22 +3,29 @@ drawn ones cover it as often as their standard errors say."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from estimators import coverage_of_traces, seeded
-from test_hessian import CASES, build, classify, dense_diagonal, mlp, pairs
+from helpers.curvature_cases import CASES, build, classify, mlp, pairs
+from helpers.dense import dense_diagonal
+from helpers.estimators import coverage_of_traces, seeded
 from torch import nn
 
-from minirank import hutchinson, testing
+from minirank import testing
 from minirank.curvature import exact_hessian_diagonal, hutchinson_outputs, hutchinson_weights
+from minirank.curvature.sampling import random_signs
 
 # torch.func.hessian's own, in torch 2.13
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)
 
 BOTH = [hutchinson_weights, hutchinson_outputs]
+
+hutchinson = importlib.import_module("minirank.curvature.hutchinson")
 
 
 def tiny():
@@ -63,10 +70,15 @@ def enumerate_signs(monkeypatch, shapes):
     total = sum(torch.Size(shape).numel() for shape in shapes)
     every = torch.tensor(list(itertools.product([1.0, -1.0], repeat=total)), dtype=torch.float64)
     parts = [
-        p.view(-1, *s) for p, s in zip(every.split([torch.Size(s).numel() for s in shapes], 1), shapes, strict=True)
+        p.view(-1, *s)
+        for p, s in zip(
+            every.split([torch.Size(s).numel() for s in shapes], 1), shapes, strict=True
+        )
     ]
     queue = iter(parts)
-    monkeypatch.setattr(hutchinson, "random_signs", lambda like, count, generator: next(queue)[:count])
+    monkeypatch.setattr(
+        hutchinson, "random_signs", lambda like, count, generator: next(queue)[:count]
+    )
     return len(every)
 
 
@@ -75,28 +87,44 @@ def enumerate_signs(monkeypatch, shapes):
 def test_outputs_the_mean_over_all_signs_is_the_exact_diagonal(case, independent, monkeypatch):
     make, batches = TINY[case]
     model = build(make)
-    shapes = {"mlp": [(2, 2), (2, 2)], "recurrence": [(2, 2), (2, 2)], "sequence": [(2, 2, 2)]}[case]
+    shapes = {"mlp": [(2, 2), (2, 2)], "recurrence": [(2, 2), (2, 2)], "sequence": [(2, 2, 2)]}[
+        case
+    ]
     count = enumerate_signs(monkeypatch, shapes)
     h = hutchinson_outputs(
-        model, two_classes, batches, generator=seeded(), samples=count, chunk_size=count, independent=independent
+        model,
+        two_classes,
+        batches,
+        generator=seeded(),
+        samples=count,
+        chunk_size=count,
+        independent=independent,
     )
     for name, exact in exact_hessian_diagonal(model, two_classes, batches).items():
         torch.testing.assert_close(h[name], exact, rtol=1e-12, atol=1e-15)
         assert exact.abs().max() > 1e-4
 
 
-def test_weights_the_mean_over_all_signs_is_the_exact_diagonal_and_the_variance_the_stated_one(monkeypatch):
+def test_weights_the_mean_over_all_signs_is_the_exact_diagonal_and_the_variance_the_stated_one(
+    monkeypatch,
+):
     model, batches = build(lambda: nn.Sequential(tiny()[0], nn.Tanh())), pairs((3,), (4,))
     count = enumerate_signs(monkeypatch, [(2, 3)])
-    h = hutchinson_weights(model, two_classes, batches, generator=seeded(), samples=count, chunk_size=count)
-    torch.testing.assert_close(h["0"], dense_diagonal(model, two_classes, batches, "0"), rtol=1e-12, atol=1e-15)
+    h = hutchinson_weights(
+        model, two_classes, batches, generator=seeded(), samples=count, chunk_size=count
+    )
+    torch.testing.assert_close(
+        h["0"], dense_diagonal(model, two_classes, batches, "0"), rtol=1e-12, atol=1e-15
+    )
 
     def loss(weight):
         return two_classes(lambda x: torch.tanh(x @ weight.t()), batches[0])
 
     H = torch.func.hessian(loss)(model[0].weight.detach()).reshape(6, 6)
     off = H - H.diagonal().diag()
-    variance = 2 * off.square().sum() / (count - 1)  # of the mean of `count` values, estimated from n − 1
+    variance = (
+        2 * off.square().sum() / (count - 1)
+    )  # of the mean of `count` values, estimated from n − 1
     torch.testing.assert_close(h.standard_errors["0"] ** 2, float(variance), rtol=1e-10, atol=0)
 
 
@@ -123,7 +151,9 @@ def test_standard_errors_are_those_of_single_samples(estimate, case):
     singles = [estimate(model, classify, batches, generator=apart, samples=1) for _ in range(5)]
     for name in found:
         mean, error = found[name], found.standard_errors[name]
-        torch.testing.assert_close(mean, sum(one[name] for one in singles) / 5, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(
+            mean, sum(one[name] for one in singles) / 5, rtol=1e-10, atol=1e-14
+        )
         traces = torch.stack([one[name].sum() for one in singles])
         torch.testing.assert_close(error, float(traces.std()) / 5**0.5, rtol=1e-8, atol=1e-14)
 
@@ -158,7 +188,9 @@ def test_one_sign_vector_per_sample_whatever_the_chunks():
 
     exact = exact_hessian_diagonal(model, squares, [batch])["0"]
     for estimate, samples, chunk in itertools.product(BOTH, (1, 5), (1, 2, 5)):
-        found = estimate(model, squares, [batch], generator=seeded(), samples=samples, chunk_size=chunk)["0"]
+        found = estimate(
+            model, squares, [batch], generator=seeded(), samples=samples, chunk_size=chunk
+        )["0"]
         torch.testing.assert_close(found[:, :1], exact[:, :1], rtol=1e-14, atol=0)
 
 
@@ -170,10 +202,17 @@ def test_batches_of_unequal_size_weigh_as_told(estimate):
     def scaled(model, batch):
         return (model(torch.ones_like(batch)).square().sum(1) * batch[:, 0]).mean() / 2
 
-    batches = [torch.full((1, 1), 1.0, dtype=torch.float64), torch.full((3, 1), 5.0, dtype=torch.float64)]
+    batches = [
+        torch.full((1, 1), 1.0, dtype=torch.float64),
+        torch.full((3, 1), 5.0, dtype=torch.float64),
+    ]
     for options, expected in (({}, 4.0), ({"batch_weight": lambda batch: 1}, 3.0)):
-        found = estimate(model, scaled, batches, generator=seeded(), samples=5, chunk_size=2, **options)["0"]
-        torch.testing.assert_close(found, torch.full((2, 1), expected, dtype=torch.float64), rtol=1e-14, atol=0)
+        found = estimate(
+            model, scaled, batches, generator=seeded(), samples=5, chunk_size=2, **options
+        )["0"]
+        torch.testing.assert_close(
+            found, torch.full((2, 1), expected, dtype=torch.float64), rtol=1e-14, atol=0
+        )
 
 
 @pytest.mark.parametrize("estimate", BOTH)
@@ -194,7 +233,13 @@ def test_a_negative_trace_does_not_stop_early(estimate):
     model, batches = build(mlp), pairs((5,), (6,))
     exact = exact_hessian_diagonal(model, lambda m, b: -classify(m, b), batches)
     found = estimate(
-        model, lambda m, b: -classify(m, b), batches, generator=seeded(), tolerance=0.1, samples=5000, chunk_size=20
+        model,
+        lambda m, b: -classify(m, b),
+        batches,
+        generator=seeded(),
+        tolerance=0.1,
+        samples=5000,
+        chunk_size=20,
     )
     assert found.samples > 20
     for name, h in exact.items():
@@ -224,7 +269,9 @@ def test_batches_that_can_be_iterated_once(estimate):
     expected = estimate(model, classify, batches, generator=seeded(), samples=4)
     found = estimate(model, classify, iter(batches), generator=seeded(), samples=4)
     assert all(torch.equal(found[name], h) for name, h in expected.items())
-    with pytest.raises(ValueError, match=r"iterated only once, but 4 samples in chunks of 2 .* give a list"):
+    with pytest.raises(
+        ValueError, match=r"iterated only once, but 4 samples in chunks of 2 .* give a list"
+    ):
         estimate(model, classify, iter(batches), generator=seeded(), samples=4, chunk_size=2)
     with pytest.raises(ValueError, match="batches is empty"):
         estimate(model, classify, [], generator=seeded(), samples=4)
@@ -252,7 +299,7 @@ def test_a_seed_is_no_generator(estimate):
 
 
 def test_signs_are_plus_and_minus_one_evenly():
-    signs = hutchinson.random_signs(torch.zeros(50, 20), 10, seeded())
+    signs = random_signs(torch.zeros(50, 20), 10, seeded())
     assert signs.shape == (10, 50, 20)
     assert set(signs.unique().tolist()) == {-1.0, 1.0}
     assert abs(float(signs.mean())) < 0.05  # 5 standard errors of 10,000
@@ -268,7 +315,9 @@ def test_samples_that_interact_are_detected_and_done_without_the_assumption():
     with pytest.raises(ValueError, match="samples of a batch interact"):
         hutchinson_outputs(model, contrastive, batches, generator=seeded())
     exact = exact_hessian_diagonal(model, contrastive, batches, independent=False)
-    found = hutchinson_outputs(model, contrastive, batches, generator=seeded(), samples=500, independent=False)
+    found = hutchinson_outputs(
+        model, contrastive, batches, generator=seeded(), samples=500, independent=False
+    )
     plain = hutchinson_weights(model, contrastive, batches, generator=seeded(), samples=500)
     for name, h in exact.items():
         for estimate in (found, plain):

@@ -42,7 +42,12 @@ def token_batches():
     batches = []
     for n, length, real in ((2, 5, (5, 3)), (3, 7, (7, 2, 4))):
         mask = (torch.arange(length) < torch.tensor(real)[:, None]).long()
-        batches.append({"input_ids": torch.randint(0, 11, (n, length), generator=generator), "attention_mask": mask})
+        batches.append(
+            {
+                "input_ids": torch.randint(0, 11, (n, length), generator=generator),
+                "attention_mask": mask,
+            }
+        )
     return batches
 
 
@@ -95,15 +100,22 @@ def test_padding_is_left_out_and_a_module_called_twice_counts_both():
         rows += [first[batch["attention_mask"] == 1], second[batch["attention_mask"] == 1]]
         pooled.append(model.norm(model.project(second)[:, 0]))
     assert torch.allclose(h["project"], torch.cat(rows).square().mean(0), rtol=1e-13)
-    assert torch.allclose(h["pool"], torch.cat(pooled).square().mean(0), rtol=1e-13)  # one row per sample: all count
+    assert torch.allclose(
+        h["pool"], torch.cat(pooled).square().mean(0), rtol=1e-13
+    )  # one row per sample: all count
 
 
 def test_masks_by_function_by_key_and_none():
     model, batches = Encoder().double(), token_batches()
     renamed = [{"input_ids": b["input_ids"], "real": b["attention_mask"].bool()} for b in batches]
     by_default = input_second_moment(model, loss_fn, batches)["project"]
-    assert torch.equal(input_second_moment(model, loss_fn, renamed, mask="real")["project"], by_default)
-    assert torch.equal(input_second_moment(model, loss_fn, renamed, mask=lambda b: b["real"])["project"], by_default)
+    assert torch.equal(
+        input_second_moment(model, loss_fn, renamed, mask="real")["project"], by_default
+    )
+    assert torch.equal(
+        input_second_moment(model, loss_fn, renamed, mask=lambda b: b["real"])["project"],
+        by_default,
+    )
     everything = input_second_moment(model, loss_fn, batches, mask=None)["project"]
     assert not torch.allclose(everything, by_default)
 
@@ -143,7 +155,9 @@ def test_a_loss_under_inference_mode_measures_the_same():
 
 
 def test_a_key_that_was_named_must_be_in_every_batch():
-    with pytest.raises(ValueError, match=r"mask='padding' is not in a batch of type dict, with keys \['input_ids'"):
+    with pytest.raises(
+        ValueError, match=r"mask='padding' is not in a batch of type dict, with keys \['input_ids'"
+    ):
         input_second_moment(Encoder().double(), loss_fn, token_batches(), mask="padding")
 
 
@@ -158,7 +172,9 @@ def test_padding_may_hold_nan():
 
     x = torch.tensor([[[1.0, 2.0], [float("nan")] * 2]])
     h = input_second_moment(
-        Passes(), lambda m, b: m(b["x"])[0, 0].sum(), [{"x": x, "attention_mask": torch.tensor([[1, 0]])}]
+        Passes(),
+        lambda m, b: m(b["x"])[0, 0].sum(),
+        [{"x": x, "attention_mask": torch.tensor([[1, 0]])}],
     )
     assert h["fc"].tolist() == [1, 4]
 
@@ -166,7 +182,9 @@ def test_padding_may_hold_nan():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_accumulated_in_float32(dtype):
     model = nn.Sequential(nn.Linear(4, 3)).to(dtype)
-    x = (300 + torch.rand(50, 4, generator=torch.Generator().manual_seed(0))).to(dtype)  # 300² overflows float16
+    x = (300 + torch.rand(50, 4, generator=torch.Generator().manual_seed(0))).to(
+        dtype
+    )  # 300² overflows float16
     h = input_second_moment(model, lambda m, b: m(b * 0.01).float().mean(), [x * 100])
     assert h["0"].dtype == torch.float32
     h = input_second_moment(model, lambda m, b: m(b).float().mean(), [x])
@@ -235,8 +253,16 @@ def test_the_transformer_fast_path_does_not_hide_the_layers():
         (iter([]), {}, "batches is empty"),
         ([torch.full((2, 4), float("inf"))], {}, "curvature of '0' is not finite"),
         ([torch.ones(2, 4)], {"targets": "nope"}, "'nope' matches no linear layer"),
-        ([torch.ones(2, 4)], {"mask": "pad"}, "mask='pad' is not in a batch of type Tensor, which has no keys"),
-        ([torch.ones(2, 4)], {"mask": lambda b: torch.ones(5)}, r"mask of shape \(5,\) does not fit the input of '0'"),
+        (
+            [torch.ones(2, 4)],
+            {"mask": "pad"},
+            "mask='pad' is not in a batch of type Tensor, which has no keys",
+        ),
+        (
+            [torch.ones(2, 4)],
+            {"mask": lambda b: torch.ones(5)},
+            r"mask of shape \(5,\) does not fit the input of '0'",
+        ),
         ([torch.ones(2, 4)], {"mask": lambda b: None}, "mask must give a tensor"),
         ([torch.ones(2, 4)], {"mask": lambda b: torch.zeros(2)}, "no token reached '0'"),
     ],

@@ -8,9 +8,18 @@ import json
 
 import pytest
 import torch
+from helpers.models import (
+    TOKENS,
+    assert_unchanged,
+    inputs,
+    randomize,
+    same_bits,
+    snapshot,
+    wrapped,
+    zoo,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import TOKENS, assert_unchanged, inputs, randomize, same_bits, snapshot, wrapped, zoo
 from torch import nn
 
 from minirank import (
@@ -27,7 +36,7 @@ from minirank import (
     unwrap,
     wrap,
 )
-from minirank.files import checksum, read_safetensors, safetensors_bytes
+from minirank.files.safetensors_file import checksum, read_safetensors, safetensors_bytes
 
 ATTRIBUTES = ("alpha", "reference_rank", "scaling", "initial_gate", "dropout", "enabled", "rank")
 
@@ -40,19 +49,31 @@ def path(tmp_path):
 def assert_same_layers(layers, others):
     assert list(layers) == list(others)
     for name, layer in layers.items():
-        ours, theirs = dict(layer.named_parameters(recurse=False)), dict(others[name].named_parameters(recurse=False))
+        ours, theirs = (
+            dict(layer.named_parameters(recurse=False)),
+            dict(others[name].named_parameters(recurse=False)),
+        )
         assert ours.keys() == theirs.keys()
         assert all(same_bits(ours[key], theirs[key]) for key in ours)
-        assert [getattr(layer, key) for key in ATTRIBUTES] == [getattr(others[name], key) for key in ATTRIBUTES]
+        assert [getattr(layer, key) for key in ATTRIBUTES] == [
+            getattr(others[name], key) for key in ATTRIBUTES
+        ]
 
 
-# ---- the way there and back ----------------------------------------------------------------------------------------
+# ---- the way there and back --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gate", [None, 1.0, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_loaded_adapter_is_the_saved_one_bit_for_bit(path, dtype, gate):
-    options = {"gate": gate, "alpha": 3.0, "dropout": 0.25, "rank_stabilized": True, "trainable": [], "generator": 7}
+    options = {
+        "gate": gate,
+        "alpha": 3.0,
+        "dropout": 0.25,
+        "rank_stabilized": True,
+        "trainable": [],
+        "generator": 7,
+    }
     _, model, layers = wrapped(dtype, **options)
     y = model(TOKENS)
     save_adapter(model, path)
@@ -62,7 +83,9 @@ def test_a_loaded_adapter_is_the_saved_one_bit_for_bit(path, dtype, gate):
     assert loaded == lora_layers(fresh)
     assert_same_layers(layers, loaded)
     assert torch.equal(fresh(TOKENS), y)
-    assert all(p.requires_grad for layer in loaded.values() for p in layer.parameters(recurse=False))
+    assert all(
+        p.requires_grad for layer in loaded.values() for p in layer.parameters(recurse=False)
+    )
     again = path.with_name("again")
     save_adapter(fresh, again)
     assert again.read_bytes() == path.read_bytes()
@@ -123,7 +146,9 @@ def test_training_and_resizing_go_on_as_if_nothing_had_happened(path, gate):
 
 def test_l1ra_goes_on_from_the_file_in_the_middle_of_its_course(path):
     def course(model):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, weight_decay=0.3)
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=0.02, weight_decay=0.3
+        )
         return optimizer, L1RA(model, optimizer, l1=2.0, interval=4, generator=5)
 
     def steps(model, optimizer, l1ra, count):
@@ -134,7 +159,9 @@ def test_l1ra_goes_on_from_the_file_in_the_middle_of_its_course(path):
             l1ra.step()
 
     model = zoo()
-    layers = wrap(model, {"body.up": 3, "like": 3, "blocks.1.0": 3}, gate=1.0, trainable=[], generator=5)
+    layers = wrap(
+        model, {"body.up": 3, "like": 3, "blocks.1.0": 3}, gate=1.0, trainable=[], generator=5
+    )
     layers["like"].gate.data[1] = 0.01  # which will fall at once; its rank goes to another layer
     optimizer, l1ra = course(model)
     steps(model, optimizer, l1ra, 9)
@@ -161,7 +188,12 @@ def test_shaplora_scores_the_same_from_the_file(path):
 
     def scores(model):
         return ShapLoRA(
-            model, lambda m, b: m(b).square().mean(), [TOKENS], coalitions=18, generator=1, progress=False
+            model,
+            lambda m, b: m(b).square().mean(),
+            [TOKENS],
+            coalitions=18,
+            generator=1,
+            progress=False,
         ).score()
 
     ours, theirs = scores(model), scores(fresh)
@@ -214,11 +246,16 @@ def test_loading_in_inference_mode_gives_layers_that_can_train(path):
 def test_saved_on_a_gpu_loads_on_the_cpu_and_back(path):
     _, model, layers = wrapped(torch.float32, trainable=[])
     save_adapter(model.cuda(), path)
-    assert_same_layers(load_adapter(zoo(torch.float32), path), {n: copy.deepcopy(x).cpu() for n, x in layers.items()})
-    assert all(layer.lora_A.is_cuda for layer in load_adapter(zoo(torch.float32).cuda(), path).values())
+    assert_same_layers(
+        load_adapter(zoo(torch.float32), path),
+        {n: copy.deepcopy(x).cpu() for n, x in layers.items()},
+    )
+    assert all(
+        layer.lora_A.is_cuda for layer in load_adapter(zoo(torch.float32).cuda(), path).values()
+    )
 
 
-# ---- what goes along -----------------------------------------------------------------------------------------------
+# ---- what goes along ---------------------------------------------------------------------------
 
 
 def test_the_file_says_where_its_ranks_came_from(path):
@@ -271,12 +308,18 @@ def test_other_trained_modules_come_along_with_their_buffers(path, modules):
     model.eval()
     save_adapter(model, path, modules=modules)
     if "body" not in modules:
-        model.body[1].load_state_dict(classifier().body[1].state_dict())  # its running mean was not asked for
+        model.body[1].load_state_dict(
+            classifier().body[1].state_dict()
+        )  # its running mean was not asked for
     fresh = classifier().eval()
     fresh.head["out"].reset_parameters()
     load_adapter(fresh, path)
     assert torch.equal(fresh(inputs(5, 4)), model(inputs(5, 4)))
-    expected = {"head.out.weight", "head.out.bias", *(f"head.norm.{key}" for key in nn.BatchNorm1d(3).state_dict())}
+    expected = {
+        "head.out.weight",
+        "head.out.bias",
+        *(f"head.norm.{key}" for key in nn.BatchNorm1d(3).state_dict()),
+    }
     assert set(read_adapter(path).others) >= expected
     assert not [name for name in read_adapter(path).others if "scratch" in name or "lora" in name]
 
@@ -305,7 +348,10 @@ def test_a_tied_parameter_is_saved_once_and_not_missed(path):
 def test_what_trains_and_is_not_saved_is_warned_of(path):
     model = classifier()
     wrap(model, {"body.0": 2}, trainable=["head"])
-    with pytest.warns(UserWarning, match=r"'head.out.weight', 'head.out.bias', 'head.norm.weight' and 1 more require"):
+    with pytest.warns(
+        UserWarning,
+        match=r"'head.out.weight', 'head.out.bias', 'head.norm.weight' and 1 more require",
+    ):
         save_adapter(model, path)
     with pytest.warns(UserWarning, match=r"'head.norm.weight', 'head.norm.bias' require") as caught:
         save_adapter(model, path, modules="head.out")
@@ -315,7 +361,7 @@ def test_what_trains_and_is_not_saved_is_warned_of(path):
         save_adapter(model, path, modules="head")
 
 
-# ---- what is refused: when saving ----------------------------------------------------------------------------------
+# ---- what is refused: when saving --------------------------------------------------------------
 
 
 def without_layers():
@@ -371,7 +417,7 @@ def test_modules_that_do_not_exist_are_refused_with_a_hint(path):
     assert not path.exists()
 
 
-# ---- what is refused: when loading ---------------------------------------------------------------------------------
+# ---- what is refused: when loading -------------------------------------------------------------
 
 
 @pytest.fixture
@@ -396,7 +442,9 @@ def craft(path, change):
     record = json.loads(metadata["minirank"])
     change(tensors, record)
     text = json.dumps(record)
-    path.write_bytes(safetensors_bytes(tensors, {"minirank": text, "checksum": checksum(tensors, text)}))
+    path.write_bytes(
+        safetensors_bytes(tensors, {"minirank": text, "checksum": checksum(tensors, text)})
+    )
 
 
 def set_entry(name, index, value):
@@ -416,16 +464,28 @@ CRAFTED = {
     "like.gate is not finite": set_entry("like.gate", 0, float("inf")),
     "'like' has the tensors \\['gate', 'lora_A'\\]": lambda tensors, _: tensors.pop("like.lora_B"),
     "'like' has the tensors \\['lora_A', 'lora_B'\\]": lambda tensors, _: tensors.pop("like.gate"),
-    "'more.lora_A' belong to no layer": lambda tensors, _: tensors.update({"more.lora_A": torch.ones(1, 1)}),
-    "'like.gate', 'like.lora_A', 'like.lora_B' belong": lambda _, record: record["layers"].pop("like"),
+    "'more.lora_A' belong to no layer": lambda tensors, _: tensors.update(
+        {"more.lora_A": torch.ones(1, 1)}
+    ),
+    "'like.gate', 'like.lora_A', 'like.lora_B' belong": lambda _, record: record["layers"].pop(
+        "like"
+    ),
     "expected one rank": lambda tensors, _: tensors.update({"like.gate": torch.ones(5).double()}),
-    "expected lora_A \\(r, d_in\\)": lambda tensors, _: tensors.update({"like.gate": torch.ones(6, 1).double()}),
-    "expected one floating-point type": lambda tensors, _: tensors.update({"like.gate": torch.ones(6)}),
+    "expected lora_A \\(r, d_in\\)": lambda tensors, _: tensors.update(
+        {"like.gate": torch.ones(6, 1).double()}
+    ),
+    "expected one floating-point type": lambda tensors, _: tensors.update(
+        {"like.gate": torch.ones(6)}
+    ),
     "torch.int64.*expected one floating-point type": lambda tensors, _: tensors.update(
         {f"like.{key}": tensors[f"like.{key}"].long() for key in ("lora_A", "lora_B", "gate")}
     ),
     "has rank 7, expected at most .* = 6": lambda tensors, _: tensors.update(
-        {"like.lora_A": torch.ones(7, 6), "like.lora_B": torch.ones(6, 7), "like.gate": torch.ones(7)}
+        {
+            "like.lora_A": torch.ones(7, 6),
+            "like.lora_B": torch.ones(6, 7),
+            "like.gate": torch.ones(7),
+        }
     ),
     "'like' has rank 6 and shape \\(6, 6\\), announced": set_field("like", "rank", 5),
     "KeyError: 'scaling'": lambda _, record: record["layers"]["like"].pop("scaling"),
@@ -443,7 +503,10 @@ def test_a_file_that_contradicts_itself_is_refused(saved, message):
 
 
 def test_whole_numbers_do_not_become_weights(saved):
-    craft(saved, lambda tensors, _: tensors.update({"body.norm.weight": torch.ones(8, dtype=torch.long)}))
+    craft(
+        saved,
+        lambda tensors, _: tensors.update({"body.norm.weight": torch.ones(8, dtype=torch.long)}),
+    )
     refuse(saved, "the file holds 'body.norm.weight', torch.int64 .*; the model has torch.float64")
 
 
@@ -470,7 +533,9 @@ FOREIGN = {
 @pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN.keys())
 def test_a_file_of_another_kind_is_refused(path, content):
     path.write_bytes(content)
-    refuse(path, "is not a whole safetensors file .*: it was cut off or damaged, or is something else")
+    refuse(
+        path, "is not a whole safetensors file .*: it was cut off or damaged, or is something else"
+    )
 
 
 def test_a_safetensors_file_of_another_program_is_refused(path):
@@ -553,7 +618,11 @@ def test_a_model_that_does_not_fit_is_refused_and_unchanged(saved, message):
 
 
 def test_a_part_of_the_model_is_refused_with_a_hint(saved):
-    refuse(saved, "the model has no .*is it the whole model that was saved, or a part of it", zoo().body)
+    refuse(
+        saved,
+        "the model has no .*is it the whole model that was saved, or a part of it",
+        zoo().body,
+    )
 
 
 def test_two_adapters_for_what_is_now_one_module_are_refused(path):

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from models import assert_unchanged, same_bits, snapshot, wrapped, zoo
+from helpers.models import assert_unchanged, same_bits, snapshot, wrapped, zoo
 from torch import nn
 
 import minirank
@@ -23,7 +23,7 @@ def path(tmp_path):
     return tmp_path / "adapter.safetensors"
 
 
-# ---- loading -------------------------------------------------------------------------------------------------------
+# ---- loading -----------------------------------------------------------------------------------
 
 
 def interrupted(call, model, line):
@@ -64,11 +64,15 @@ def assert_all_or_nothing(call, every):
 def test_an_interrupted_load_leaves_the_model(path):
     _, model, _ = wrapped(trainable=[], ranks={"like": 2, "body.up": 1})
     save_adapter(model, path, modules="body.norm")
-    assert_all_or_nothing(lambda model: load_adapter(model, path, trainable=["body.norm"]), every=11)
+    assert_all_or_nothing(
+        lambda model: load_adapter(model, path, trainable=["body.norm"]), every=11
+    )
 
 
 def test_an_interrupted_wrap_leaves_the_model():
-    assert_all_or_nothing(lambda model: wrap(model, {"like": 2, "blocks.0.0": 1}, trainable=["body.norm"]), every=5)
+    assert_all_or_nothing(
+        lambda model: wrap(model, {"like": 2, "blocks.0.0": 1}, trainable=["body.norm"]), every=5
+    )
 
 
 class Body(nn.Module):
@@ -92,7 +96,10 @@ def saved_body(path, **buffers):
 MISFITS = {
     "has one without values": (torch.ones(3), torch.ones(3, device="meta")),
     "has one without values (lazy": (torch.ones(3), nn.UninitializedBuffer()),
-    "torch.int64 of shape (1,); the model has torch.int8": (torch.tensor([300]), torch.zeros(1, dtype=torch.int8)),
+    "torch.int64 of shape (1,); the model has torch.int8": (
+        torch.tensor([300]),
+        torch.zeros(1, dtype=torch.int8),
+    ),
     "torch.int64 of shape (); the model has torch.bool": (torch.tensor(3), torch.tensor(True)),
     "the model has torch.complex64": (torch.tensor(3), torch.tensor(1j)),
     "'head.y' overflows torch.float16": (torch.tensor([1e6]), torch.zeros(1).half()),
@@ -149,7 +156,7 @@ def test_the_default_device_does_not_matter(path, dtype):
     assert all(same_bits(loaded[name].lora_B, layer.lora_B) for name, layer in layers.items())
 
 
-# ---- the base ------------------------------------------------------------------------------------------------------
+# ---- the base ----------------------------------------------------------------------------------
 
 
 class Masked(nn.Linear):
@@ -180,7 +187,7 @@ def test_a_base_that_differs_in_a_buffer_is_another_base(path, kind):
     assert load_adapter(nn.Sequential(kind(2)), path)
 
 
-# ---- PEFT ----------------------------------------------------------------------------------------------------------
+# ---- PEFT --------------------------------------------------------------------------------------
 
 
 def test_each_pattern_is_compiled_once(tmp_path, monkeypatch):
@@ -200,6 +207,10 @@ def test_each_pattern_is_compiled_once(tmp_path, monkeypatch):
 def test_a_configuration_beyond_all_numbers_is_refused(tmp_path, change):
     export_peft(wrapped(trainable=[], ranks={"like": 2})[1], tmp_path)
     config = tmp_path / "adapter_config.json"
-    config.write_text("[" * 100_000 if change is None else json.dumps(json.loads(config.read_text()) | change))
-    with pytest.raises(ValueError, match="is no JSON" if change is None else "'like' has alpha 1000"):
+    config.write_text(
+        "[" * 100_000 if change is None else json.dumps(json.loads(config.read_text()) | change)
+    )
+    with pytest.raises(
+        ValueError, match="is no JSON" if change is None else "'like' has alpha 1000"
+    ):
         import_peft(zoo(), tmp_path)

@@ -8,10 +8,21 @@ import warnings
 import peft
 import pytest
 import torch
+from helpers.models import TOKENS, assert_unchanged, inputs, snapshot, with_deltas_by_hand, wrapped
+from helpers.peft_cases import (
+    REGEX,
+    SUFFIXES,
+    chain,
+    config_of,
+    gpt2,
+    in_peft,
+    rewrite,
+    scalings,
+    tensors_of,
+    trained,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import TOKENS, assert_unchanged, inputs, snapshot, with_deltas_by_hand, wrapped
-from peft_cases import REGEX, SUFFIXES, chain, config_of, gpt2, in_peft, rewrite, scalings, tensors_of, trained
 
 from minirank import export_peft, import_peft, linear_targets, lora_layers, resize
 
@@ -19,15 +30,27 @@ from minirank import export_peft, import_peft, linear_targets, lora_layers, resi
 mixed = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
 
 CALLS = {
-    "suffixes": ((), [({"fc": 1, "xfc": 2}, {"alpha": 4}), ({"enc.fc": 3, "fc2": 4}, {"alpha": 1, "dropout": 0.1})]),
-    "regex characters": ((REGEX,), [({name: 1 + i % 4 for i, name in enumerate(REGEX[:-1])}, {"alpha": 7})]),
+    "suffixes": (
+        (),
+        [
+            ({"fc": 1, "xfc": 2}, {"alpha": 4}),
+            ({"enc.fc": 3, "fc2": 4}, {"alpha": 1, "dropout": 0.1}),
+        ],
+    ),
+    "regex characters": (
+        (REGEX,),
+        [({name: 1 + i % 4 for i, name in enumerate(REGEX[:-1])}, {"alpha": 7})],
+    ),
     "one reference rank": ((), [({"fc": 1, "enc.fc": 6}, {"alpha": 3, "reference_rank": 2.5})]),
     "rank-stabilised": ((), [({"fc": 1, "enc.fc": 5}, {"alpha": 3, "rank_stabilized": True})]),
     "gates from 1": ((), [({"fc": 2, "enc.fc": 3}, {"gate": 1.0, "alpha": 5}), ({"xfc": 2}, {})]),
     "gates from 0": ((), [({"fc": 2, "enc.fc": 3}, {"gate": 0.0})]),
     "full rank": ((), [(dict.fromkeys(SUFFIXES[:-1], 6) | {"fc2": 4}, {})]),
     "Conv1D": ((SUFFIXES, SUFFIXES), [({"fc": 2, "fc2": 3}, {"alpha": 3})]),
-    "Conv1D and Linear": ((SUFFIXES, ("enc.fc", "fc2")), [({"fc": 2, "enc.fc": 1, "fc2": 3}, {"alpha": 3})]),
+    "Conv1D and Linear": (
+        (SUFFIXES, ("enc.fc", "fc2")),
+        [({"fc": 2, "enc.fc": 1, "fc2": 3}, {"alpha": 3})],
+    ),
     "no bias": ((SUFFIXES, (), False), [({"fc": 2, "fc2": 3}, {})]),
 }
 
@@ -42,14 +65,18 @@ def test_peft_computes_the_same_function_and_saves_the_same_tensors(tmp_path, ca
     theirs = in_peft(chain(*arguments), tmp_path)
     torch.testing.assert_close(theirs(x), model(x), rtol=1e-12, atol=1e-12)
     layers = lora_layers(model)
-    torch.testing.assert_close(theirs(x), with_deltas_by_hand(chain(*arguments), layers)(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        theirs(x), with_deltas_by_hand(chain(*arguments), layers)(x), rtol=1e-12, atol=1e-12
+    )
     # alpha / r rounds twice.
     expected = {name: 1.0 if portable else layer.scaling for name, layer in layers.items()}
     assert scalings(theirs) == pytest.approx(expected, rel=1e-15)
     theirs.save_pretrained(tmp_path / "again")
     ours, again = tensors_of(tmp_path), tensors_of(tmp_path / "again")
     assert ours.keys() == again.keys()
-    assert all(torch.equal(ours[key], again[key]) and ours[key].dtype == again[key].dtype for key in ours)
+    assert all(
+        torch.equal(ours[key], again[key]) and ours[key].dtype == again[key].dtype for key in ours
+    )
     for name, layer in layers.items():
         assert torch.equal(ours[f"base_model.model.{name}.lora_A.weight"], layer.lora_A)
         if layer.gate is None and not portable:
@@ -81,7 +108,9 @@ def test_a_whole_transformer(tmp_path, head):
     export_peft(model, tmp_path)
     theirs = in_peft(plain, tmp_path)
     torch.testing.assert_close(theirs(TOKENS).logits, model(TOKENS).logits, rtol=1e-12, atol=1e-12)
-    theirs.save_pretrained(tmp_path / "again", save_embedding_layers=False)  # else with a head's own weight
+    theirs.save_pretrained(
+        tmp_path / "again", save_embedding_layers=False
+    )  # else with a head's own weight
     ours, again = tensors_of(tmp_path), tensors_of(tmp_path / "again")
     assert ours.keys() == again.keys()
     assert all(torch.equal(ours[key], again[key]) for key in ours)
@@ -91,14 +120,19 @@ def test_peft_loads_a_model_with_embedding_norm_and_tied_head(tmp_path):
     """No look-alike of nn.Linear, which PEFT does not adapt, and no module in two places."""
     plain, model, _ = wrapped(ranks={"body.up": 2, "blocks.1.0": 3, "head": 4}, trainable=[])
     export_peft(model, tmp_path)
-    torch.testing.assert_close(in_peft(plain, tmp_path)(TOKENS), model(TOKENS), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        in_peft(plain, tmp_path)(TOKENS), model(TOKENS), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_layers_of_rank_zero_are_left_out(tmp_path):
     model = trained(chain(), [({"fc": 2, "enc.fc": 2, "xfc": 1}, {"alpha": 6})])
     resize(model, {"enc.fc": 0})
     export_peft(model, tmp_path)
-    assert {key.split(".lora")[0] for key in tensors_of(tmp_path)} == {"base_model.model.fc", "base_model.model.xfc"}
+    assert {key.split(".lora")[0] for key in tensors_of(tmp_path)} == {
+        "base_model.model.fc",
+        "base_model.model.xfc",
+    }
     theirs = in_peft(chain(), tmp_path)
     assert list(scalings(theirs)) == ["fc", "xfc"]
     x = inputs(3, 6)
@@ -132,10 +166,14 @@ def test_every_adapter_type_is_kept(tmp_path, base, adapter, portable):
     theirs.save_pretrained(tmp_path / "again")
     ours, again = tensors_of(tmp_path), tensors_of(tmp_path / "again")
     assert ours.keys() == again.keys()
-    assert all(torch.equal(ours[key], again[key]) and ours[key].dtype == again[key].dtype for key in ours)
+    assert all(
+        torch.equal(ours[key], again[key]) and ours[key].dtype == again[key].dtype for key in ours
+    )
 
 
-RANKS = st.dictionaries(st.sampled_from(SUFFIXES), st.integers(0, 4), min_size=1).filter(lambda r: any(r.values()))
+RANKS = st.dictionaries(st.sampled_from(SUFFIXES), st.integers(0, 4), min_size=1).filter(
+    lambda r: any(r.values())
+)
 
 
 @settings(max_examples=50, deadline=None)
@@ -162,16 +200,20 @@ def test_random_adapters_survive_the_way_to_peft_and_back(
     for written_by in (folder, folder / "again"):
         back = chain()
         layers = import_peft(back, written_by)
-        assert {name: layer.rank for name, layer in layers.items()} == {n: r for n, r in ranks.items() if r}
+        assert {name: layer.rank for name, layer in layers.items()} == {
+            n: r for n, r in ranks.items() if r
+        }
         assert all(layer.dropout == dropout and layer.gate is None for layer in layers.values())
         torch.testing.assert_close(back(x), model(x), **bound)
 
 
-# ---- portable -----------------------------------------------------------------------------------------------------
+# ---- portable ----------------------------------------------------------------------------------
 
 
 def test_a_portable_adapter_needs_no_alpha_pattern(tmp_path):
-    model = trained(chain(), [({"fc": 1}, {"alpha": 4}), ({"enc.fc": 3}, {"alpha": 1, "gate": 1.0})])
+    model = trained(
+        chain(), [({"fc": 1}, {"alpha": 4}), ({"enc.fc": 3}, {"alpha": 1, "gate": 1.0})]
+    )
     export_peft(model, tmp_path, portable=True)
     config, tensors = config_of(tmp_path), tensors_of(tmp_path)
     assert config["alpha_pattern"] == {"^fc": 1, r"^enc\.fc": 3} == config["rank_pattern"]
@@ -179,7 +221,9 @@ def test_a_portable_adapter_needs_no_alpha_pattern(tmp_path):
     by_hand = chain()  # a loader that ignores every pattern: W + B A
     with torch.no_grad():
         for name in lora_layers(model):
-            A, B = (tensors[f"base_model.model.{name}.{key}.weight"] for key in ("lora_A", "lora_B"))
+            A, B = (
+                tensors[f"base_model.model.{name}.{key}.weight"] for key in ("lora_A", "lora_B")
+            )
             by_hand.get_submodule(name).weight += B @ A
     x = inputs(3, 6)
     torch.testing.assert_close(by_hand(x), model(x), rtol=1e-12, atol=1e-12)
@@ -196,20 +240,26 @@ def test_what_is_not_portable_says_so_by_its_alpha_pattern(tmp_path):
     assert scalings(in_peft(chain(), tmp_path)) == {"fc": 4.0, "enc.fc": 4 / 3}
 
 
-# ---- the file -----------------------------------------------------------------------------------------------------
+# ---- the file ----------------------------------------------------------------------------------
 
 
 def test_the_configuration_holds_what_was_given_and_defaults(tmp_path):
     model = trained(chain(), [({"fc": 1}, {"dropout": 0.1}), ({"xfc": 2}, {"dropout": 0.3})])
     export_peft(
-        model, tmp_path / "new" / "folder", base_model_name_or_path="some/model", task_type="FEATURE_EXTRACTION"
+        model,
+        tmp_path / "new" / "folder",
+        base_model_name_or_path="some/model",
+        task_type="FEATURE_EXTRACTION",
     )
     config = config_of(tmp_path / "new" / "folder")
     assert config["base_model_name_or_path"] == "some/model"
     assert config["task_type"] == "FEATURE_EXTRACTION"
     assert config["lora_dropout"] == 0.3  # the largest
     assert config["inference_mode"]
-    assert sorted(os.listdir(tmp_path / "new" / "folder")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "new" / "folder")) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
 
 
 def test_exporting_changes_neither_the_model_nor_the_global_random_numbers(tmp_path):
@@ -227,7 +277,7 @@ def test_peft_reads_it_without_a_warning_about_the_configuration(tmp_path):
         peft.PeftConfig.from_pretrained(tmp_path)
 
 
-# ---- PEFT's faults ------------------------------------------------------------------------------------------------
+# ---- PEFT's faults -----------------------------------------------------------------------------
 
 
 def test_peft_takes_a_list_of_names_for_suffixes():

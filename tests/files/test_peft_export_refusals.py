@@ -10,8 +10,8 @@ import re
 import peft
 import pytest
 import torch
-from models import assert_unchanged, inputs, randomize, snapshot
-from peft_cases import chain, config_of, in_peft, made, trained
+from helpers.models import assert_unchanged, inputs, randomize, snapshot
+from helpers.peft_cases import chain, config_of, in_peft, made, trained
 from torch import nn
 
 from minirank import LoRALinear, export_peft, import_peft, lora_layers, merge, resize, wrap
@@ -48,7 +48,9 @@ def test_values_that_are_not_finite_are_refused(tmp_path, key, value, portable):
     model = trained(chain(), [({"fc": 2, "xfc": 1}, {"gate": 1.0})])
     with torch.no_grad():
         lora_layers(model)["fc"].get_parameter(key).view(-1)[-1] = value
-    refused(model, tmp_path, rf"fc\.{key} is not finite: was the training stable", portable=portable)
+    refused(
+        model, tmp_path, rf"fc\.{key} is not finite: was the training stable", portable=portable
+    )
 
 
 def test_a_scaling_that_is_not_finite_is_refused(tmp_path):
@@ -64,7 +66,12 @@ def test_an_overflow_in_folding_is_refused(tmp_path, options, portable):
     nn.init.constant_(layer.lora_B, 300.0)
     if layer.gate is not None:
         nn.init.constant_(layer.gate, 300.0)  # finite each, but 90,000 > 65,504
-    refused(model, tmp_path, r"fc\.lora_B times gates or scaling overflows torch\.float16", portable=portable)
+    refused(
+        model,
+        tmp_path,
+        r"fc\.lora_B times gates or scaling overflows torch\.float16",
+        portable=portable,
+    )
 
 
 def test_a_model_that_is_itself_a_layer_is_refused(tmp_path):
@@ -97,11 +104,17 @@ def test_a_module_in_two_places_is_refused_because_peft_adapts_one(tmp_path):
     randomize(wrap(model, {"first": 2}, trainable=[]))
     refused(model, tmp_path, "'first', 'second' are one module, of which PEFT adapts 'first' only")
     with torch.random.fork_rng():
-        theirs = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(target_modules="first|second", r=2))
-    assert [name for name in ("first", "second") if hasattr(getattr(theirs.model, name), "lora_A")] == ["first"]
+        theirs = peft.get_peft_model(
+            copy.deepcopy(plain), peft.LoraConfig(target_modules="first|second", r=2)
+        )
+    assert [
+        name for name in ("first", "second") if hasattr(getattr(theirs.model, name), "lora_A")
+    ] == ["first"]
     theirs.save_pretrained(tmp_path / "theirs")
     before = snapshot(plain)
-    with pytest.raises(ValueError, match="'first', 'second' are one module, of which PEFT adapts 'first' only"):
+    with pytest.raises(
+        ValueError, match="'first', 'second' are one module, of which PEFT adapts 'first' only"
+    ):
         import_peft(plain, tmp_path / "theirs")
     assert_unchanged(plain, before)
 
@@ -139,13 +152,17 @@ def test_an_attention_output_is_refused_because_peft_ignores_its_adapter(tmp_pat
     torch.testing.assert_close(theirs(x), plain(x), rtol=1e-12, atol=1e-12)  # whatever the adapter
     assert not torch.allclose(model(x), plain(x))
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"'attention\.out_proj': nn\.MultiheadAttention reads its weight"):
+    with pytest.raises(
+        ValueError, match=r"'attention\.out_proj': nn\.MultiheadAttention reads its weight"
+    ):
         import_peft(plain, tmp_path)
 
 
 def test_the_fast_path_of_an_encoder_layer_leaves_pefts_adapter_out_and_export_warns(tmp_path):
     with torch.random.fork_rng():
-        plain = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)).eval()
+        plain = nn.Sequential(
+            nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        ).eval()
     model, x = copy.deepcopy(plain), inputs(2, 3, 8, dtype=torch.float32)
     randomize(wrap(model, {"0.linear1": 3}, trainable=[]))
     with pytest.warns(UserWarning, match=r"'0' in PEFT.*set_fastpath_enabled\(False\)") as caught:
@@ -163,14 +180,16 @@ def test_the_fast_path_of_an_encoder_layer_leaves_pefts_adapter_out_and_export_w
 
 def test_parameters_that_train_besides_are_named_in_a_warning(tmp_path):
     model = trained(chain(), [({"fc": 1}, {"trainable": ["fc2"]})])
-    with pytest.warns(UserWarning, match=re.escape("'fc2.weight', 'fc2.bias' require a gradient")) as caught:
+    with pytest.warns(
+        UserWarning, match=re.escape("'fc2.weight', 'fc2.bias' require a gradient")
+    ) as caught:
         export_peft(model, tmp_path)
     assert caught[0].filename == __file__
     model.fc2.requires_grad_(False)
     export_peft(model, tmp_path)  # a warning would be an error
 
 
-# ---- old files ----------------------------------------------------------------------------------------------------
+# ---- old files ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync"])

@@ -7,8 +7,8 @@ import copy
 import peft
 import pytest
 import torch
-from models import TOKENS, assert_unchanged, inputs, snapshot, with_deltas_by_hand
-from peft_cases import (
+from helpers.models import TOKENS, assert_unchanged, inputs, snapshot, with_deltas_by_hand
+from helpers.peft_cases import (
     REGEX,
     chain,
     config_of,
@@ -21,7 +21,15 @@ from peft_cases import (
     trained,
 )
 
-from minirank import export_peft, import_peft, load_adapter, lora_layers, merge, resize, save_adapter
+from minirank import (
+    export_peft,
+    import_peft,
+    load_adapter,
+    lora_layers,
+    merge,
+    resize,
+    save_adapter,
+)
 
 ALL = ["fc", "enc.fc", "xfc", "enc.xfc", "fc2"]
 
@@ -41,7 +49,11 @@ CONFIGS = {
         ["fc", "enc.fc"],
     ),
     "keys are patterns": (
-        {"target_modules": r"(enc\.)?x?fc", "rank_pattern": {"enc.*": 3, "x.c": 1}, "alpha_pattern": {".fc": 5.5}},
+        {
+            "target_modules": r"(enc\.)?x?fc",
+            "rank_pattern": {"enc.*": 3, "x.c": 1},
+            "alpha_pattern": {".fc": 5.5},
+        },
         ["fc", "enc.fc", "xfc", "enc.xfc"],
     ),
     "rank-stabilised": (
@@ -66,7 +78,11 @@ def check_import(plain, folder, theirs, x, names):
             assert torch.equal(value, tensors_of(folder)[f"base_model.model.{name}.{key}.weight"])
             assert value.requires_grad
         assert layer.alpha == theirs.get_submodule(f"base_model.model.{name}").lora_alpha["default"]
-        assert layer.reference_rank == layer.rank == theirs.get_submodule(f"base_model.model.{name}").r["default"]
+        assert (
+            layer.reference_rank
+            == layer.rank
+            == theirs.get_submodule(f"base_model.model.{name}").r["default"]
+        )
     y, expected = model(x), theirs(x)
     y, expected = (y, expected) if isinstance(y, torch.Tensor) else (y.logits, expected.logits)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
@@ -74,17 +90,24 @@ def check_import(plain, folder, theirs, x, names):
 
 
 if "orthogonal" in str(peft.LoraConfig.__annotations__["init_lora_weights"]):  # PEFT 0.18 or newer
-    CONFIGS["orthogonal"] = ({"target_modules": ["fc"], "init_lora_weights": "orthogonal"}, ["fc", "enc.fc"])
+    CONFIGS["orthogonal"] = (
+        {"target_modules": ["fc"], "init_lora_weights": "orthogonal"},
+        ["fc", "enc.fc"],
+    )
 
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_what_peft_trained_computes_the_same_here(tmp_path, case):
     options, names = CONFIGS[case]
     x = inputs(3, 6)
-    theirs = peft_trained(chain(), peft.LoraConfig(**{"r": 2, "lora_alpha": 3, **options}), x, tmp_path)
+    theirs = peft_trained(
+        chain(), peft.LoraConfig(**{"r": 2, "lora_alpha": 3, **options}), x, tmp_path
+    )
     assert not torch.allclose(theirs(x), chain()(x))
     model = check_import(chain(), tmp_path, theirs, x, names)
-    assert {layer.dropout for layer in lora_layers(model).values()} == {options.get("lora_dropout", 0.0)}
+    assert {layer.dropout for layer in lora_layers(model).values()} == {
+        options.get("lora_dropout", 0.0)
+    }
 
 
 def test_the_first_key_that_matches_wins(tmp_path):
@@ -109,12 +132,16 @@ def test_peft_sorts_the_keys_when_it_saves(tmp_path):
     peft_trained(chain(), config, x, tmp_path)
     with pytest.raises(RuntimeError, match="size mismatch"):
         in_peft(chain(), tmp_path)
-    with pytest.raises(ValueError, match=r"'enc\.fc' has rank 1 .* 3 .*two patterns.*PEFT's saving sorts them"):
+    with pytest.raises(
+        ValueError, match=r"'enc\.fc' has rank 1 .* 3 .*two patterns.*PEFT's saving sorts them"
+    ):
         import_peft(chain(), tmp_path)
 
 
 # PEFT looks for the key among those that match as patterns, but gives the layer its rank all the same.
-@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match any targeted module")
+@pytest.mark.filterwarnings(
+    "ignore:The following (rank|alpha)_pattern keys did not match any targeted module"
+)
 def test_a_key_that_is_the_name_counts_where_it_does_not_match_as_a_pattern(tmp_path):
     names = [name for name in REGEX if name not in ("c*", "$h", "^t", "back\\slash")]
     config = peft.LoraConfig(
@@ -137,15 +164,27 @@ def test_a_key_that_is_the_name_counts_where_it_does_not_match_as_a_pattern(tmp_
     [
         (
             {"target_modules": "all-linear"},
-            [f"h.{i}.{leaf}" for i in (0, 1) for leaf in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")],
+            [
+                f"h.{i}.{leaf}"
+                for i in (0, 1)
+                for leaf in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+            ],
         ),
-        ({"target_modules": ["c_attn"], "layers_to_transform": [1], "layers_pattern": "h"}, ["h.1.attn.c_attn"]),
-        ({"target_modules": ["c_proj"], "exclude_modules": ["mlp.c_proj"]}, [f"h.{i}.attn.c_proj" for i in (0, 1)]),
+        (
+            {"target_modules": ["c_attn"], "layers_to_transform": [1], "layers_pattern": "h"},
+            ["h.1.attn.c_attn"],
+        ),
+        (
+            {"target_modules": ["c_proj"], "exclude_modules": ["mlp.c_proj"]},
+            [f"h.{i}.attn.c_proj" for i in (0, 1)],
+        ),
     ],
     ids=["all-linear", "layers_to_transform", "exclude_modules"],
 )
 def test_a_transformer_of_conv1d_layers(tmp_path, options, names):
-    config = peft.LoraConfig(r=2, lora_alpha=5, fan_in_fan_out=True, task_type="CAUSAL_LM", **options)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=5, fan_in_fan_out=True, task_type="CAUSAL_LM", **options
+    )
     theirs = peft_trained(gpt2(), config, TOKENS, tmp_path)
     check_import(gpt2(), tmp_path, theirs, TOKENS, [f"transformer.{name}" for name in names])
 
@@ -153,15 +192,22 @@ def test_a_transformer_of_conv1d_layers(tmp_path, options, names):
 def test_a_start_that_distributes_ranks(tmp_path):
     """EVA finds the ranks in data, and PEFT writes what it found under full names."""
     eva = {"init_lora_weights": "eva", "eva_config": peft.EvaConfig()}
-    config, x = peft.LoraConfig(target_modules=["a", "b", "c"], r=2, **eva), inputs(40, 6, dtype=torch.float32)
+    config, x = (
+        peft.LoraConfig(target_modules=["a", "b", "c"], r=2, **eva),
+        inputs(40, 6, dtype=torch.float32),
+    )
     x[:, 1:] *= 0.1
     with torch.random.fork_rng():
-        theirs = peft.get_peft_model(chain("abcd", dtype=torch.float32), config, low_cpu_mem_usage=True)
+        theirs = peft.get_peft_model(
+            chain("abcd", dtype=torch.float32), config, low_cpu_mem_usage=True
+        )
         peft.initialize_lora_eva_weights(
             theirs,
             [{"x": part} for part in x.split(8)],
             prepare_model_inputs_fn=None,
-            prepare_layer_inputs_fn=lambda given, *_: given[0] if isinstance(given, tuple) else given,
+            prepare_layer_inputs_fn=lambda given, *_: (
+                given[0] if isinstance(given, tuple) else given
+            ),
             show_progress_bar=False,
         )
         for layer in theirs.modules():
@@ -185,13 +231,17 @@ def test_a_start_that_changes_the_base_counts_once_peft_has_converted_it(tmp_pat
             for name, parameter in theirs.named_parameters():
                 if "lora_" in name:
                     parameter += 0.3
-        theirs.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=tmp_path / "start")
+        theirs.save_pretrained(
+            tmp_path / "end", path_initial_model_for_weight_conversion=tmp_path / "start"
+        )
     model = copy.deepcopy(plain)
     assert {layer.rank for layer in import_peft(model, tmp_path / "end").values()} == {4}
     torch.testing.assert_close(model(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)]
+)
 def test_models_in_other_types(tmp_path, dtype, bound):
     """PEFT's adapters are float32 beside a half-precision base, and stay so; only the sum is rounded otherwise."""
     x = inputs(3, 6, dtype=dtype)
@@ -205,7 +255,9 @@ def test_models_in_other_types(tmp_path, dtype, bound):
 
 
 def test_the_configuration_may_lack_what_has_a_default(tmp_path):
-    theirs = peft_trained(chain(), peft.LoraConfig(target_modules=["fc"], r=2), inputs(3, 6), tmp_path)
+    theirs = peft_trained(
+        chain(), peft.LoraConfig(target_modules=["fc"], r=2), inputs(3, 6), tmp_path
+    )
     keep = {"peft_type", "r", "target_modules"}
     rewrite(tmp_path, **dict.fromkeys(set(config_of(tmp_path)) - keep))
     assert config_of(tmp_path).keys() == keep
@@ -218,12 +270,17 @@ def test_importing_reads_no_random_numbers_and_takes_trainable_as_wrap_does(tmp_
     import_peft(model, tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
     own = {f"{name}.{key}" for name in ("fc", "xfc") for key in ("lora_A", "lora_B")}
-    others = {f"{name}.{key}" for name in ("enc.fc", "enc.xfc", "fc2") for key in ("weight", "bias")}
+    others = {
+        f"{name}.{key}" for name in ("enc.fc", "enc.xfc", "fc2") for key in ("weight", "bias")
+    }
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trains == own | others
     model = chain()
     import_peft(model, tmp_path, trainable="fc2")
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == own | {"fc2.weight", "fc2.bias"}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == own | {
+        "fc2.weight",
+        "fc2.bias",
+    }
     before = snapshot(fresh := chain())
     with pytest.raises(ValueError, match="trainable='nothing' matches no module"):
         import_peft(fresh, tmp_path, trainable="nothing")
@@ -234,12 +291,17 @@ def test_importing_reads_no_random_numbers_and_takes_trainable_as_wrap_does(tmp_
 
 def test_an_imported_adapter_is_resized_trained_merged_saved_and_exported_again(tmp_path):
     x = inputs(3, 6)
-    config = peft.LoraConfig(target_modules=["fc", "xfc"], r=3, lora_alpha=4, alpha_pattern={"xfc": 7})
+    config = peft.LoraConfig(
+        target_modules=["fc", "xfc"], r=3, lora_alpha=4, alpha_pattern={"xfc": 7}
+    )
     peft_trained(chain(), config, x, tmp_path / "theirs")
     model = chain()
     layers = import_peft(model, tmp_path / "theirs", trainable=[])
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    before, fixed = model(x).square().mean(), {name: layer.scaling for name, layer in layers.items()}
+    before, fixed = (
+        model(x).square().mean(),
+        {name: layer.scaling for name, layer in layers.items()},
+    )
     for ranks in ({"fc": 5}, {"xfc": 1, "enc.fc": 0}, {"enc.fc": 2}):
         resize(model, ranks, optimizer)
         for _ in range(5):
@@ -247,7 +309,12 @@ def test_an_imported_adapter_is_resized_trained_merged_saved_and_exported_again(
             model(x).square().mean().backward()
             optimizer.step()
     assert model(x).square().mean() < before
-    assert {name: layer.rank for name, layer in layers.items()} == {"fc": 5, "enc.fc": 2, "xfc": 1, "enc.xfc": 3}
+    assert {name: layer.rank for name, layer in layers.items()} == {
+        "fc": 5,
+        "enc.fc": 2,
+        "xfc": 1,
+        "enc.xfc": 3,
+    }
     assert {name: layer.scaling for name, layer in layers.items()} == fixed
     y = model(x)
     torch.testing.assert_close(with_deltas_by_hand(chain(), layers)(x), y, rtol=1e-12, atol=1e-12)
@@ -257,6 +324,8 @@ def test_an_imported_adapter_is_resized_trained_merged_saved_and_exported_again(
     assert torch.equal(loaded(x), y)
     for portable in (False, True):
         export_peft(model, tmp_path / "again", portable=portable)
-        torch.testing.assert_close(in_peft(chain(), tmp_path / "again")(x), y, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            in_peft(chain(), tmp_path / "again")(x), y, rtol=1e-12, atol=1e-12
+        )
     merge(model)
     torch.testing.assert_close(model(x), y, rtol=1e-12, atol=1e-12)

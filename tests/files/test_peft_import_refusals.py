@@ -9,20 +9,31 @@ import re
 import peft
 import pytest
 import torch
-from models import TOKENS, assert_unchanged, inputs, snapshot
-from peft_cases import chain, gpt2, in_peft, made, peft_trained, rewrite, tensors_of, trained
+from helpers.models import TOKENS, assert_unchanged, inputs, snapshot
+from helpers.peft_cases import (
+    chain,
+    gpt2,
+    in_peft,
+    made,
+    peft_trained,
+    rewrite,
+    tensors_of,
+    trained,
+)
 from safetensors.torch import save_file
 from torch import nn
 
 from minirank import export_peft, import_peft, wrap
 
-# ---- what is not plain LoRA -------------------------------------------------------------------------------
+# ---- what is not plain LoRA ---------------------------------------------------------------------
 
 
 def import_refused(model, folder, *parts, error=ValueError):
     """`parts` in the message, in their order; the model as it was."""
     before = snapshot(model)
-    with pytest.raises(error, match="(?s)" + ".*".join(re.escape(part) for part in parts)) as caught:
+    with pytest.raises(
+        error, match="(?s)" + ".*".join(re.escape(part) for part in parts)
+    ) as caught:
         import_peft(model, folder)
     assert_unchanged(model, before)
     assert str(folder) in str(caught.value)
@@ -55,7 +66,10 @@ def test_real_adapters_of_other_kinds_are_refused_by_name(tmp_path, options, nam
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (peft.AdaLoraConfig(target_modules=["fc"], total_step=10, init_r=2, target_r=1), "'ADALORA'"),
+        (
+            peft.AdaLoraConfig(target_modules=["fc"], total_step=10, init_r=2, target_r=1),
+            "'ADALORA'",
+        ),
         (peft.IA3Config(target_modules=["fc"], feedforward_modules=[]), "'IA3'"),
         (peft.LoHaConfig(target_modules=["fc"], r=2), "'LOHA'"),
     ],
@@ -93,9 +107,13 @@ def test_real_adapters_of_embeddings_are_refused_by_name(tmp_path, options, name
 @pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume:UserWarning")
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 def test_a_head_that_peft_saved_beside_its_adapter_is_refused_with_the_way_out(tmp_path):
-    theirs = peft_trained(gpt2(), peft.LoraConfig(target_modules=["lm_head"], r=2), TOKENS, tmp_path)
+    theirs = peft_trained(
+        gpt2(), peft.LoraConfig(target_modules=["lm_head"], r=2), TOKENS, tmp_path
+    )
     assert len(tensors_of(tmp_path)) > 2
-    import_refused(gpt2(), tmp_path, "lm_head", "expected lora_A and lora_B", "save_embedding_layers=False")
+    import_refused(
+        gpt2(), tmp_path, "lm_head", "expected lora_A and lora_B", "save_embedding_layers=False"
+    )
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)
     model = gpt2()
     assert list(import_peft(model, tmp_path)) == ["lm_head"]
@@ -106,9 +124,13 @@ def test_a_real_adapter_of_a_convolution_is_refused_by_name(tmp_path):
     plain = made(nn.Conv2d, 3, 4, 3)
     model = nn.ModuleDict({"convolution": plain})
     with torch.random.fork_rng():
-        theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["convolution"], r=2))
+        theirs = peft.get_peft_model(
+            copy.deepcopy(model), peft.LoraConfig(target_modules=["convolution"], r=2)
+        )
     theirs.save_pretrained(tmp_path)
-    import_refused(model, tmp_path, "'convolution' has", "(2, 3, 3, 3)", "expected lora_A (r, d_in)")
+    import_refused(
+        model, tmp_path, "'convolution' has", "(2, 3, 3, 3)", "expected lora_A (r, d_in)"
+    )
 
 
 @pytest.fixture
@@ -141,24 +163,38 @@ def test_what_peft_saved_is_accepted(folder):
 )
 def test_options_that_may_change_the_function_are_refused_by_name(folder, option, value):
     rewrite(folder, **{option: value})
-    import_refused(chain(), folder, "adapter_config.json", f"sets {option}={value!r}, expected plain LoRA")
+    import_refused(
+        chain(), folder, "adapter_config.json", f"sets {option}={value!r}, expected plain LoRA"
+    )
 
 
-@pytest.mark.parametrize("start", ["loftq", "corda", "lora_ga", "PiSSA", "a_start_of_the_year_2030"])
+@pytest.mark.parametrize(
+    "start", ["loftq", "corda", "lora_ga", "PiSSA", "a_start_of_the_year_2030"]
+)
 def test_starts_that_may_change_the_base_are_refused_by_name(folder, start):
     rewrite(folder, init_lora_weights=start)
-    import_refused(chain(), folder, f"init_lora_weights={start!r}", "path_initial_model_for_weight_conversion")
+    import_refused(
+        chain(), folder, f"init_lora_weights={start!r}", "path_initial_model_for_weight_conversion"
+    )
 
 
-# ---- damaged files ----------------------------------------------------------------------------------------
+# ---- damaged files -----------------------------------------------------------------------------
 
 
 def test_missing_files(folder):
-    import_refused(chain(), folder / "nowhere", "nowhere", "save_pretrained", error=FileNotFoundError)
+    import_refused(
+        chain(), folder / "nowhere", "nowhere", "save_pretrained", error=FileNotFoundError
+    )
     tensors = folder / "adapter_model.safetensors"
     import_refused(chain(), tensors, "expected a folder", error=FileNotFoundError)
     tensors.unlink()
-    import_refused(chain(), folder, "no adapter_model.safetensors", "copied completely?", error=FileNotFoundError)
+    import_refused(
+        chain(),
+        folder,
+        "no adapter_model.safetensors",
+        "copied completely?",
+        error=FileNotFoundError,
+    )
     (folder / "adapter_model.bin").touch()
     import_refused(chain(), folder, "pickled adapter_model.bin", "save it anew with PEFT")
     (folder / "adapter_config.json").unlink()
@@ -167,7 +203,10 @@ def test_missing_files(folder):
 
 @pytest.mark.parametrize("keep", [0, 1, 30])
 def test_files_that_were_cut_off(folder, keep):
-    for name, part in [("adapter_config.json", "is no JSON"), ("adapter_model.safetensors", "not a whole safetensors")]:
+    for name, part in [
+        ("adapter_config.json", "is no JSON"),
+        ("adapter_model.safetensors", "not a whole safetensors"),
+    ]:
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[:keep])
         import_refused(chain(), folder, name, part, "damaged")
@@ -186,7 +225,10 @@ def test_json_that_is_no_configuration(folder, text):
 
 
 def number(value):
-    return {"alpha_pattern": {}, "lora_alpha": value}, ("'fc' has alpha", "expected a positive number")
+    return {"alpha_pattern": {}, "lora_alpha": value}, (
+        "'fc' has alpha",
+        "expected a positive number",
+    )
 
 
 @pytest.mark.parametrize(
@@ -213,10 +255,13 @@ def test_numbers_that_make_no_layer(folder, changes, parts):
 
 
 def with_tensors(folder, change):
-    tensors = {key.removeprefix("base_model.model."): value for key, value in tensors_of(folder).items()}
+    tensors = {
+        key.removeprefix("base_model.model."): value for key, value in tensors_of(folder).items()
+    }
     change(tensors)
     save_file(
-        {f"base_model.model.{key}": value for key, value in tensors.items()}, folder / "adapter_model.safetensors"
+        {f"base_model.model.{key}": value for key, value in tensors.items()},
+        folder / "adapter_model.safetensors",
     )
 
 
@@ -230,21 +275,42 @@ NAN = torch.tensor([[math.nan] * 6] * 2, dtype=torch.float64)
         (lambda t: t.pop("fc.lora_A.weight"), ("'fc' has {'lora_B': (6, 2)}", "lora_A (r, d_in)")),
         (lambda t: t.clear(), ("holds no tensors",)),
         (lambda t: t.update({"fc.lora_A.weight": NAN}), ("fc.lora_A is not finite",)),
-        (lambda t: t.update({"fc.lora_B.weight": NAN.T.contiguous() * math.inf}), ("fc.lora_B is not finite",)),
-        (lambda t: t.update({"fc.lora_A.weight": torch.ones(2)}), ("'fc' has", "(2,)", "expected lora_A (r, d_in)")),
-        (lambda t: t.update({"fc.lora_A.weight": torch.tensor(1.0)}), ("'fc' has", "()", "expected lora_A (r, d_in)")),
-        (lambda t: t.update({"fc.lora_B.weight": torch.ones(6)}), ("'fc' has shapes", "(6,)", "expected lora_A")),
+        (
+            lambda t: t.update({"fc.lora_B.weight": NAN.T.contiguous() * math.inf}),
+            ("fc.lora_B is not finite",),
+        ),
+        (
+            lambda t: t.update({"fc.lora_A.weight": torch.ones(2)}),
+            ("'fc' has", "(2,)", "expected lora_A (r, d_in)"),
+        ),
+        (
+            lambda t: t.update({"fc.lora_A.weight": torch.tensor(1.0)}),
+            ("'fc' has", "()", "expected lora_A (r, d_in)"),
+        ),
+        (
+            lambda t: t.update({"fc.lora_B.weight": torch.ones(6)}),
+            ("'fc' has shapes", "(6,)", "expected lora_A"),
+        ),
         (
             lambda t: t.update({"fc.lora_B.weight": torch.ones(6, 3).double()}),
             ("'fc' has shapes", "(6, 3)", "one rank"),
         ),
-        (lambda t: t.update({"fc.lora_B.weight": torch.ones(6, 2)}), ("'fc' have types", "float64", "float32")),
-        (lambda t: t.update({k: v.int() for k, v in t.items()}), ("'fc' have types", "int32", "floating-point")),
+        (
+            lambda t: t.update({"fc.lora_B.weight": torch.ones(6, 2)}),
+            ("'fc' have types", "float64", "float32"),
+        ),
+        (
+            lambda t: t.update({k: v.int() for k, v in t.items()}),
+            ("'fc' have types", "int32", "floating-point"),
+        ),
         (
             lambda t: t.update({"fc.lora_B.bias": torch.ones(6)}),
             ("holds", "fc.lora_B.bias'", "expected lora_A and lora_B"),
         ),
-        (lambda t: t.update({"fc.lora_A.default.weight": NAN}), ("holds", "fc.lora_A.default.weight'")),
+        (
+            lambda t: t.update({"fc.lora_A.default.weight": NAN}),
+            ("holds", "fc.lora_A.default.weight'"),
+        ),
     ],
     ids=range(13),
 )
@@ -263,12 +329,14 @@ def test_ranks_of_zero_and_above_the_layers_size(tmp_path):
     import_refused(chain(), tmp_path, "'fc2' has rank 0", "positive")
 
 
-# ---- another model ----------------------------------------------------------------------------------------
+# ---- another model -----------------------------------------------------------------------------
 
 
 def test_names_that_the_model_lacks_come_with_close_ones(folder):
     model = chain(("enc.fc", "xfc"))
-    import_refused(model, folder, "the model has no 'fc'", "a part of it?", "did you mean", "'enc.fc'")
+    import_refused(
+        model, folder, "the model has no 'fc'", "a part of it?", "did you mean", "'enc.fc'"
+    )
 
 
 def test_modules_of_other_shapes(folder):
@@ -281,7 +349,11 @@ def test_modules_that_have_an_adapter_or_are_not_linear(folder):
     model = chain()
     wrap(model, {"xfc": 1})
     import_refused(model, folder, "'xfc' already has an adapter", "unwrap()")
-    import_refused(nn.ModuleDict({"fc": nn.Tanh(), "xfc": nn.Tanh()}), folder, "'fc' is a Tanh, not a linear layer")
+    import_refused(
+        nn.ModuleDict({"fc": nn.Tanh(), "xfc": nn.Tanh()}),
+        folder,
+        "'fc' is a Tanh, not a linear layer",
+    )
 
 
 def test_a_model_without_its_weights(folder):

@@ -6,22 +6,33 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from models import same_bits
+from helpers.models import same_bits
 from torch import nn
 
-from minirank.files import DTYPES, checksum, read_safetensors, safetensors_bytes, write_files
-from minirank.fingerprint import fingerprint, same_base
+from minirank.files.base_fingerprint import fingerprint, same_base
+from minirank.files.safetensors_file import (
+    DTYPES,
+    checksum,
+    read_safetensors,
+    safetensors_bytes,
+    write_files,
+)
 
 
 def tensors_of_every_type():
     generator = torch.Generator().manual_seed(0)
     odd = {f"odd {dtype}": torch.randn(3, generator=generator).mul(9).to(dtype) for dtype in DTYPES}
     views = {"transposed": torch.arange(6.0).reshape(2, 3).t(), "part": torch.arange(9)[2::3]}
-    return odd | views | {"scalar": torch.tensor(2.0), "empty": torch.zeros(0, 4), 'a "name"\n': torch.ones(2)}
+    return (
+        odd
+        | views
+        | {"scalar": torch.tensor(2.0), "empty": torch.zeros(0, 4), 'a "name"\n': torch.ones(2)}
+    )
 
 
 def test_the_format_is_what_safetensors_reads(tmp_path):
@@ -55,7 +66,9 @@ def test_what_was_read_does_not_follow_the_file(tmp_path):
     assert torch.equal(tensors["a"], torch.ones(1000))
 
 
-@pytest.mark.parametrize("tensor", [torch.ones(2, dtype=torch.complex64), torch.ones(2, device="meta")])
+@pytest.mark.parametrize(
+    "tensor", [torch.ones(2, dtype=torch.complex64), torch.ones(2, device="meta")]
+)
 def test_a_tensor_that_cannot_be_saved_is_named(tensor):
     with pytest.raises(ValueError, match=r"'x' is (torch.complex64|on the meta device)"):
         safetensors_bytes({"x": tensor}, {})
@@ -97,7 +110,10 @@ def test_a_write_that_fails_leaves_all_old_files_and_nothing_else(tmp_path):
             write_files(files)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old", "b": b"old"}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "a": b"old",
+        "b": b"old",
+    }
 
 
 def test_a_process_killed_in_the_middle_leaves_the_old_file(tmp_path):
@@ -106,7 +122,7 @@ def test_a_process_killed_in_the_middle_leaves_the_old_file(tmp_path):
     code = f"""
 import os, signal
 from pathlib import Path
-from minirank import files
+from minirank.files import safetensors_file as files
 files.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
 files.write_files({{Path({str(path)!r}): b"new"}})
 """
@@ -147,13 +163,13 @@ for folder in ("p", "q"):
         minirank.unwrap(model)
         minirank.import_peft(model, "p", trainable=[])
 """
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = str(Path(__file__).parents[2])
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-W", "ignore", "-c", code]
     subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, check=True)
 
 
-# ---- fingerprints --------------------------------------------------------------------------------------------------
+# ---- fingerprints ------------------------------------------------------------------------------
 
 
 def linear(dtype=torch.float32, seed=0):

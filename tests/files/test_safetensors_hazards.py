@@ -9,12 +9,18 @@ import sys
 
 import pytest
 import torch
-from models import wrapped
+from helpers.models import wrapped
 from torch import nn
 
 from minirank import export_peft, read_adapter, save_adapter, wrap
-from minirank import files as files_module
-from minirank.files import checksum, read_safetensors, safetensors_bytes, tensor_bytes, write_files
+from minirank.files import safetensors_file as files_module
+from minirank.files.safetensors_file import (
+    checksum,
+    read_safetensors,
+    safetensors_bytes,
+    tensor_bytes,
+    write_files,
+)
 
 
 @pytest.fixture
@@ -22,7 +28,7 @@ def path(tmp_path):
     return tmp_path / "adapter.safetensors"
 
 
-# ---- writing -------------------------------------------------------------------------------------------------------
+# ---- writing -----------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
@@ -41,7 +47,9 @@ def test_a_broken_link_is_named_by_where_it_points(tmp_path):
 
 
 @pytest.mark.parametrize("fails", [1, 2])
-def test_if_one_of_two_files_cannot_be_replaced_the_other_is_the_old_one(tmp_path, monkeypatch, fails):
+def test_if_one_of_two_files_cannot_be_replaced_the_other_is_the_old_one(
+    tmp_path, monkeypatch, fails
+):
     files = {tmp_path / "a": b"new", tmp_path / "b": b"new"}
     for path in files:
         path.write_bytes(b"old")
@@ -56,7 +64,10 @@ def test_if_one_of_two_files_cannot_be_replaced_the_other_is_the_old_one(tmp_pat
     monkeypatch.setattr(os, "replace", busy)
     with pytest.raises(OSError, match="busy"):
         write_files(files)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old", "b": b"old"}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "a": b"old",
+        "b": b"old",
+    }
 
 
 def test_a_name_that_the_format_has_for_itself_is_refused(path):
@@ -112,13 +123,15 @@ class Wrapper(torch.Tensor):
         return args[0]
 
 
-@pytest.mark.parametrize("tensor", [Wrapper(torch.ones(2)), torch.ones(2, device="meta"), torch.ones(2).to_sparse()])
+@pytest.mark.parametrize(
+    "tensor", [Wrapper(torch.ones(2)), torch.ones(2, device="meta"), torch.ones(2).to_sparse()]
+)
 def test_a_tensor_whose_values_are_elsewhere_is_refused(tensor):
     with pytest.raises(ValueError, match="where an ordinary tensor with values is expected"):
         tensor_bytes(tensor)
 
 
-# ---- reading -------------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------
 
 
 def test_a_reader_beside_a_writer_reads_one_file_or_the_other(tmp_path):
@@ -151,11 +164,15 @@ def test_a_type_that_adapters_do_not_have_is_named(path):
     entry = {"dtype": "U64", "shape": [1], "data_offsets": [0, 8]}
     text = json.dumps({"x": entry}).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
-    with pytest.raises(ValueError, match=r"'.*adapter.safetensors' holds 'x' as U64, expected one of F64, F32"):
+    with pytest.raises(
+        ValueError, match=r"'.*adapter.safetensors' holds 'x' as U64, expected one of F64, F32"
+    ):
         read_safetensors(path)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"format": 1' + "0" * 9000 + "}"], ids=["deep", "long"])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"format": 1' + "0" * 9000 + "}"], ids=["deep", "long"]
+)
 def test_a_record_that_cannot_be_parsed_is_refused(path, text):
     path.write_bytes(safetensors_bytes({}, {"minirank": text, "checksum": checksum({}, text)}))
     with pytest.raises(ValueError, match="cannot be used"):

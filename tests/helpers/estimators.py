@@ -34,7 +34,8 @@ def coverage_of_traces(estimate, exact, model, loss_fn, batches, runs=250):
     for _ in range(runs):
         found = estimate(model, loss_fn, batches, generator=generator, samples=40, chunk_size=40)
         hits += sum(
-            abs(float(found[name].sum() - h.sum())) < 2.02 * found.standard_errors[name] for name, h in exact.items()
+            abs(float(found[name].sum() - h.sum())) < 2.02 * found.standard_errors[name]
+            for name, h in exact.items()
         )
     return hits / (runs * len(exact))
 

@@ -42,7 +42,9 @@ class Zoo(nn.Module):
     def __init__(self):
         super().__init__()
         self.emb = nn.Embedding(11, 6)
-        self.body = nn.ModuleDict({"up": nn.Linear(6, 8), "norm": nn.LayerNorm(8), "conv": Conv1DLike(6, 8)})
+        self.body = nn.ModuleDict(
+            {"up": nn.Linear(6, 8), "norm": nn.LayerNorm(8), "conv": Conv1DLike(6, 8)}
+        )
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(2))
         self.alias = self.blocks[0][0]  # the module "blocks.0.0" under a second name
         self.like = LinearLike(6, 6)
@@ -57,7 +59,14 @@ class Zoo(nn.Module):
         return self.head(x + self.like(self.alias(x)))
 
 
-ZOO_LINEAR = ["body.up", "body.conv", "blocks.0.0", "blocks.1.0", "like", "head"]  # by hand, in module order
+ZOO_LINEAR = [
+    "body.up",
+    "body.conv",
+    "blocks.0.0",
+    "blocks.1.0",
+    "like",
+    "head",
+]  # by hand, in module order
 
 
 def zoo(dtype=torch.float64, seed=0):
@@ -76,21 +85,27 @@ def randomize(layers, seed=1):
     with torch.no_grad():
         for layer in layers.values() if isinstance(layers, dict) else [layers]:
             for parameter in layer.parameters(recurse=False):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 2)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 2
+                )
 
 
 def layer(d_in=5, d_out=7, rank=3, *, dtype=torch.float64, trained=True, bias=True, **options):
     """A LoRALinear, whose scaling is alpha / rank = 2 unless the options say otherwise."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        result = LoRALinear(nn.Linear(d_in, d_out, bias=bias, dtype=dtype), rank, **{"alpha": 6, **options})
+        result = LoRALinear(
+            nn.Linear(d_in, d_out, bias=bias, dtype=dtype), rank, **{"alpha": 6, **options}
+        )
     if trained:
         randomize(result)
     return result
 
 
 def inputs(*shape, dtype=torch.float64, seed=2):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def formula(lora, x, scaling):
@@ -99,13 +114,19 @@ def formula(lora, x, scaling):
     b = 0 if lora.base.bias is None else lora.base.bias.detach().double()
     g = 1 if lora.gate is None else lora.gate.detach().double()
     rows = [W @ v + b + scaling * (B @ (g * (A @ v))) for v in x.double().reshape(-1, x.shape[-1])]
-    return torch.stack(rows).reshape(*x.shape[:-1], -1) if rows else x.new_zeros(*x.shape[:-1], len(W))
+    return (
+        torch.stack(rows).reshape(*x.shape[:-1], -1) if rows else x.new_zeros(*x.shape[:-1], len(W))
+    )
 
 
 def delta_by_hand(layer, scaling=None):
     """s · B diag(gate) A as one sum over ranks, in float64; (d_out, d_in)."""
     A, B = layer.lora_A.detach().double(), layer.lora_B.detach().double()
-    gate = torch.ones(len(A), dtype=torch.float64) if layer.gate is None else layer.gate.detach().double()
+    gate = (
+        torch.ones(len(A), dtype=torch.float64)
+        if layer.gate is None
+        else layer.gate.detach().double()
+    )
     result = torch.zeros(len(B), A.shape[1], dtype=torch.float64)
     for a, b, g in zip(A, B.T, gate, strict=True):
         result += (layer.scaling if scaling is None else scaling) * g * torch.outer(b, a)
@@ -119,7 +140,9 @@ def with_deltas_by_hand(plain, layers):
         module = result.get_submodule(name)
         delta = delta_by_hand(layer)
         delta = delta.T if hasattr(module, "nf") else delta
-        module.weight = nn.Parameter((module.weight.detach().double() + delta).to(module.weight.dtype))
+        module.weight = nn.Parameter(
+            (module.weight.detach().double() + delta).to(module.weight.dtype)
+        )
     return result
 
 
@@ -127,8 +150,17 @@ def snapshot(model):
     """Everything that a refused call must leave as it was: module and parameter identities, bits, flags, modes."""
     modules = {name: (id(m), m.training) for name, m in model.named_modules(remove_duplicate=False)}
     tensors = {
-        name: (id(t), t.requires_grad, t.dtype, t.detach().clone(), None if t.grad is None else t.grad.clone())
-        for name, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        name: (
+            id(t),
+            t.requires_grad,
+            t.dtype,
+            t.detach().clone(),
+            None if t.grad is None else t.grad.clone(),
+        )
+        for name, t in [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]
     }
     return modules, tensors
 
@@ -149,7 +181,9 @@ def same_bits(a, b):
     """torch.equal, but NaN equals itself, -0.0 is not 0.0, and meta tensors, which have no bits, are equal."""
     if (a.dtype, a.shape, a.device) != (b.dtype, b.shape, b.device):
         return False
-    return a.is_meta or torch.equal(*(t.detach().reshape(-1).contiguous().view(torch.uint8) for t in (a, b)))
+    return a.is_meta or torch.equal(
+        *(t.detach().reshape(-1).contiguous().view(torch.uint8) for t in (a, b))
+    )
 
 
 def wrapped(dtype=torch.float64, ranks=RANKS, **options):

@@ -7,7 +7,7 @@ import json
 
 import peft
 import torch
-from models import randomize
+from helpers.models import randomize
 from safetensors.torch import load_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -33,7 +33,9 @@ class Chain(nn.Module):
                     parent.add_module(key, nn.Module())
                 parent = parent._modules[key]
             d_out = 4 if name == names[-1] else 6
-            parent.add_module(leaf, Conv1D(d_out, 6) if name in transposed else nn.Linear(6, d_out, bias=bias))
+            parent.add_module(
+                leaf, Conv1D(d_out, 6) if name in transposed else nn.Linear(6, d_out, bias=bias)
+            )
 
     def forward(self, x):
         for name in self.names:
@@ -105,5 +107,7 @@ def config_of(folder):
 
 def rewrite(folder, **changes):
     """The folder's configuration with other values; None takes one out."""
-    config = {key: value for key, value in {**config_of(folder), **changes}.items() if value is not None}
+    config = {
+        key: value for key, value in {**config_of(folder), **changes}.items() if value is not None
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))

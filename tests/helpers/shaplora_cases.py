@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from models import Conv1DLike, LinearLike, randomize
+from helpers.models import Conv1DLike, LinearLike, randomize
 from torch import nn
 
 from minirank import ShapLoRA, wrap
@@ -57,7 +57,11 @@ def trained(dtype=torch.float64, seed=0, ranks=RANKS, **options):
 
 def scored(model=None, batches=None, loss=loss_fn, **options):
     allocator = ShapLoRA(
-        trained() if model is None else model, loss, data() if batches is None else batches, progress=False, **options
+        trained() if model is None else model,
+        loss,
+        data() if batches is None else batches,
+        progress=False,
+        **options,
     )
     return allocator.score(), allocator
 

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Conv1DLike, LinearLike, delta_by_hand, formula, inputs, layer, randomize
+from helpers.models import Conv1DLike, LinearLike, delta_by_hand, formula, inputs, layer, randomize
 from torch import nn
 
 from minirank import LoRALinear
@@ -18,7 +18,7 @@ GATES = [None, 1.0, 0.5, 0.0]
 EXACT = {"rtol": 1e-13, "atol": 1e-13}
 
 
-# ---- the function --------------------------------------------------------------------------------------------------
+# ---- the function ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (4, 5), (2, 3, 5), (0, 5), (2, 0, 5)], ids=str)
@@ -29,10 +29,14 @@ def test_forward_is_the_formula(gate, shape):
         x = inputs(*shape)
         y = lora(x)
         assert y.shape == (*shape[:-1], 7)
-        torch.testing.assert_close(y, formula(lora, x, 6 / math.sqrt(3) if stabilized else 6 / 3), **EXACT)
+        torch.testing.assert_close(
+            y, formula(lora, x, 6 / math.sqrt(3) if stabilized else 6 / 3), **EXACT
+        )
 
 
-@pytest.mark.parametrize(("d_in", "d_out", "rank"), [(1, 1, 1), (1, 6, 1), (6, 1, 1), (4, 9, 4), (9, 4, 4)])
+@pytest.mark.parametrize(
+    ("d_in", "d_out", "rank"), [(1, 1, 1), (1, 6, 1), (6, 1, 1), (4, 9, 4), (9, 4, 4)]
+)
 def test_every_rank_up_to_the_smaller_side_works(d_in, d_out, rank):
     lora = layer(d_in, d_out, rank, gate=1.0)
     x = inputs(3, d_in)
@@ -41,7 +45,12 @@ def test_every_rank_up_to_the_smaller_side_works(d_in, d_out, rank):
 
 def test_non_contiguous_and_broadcast_inputs():
     lora = layer()
-    for x in (inputs(5, 4).T, inputs(4, 3, 5).transpose(0, 1), inputs(1, 5).expand(4, 5), inputs(4, 10)[:, ::2]):
+    for x in (
+        inputs(5, 4).T,
+        inputs(4, 3, 5).transpose(0, 1),
+        inputs(1, 5).expand(4, 5),
+        inputs(4, 10)[:, ::2],
+    ):
         torch.testing.assert_close(lora(x), formula(lora, x, 2), **EXACT)
 
 
@@ -111,10 +120,12 @@ def test_the_weight_is_differentiable_like_the_layer(gate):
     F.linear(x, read.weight, read.bias).square().sum().backward()
     for name, parameter in called.named_parameters():
         if not name.startswith("base"):
-            torch.testing.assert_close(read.get_parameter(name).grad, parameter.grad, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(
+                read.get_parameter(name).grad, parameter.grad, rtol=1e-12, atol=1e-12
+            )
 
 
-# ---- scaling and ΔW ------------------------------------------------------------------------------------------------
+# ---- scaling and ΔW ----------------------------------------------------------------------------
 
 
 def test_scaling_is_alpha_over_the_reference_rank_or_its_root():
@@ -128,7 +139,9 @@ def test_scaling_is_alpha_over_the_reference_rank_or_its_root():
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("base", [nn.Linear(5, 7), Conv1DLike(7, 5), LinearLike(5, 7)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "base", [nn.Linear(5, 7), Conv1DLike(7, 5), LinearLike(5, 7)], ids=lambda m: type(m).__name__
+)
 def test_delta_weight_and_weight(base, gate):
     base = copy.deepcopy(base).double()
     lora = LoRALinear(base, 3, alpha=6, gate=gate)
@@ -151,7 +164,9 @@ def test_the_real_conv1d_of_transformers():
     randomize(lora)
     assert (lora.in_features, lora.out_features) == (5, 7)
     x = inputs(2, 3, 5)
-    torch.testing.assert_close(lora(x), x @ (base.weight + delta_by_hand(lora).T) + base.bias, **EXACT)
+    torch.testing.assert_close(
+        lora(x), x @ (base.weight + delta_by_hand(lora).T) + base.bias, **EXACT
+    )
 
 
 def test_delta_weight_of_a_half_precision_adapter_is_computed_in_float32():
@@ -176,7 +191,7 @@ def test_contributions_are_the_norms_of_each_rank(gate):
     torch.testing.assert_close(lora.contributions(), torch.stack(expected), **EXACT)
 
 
-# ---- initial values ------------------------------------------------------------------------------------------------
+# ---- initial values ----------------------------------------------------------------------------
 
 
 def test_initial_distributions_are_those_of_the_papers():
@@ -266,7 +281,7 @@ def test_only_linear_modules_are_taken_and_only_once():
         LoRALinear(layer(), 1)
 
 
-# ---- other ranks ---------------------------------------------------------------------------------------------------
+# ---- other ranks -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gate", GATES)

@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from models import formula, inputs, layer, randomize
+from helpers.models import formula, inputs, layer, randomize
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +18,7 @@ from minirank import LoRALinear
 EXACT = {"rtol": 1e-13, "atol": 1e-13}
 
 
-# ---- precision -----------------------------------------------------------------------------------------------------
+# ---- precision ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gate", [None, 0.5])
@@ -34,11 +34,16 @@ def test_half_precision_models(dtype, adapter, gate):
     assert y.dtype == dtype
     # Each of at most five roundings (Ax, gate, BAx, times s, the sum) is half a unit in the last place of a value no
     # larger than |W||x| + |b| + |B||A||x|.
-    size = x.double().abs() @ (base.weight.double().abs() + lora.lora_B.double().abs() @ lora.lora_A.double().abs()).T
+    size = (
+        x.double().abs()
+        @ (base.weight.double().abs() + lora.lora_B.double().abs() @ lora.lora_A.double().abs()).T
+    )
     bound = 5 / 2 * torch.finfo(dtype).eps * (size + base.bias.double().abs())
     assert ((y.double() - formula(lora, x, 1)).abs() <= bound).all()
     y.float().square().sum().backward()
-    assert all(p.grad.ne(0).any() and p.grad.dtype == p.dtype for p in lora.parameters() if p.requires_grad)
+    assert all(
+        p.grad.ne(0).any() and p.grad.dtype == p.dtype for p in lora.parameters() if p.requires_grad
+    )
 
 
 @pytest.mark.parametrize("gate", [None, 1.0])
@@ -52,13 +57,15 @@ def test_autocast_gives_what_the_base_gives(adapter, gate):
         y = lora(x)
         assert y.dtype == lora.base(x).dtype == torch.bfloat16
     exact = formula(lora, x, 1)
-    assert (y.double() - exact).abs().max() < 8 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert (y.double() - exact).abs().max() < 8 * torch.finfo(
+        torch.bfloat16
+    ).eps * exact.abs().max()
     y.float().sum().backward()
     assert lora.lora_A.grad.dtype == adapter
     assert lora.lora_A.grad.ne(0).any()
 
 
-# ---- the mechanisms of PyTorch -------------------------------------------------------------------------------------
+# ---- the mechanisms of PyTorch -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -71,13 +78,17 @@ def test_torch_compile_in_one_graph(backend):
     gradients = [p.grad.clone() for p in lora.parameters() if p.requires_grad]
     lora.zero_grad()
     lora(x).square().sum().backward()
-    for got, parameter in zip(gradients, (p for p in lora.parameters() if p.requires_grad), strict=True):
+    for got, parameter in zip(
+        gradients, (p for p in lora.parameters() if p.requires_grad), strict=True
+    ):
         torch.testing.assert_close(got, parameter.grad, rtol=1e-12, atol=1e-12)
     lora.enabled = False
     assert torch.equal(compiled(x), lora.base(x))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast:FutureWarning")  # checkpoint's own, in torch 2.4
+@pytest.mark.filterwarnings(
+    "ignore:`torch.cpu.amp.autocast:FutureWarning"
+)  # checkpoint's own, in torch 2.4
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(reentrant):
     lora, x = layer(gate=1.0, dropout=0.3).train(), inputs(4, 5).requires_grad_()
@@ -91,7 +102,9 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant):
         assert torch.equal(direct, checkpointed)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
 @pytest.mark.parametrize("merged", [False, True])
 def test_copies_are_equal_and_independent(copied, merged):
     lora, x = layer(gate=0.5), inputs(4, 5)
@@ -147,7 +160,9 @@ def test_hooks_on_the_base_survive_and_see_the_base():
 def test_vmap_over_a_stack_of_adapters():
     lora, x = layer(gate=1.0), inputs(4, 5)
     names = ("lora_A", "lora_B", "gate")
-    stack = {name: inputs(6, *lora.get_parameter(name).shape, seed=i) for i, name in enumerate(names)}
+    stack = {
+        name: inputs(6, *lora.get_parameter(name).shape, seed=i) for i, name in enumerate(names)
+    }
     outputs = torch.func.vmap(lambda p: torch.func.functional_call(lora, p, (x,)))(stack)
     for i in range(6):
         with torch.no_grad():

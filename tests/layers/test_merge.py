@@ -6,7 +6,17 @@ import math
 
 import pytest
 import torch
-from models import RANKS, TOKENS, ZOO_LINEAR, assert_unchanged, randomize, snapshot, with_deltas_by_hand, wrapped, zoo
+from helpers.models import (
+    RANKS,
+    TOKENS,
+    ZOO_LINEAR,
+    assert_unchanged,
+    randomize,
+    snapshot,
+    with_deltas_by_hand,
+    wrapped,
+    zoo,
+)
 from torch import nn
 
 from minirank import LoRALinear, disabled, lora_layers, merge, unmerge, unwrap, wrap
@@ -68,7 +78,9 @@ def test_training_and_evaluating_do_not_merge():
     for switch in (model.eval, model.train, model.eval):
         switch()
         assert not any(layer.merged for layer in layers.values())
-        assert all(torch.equal(x.base.weight, w) for x, w in zip(layers.values(), before, strict=True))
+        assert all(
+            torch.equal(x.base.weight, w) for x, w in zip(layers.values(), before, strict=True)
+        )
 
 
 def test_merging_a_tied_weight_is_refused_or_unties_it():
@@ -98,7 +110,9 @@ def test_an_adapter_that_is_not_finite_refuses_to_merge_and_nothing_is_merged(na
 
 
 def test_a_sum_that_overflows_in_half_precision_refuses_to_merge():
-    model = nn.Sequential(nn.Linear(3, 3, dtype=torch.float16), nn.Linear(3, 3, dtype=torch.float16))
+    model = nn.Sequential(
+        nn.Linear(3, 3, dtype=torch.float16), nn.Linear(3, 3, dtype=torch.float16)
+    )
     layer = wrap(model, {"0": 1, "1": 1})["1"]
     nn.init.constant_(layer.lora_A, 300.0)
     nn.init.constant_(layer.lora_B, 300.0)  # finite each, but 90,000 > 65,504
@@ -109,8 +123,14 @@ def test_a_sum_that_overflows_in_half_precision_refuses_to_merge():
 
 
 def test_a_computed_weight_is_adapted_but_not_merged():
-    model = nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))).double()
-    W, b, x = model[1].weight.detach(), model[1].bias.detach(), torch.randn(3, 4, dtype=torch.float64)
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    ).double()
+    W, b, x = (
+        model[1].weight.detach(),
+        model[1].bias.detach(),
+        torch.randn(3, 4, dtype=torch.float64),
+    )
     layers = wrap(model, {"0": 2, "1": 2})
     randomize(layers)
     delta = layers["1"].delta_weight()
@@ -142,7 +162,9 @@ def test_unwrapping_a_merged_model_leaves_a_plain_one_with_the_sum():
     merge(model, untie=True)
     unwrap(model)
     assert not lora_layers(model)
-    assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
+    assert [name for name, _ in model.named_modules()] == [
+        name for name, _ in plain.named_modules()
+    ]
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-13, atol=1e-13)
     assert all(p.requires_grad for p in model.parameters())
 
@@ -202,7 +224,9 @@ def test_a_layer_that_does_not_apply_its_weight_as_it_is_does_not_merge(kind):
     model = nn.Sequential(nn.Linear(4, 4), kind(4, 4))
     randomize(wrap(model, {"0": 1, "1": 1}))
     before = snapshot(model)
-    with pytest.raises(ValueError, match=rf"'1' is a {kind.__name__} that does not compute W x \+ b"):
+    with pytest.raises(
+        ValueError, match=rf"'1' is a {kind.__name__} that does not compute W x \+ b"
+    ):
         merge(model)
     assert_unchanged(model, before)
 

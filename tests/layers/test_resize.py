@@ -8,7 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import TOKENS, assert_unchanged, delta_by_hand, randomize, snapshot, wrapped, zoo
+from helpers.models import (
+    TOKENS,
+    assert_unchanged,
+    delta_by_hand,
+    randomize,
+    snapshot,
+    wrapped,
+    zoo,
+)
 from torch import nn
 
 from minirank import L1RA, LoRALinear, ShapLoRA, lora_layers, merge, resize, wrap
@@ -47,7 +55,9 @@ def largest(layer, rank):
     norms = []
     for i in range(layer.rank):
         gate = 1 if layer.gate is None else layer.gate[i]
-        norms.append(torch.linalg.matrix_norm(gate * torch.outer(layer.lora_B[:, i], layer.lora_A[i])).item())
+        norms.append(
+            torch.linalg.matrix_norm(gate * torch.outer(layer.lora_B[:, i], layer.lora_A[i])).item()
+        )
     chosen = sorted(range(layer.rank), key=lambda i: (-norms[i], i))[:rank]
     return [i in chosen for i in range(layer.rank)]
 
@@ -56,7 +66,7 @@ def pick(tensor, axis, mask):
     return tensor[mask] if axis == 0 else tensor[:, mask]
 
 
-# ---- the function --------------------------------------------------------------------------------------------------
+# ---- the function ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gate", [None, 1.0, 0.0])
@@ -65,7 +75,10 @@ def test_growing_keeps_the_function(gate):
     y, scalings = model(TOKENS), [layer.scaling for layer in layers.values()]
     report = resize(model, {"body.up": 6, "head": 6})
     torch.testing.assert_close(model(TOKENS), y, rtol=1e-12, atol=1e-12)
-    assert {name: (r.old_rank, r.new_rank) for name, r in report.items()} == {"body.up": (4, 6), "head": (4, 6)}
+    assert {name: (r.old_rank, r.new_rank) for name, r in report.items()} == {
+        "body.up": (4, 6),
+        "head": (4, 6),
+    }
     assert [layer.scaling for layer in layers.values()] == scalings
     assert lora_layers(model) == layers
     assert layers["body.up"].lora_A[4:].ne(0).all()
@@ -81,7 +94,9 @@ def test_shrinking_takes_away_the_least_contributions_and_nothing_else(gate):
         assert report.keep.tolist() == mask
         with torch.no_grad():
             before.lora_B[:, ~torch.tensor(mask)] = 0
-        torch.testing.assert_close(layer.delta_weight(), delta_by_hand(before), rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(
+            layer.delta_weight(), delta_by_hand(before), rtol=1e-13, atol=1e-13
+        )
         assert layer.scaling == before.scaling
 
 
@@ -107,7 +122,10 @@ def test_rank_zero_is_the_base_function_and_grows_again():
 def test_masks_of_an_allocation_choose_the_survivors_even_at_the_same_rank():
     model, layers, optimizer = in_training()
     before = {name: copy.deepcopy(layer) for name, layer in layers.items()}
-    keep = {"body.up": torch.tensor([False, True, False, True]), "blocks.0.0": torch.tensor([True, False, True])}
+    keep = {
+        "body.up": torch.tensor([False, True, False, True]),
+        "blocks.0.0": torch.tensor([True, False, True]),
+    }
     ranks = {"body.up": 2, "blocks.0.0": 3, "like": 0}  # "blocks.0.0": one goes, a fresh one comes
     report = resize(model, SimpleNamespace(ranks=ranks, keep=keep), optimizer)
     assert report.keys() == keep.keys()
@@ -140,16 +158,25 @@ def test_a_seed_reproduces_the_new_ranks_and_the_global_generator_is_not_touched
     assert not torch.equal(a[4:], models[0].body["up"].lora_A[4:])
 
 
-# ---- the optimizer -------------------------------------------------------------------------------------------------
+# ---- the optimizer -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gate", [None, 1.0])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_survivors_keep_values_gradients_and_moments_bit_for_bit_and_new_ranks_start_at_zero(name, gate):
+def test_survivors_keep_values_gradients_and_moments_bit_for_bit_and_new_ranks_start_at_zero(
+    name, gate
+):
     model, layers, optimizer = in_training(name, gate)
     groups = [dict(group, params=None) for group in optimizer.param_groups]
-    old = {name: dict(copy.deepcopy(layer).named_parameters(recurse=False)) for name, layer in layers.items()}
-    gradients = {(n, k): p.grad.clone() for n, x in layers.items() for k, p in x.named_parameters(recurse=False)}
+    old = {
+        name: dict(copy.deepcopy(layer).named_parameters(recurse=False))
+        for name, layer in layers.items()
+    }
+    gradients = {
+        (n, k): p.grad.clone()
+        for n, x in layers.items()
+        for k, p in x.named_parameters(recurse=False)
+    }
     states = {
         (n, k): copy.deepcopy(optimizer.state.get(p, {}))
         for n, x in layers.items()
@@ -179,7 +206,9 @@ def test_survivors_keep_values_gradients_and_moments_bit_for_bit_and_new_ranks_s
                 elif before is not None:
                     assert after.shape == parameter.shape or entry in AVERAGED_OVER_RANKS.values()
                     assert after.shape[axis] == layer.rank
-                    assert torch.equal(after.narrow(axis, 0, count), pick(before, axis, mask)), entry
+                    assert torch.equal(after.narrow(axis, 0, count), pick(before, axis, mask)), (
+                        entry
+                    )
                     assert after.narrow(axis, count, layer.rank - count).eq(0).all(), entry
     train(model, optimizer)  # and it still trains
     assert all(torch.isfinite(p).all() for p in model.parameters())
@@ -213,10 +242,19 @@ def test_entries_of_other_shapes_are_cut_where_their_shape_says_where_the_ranks_
     state, reset = carried_entries(3, 4, **entries)
     assert reset == ()
     grown = torch.tensor([1.0, 2.0, 3.0, 0.0])
-    expected = {**entries, "full": grown[:, None] * per_input, "row": grown, "row_kept": grown[:, None]}
+    expected = {
+        **entries,
+        "full": grown[:, None] * per_input,
+        "row": grown,
+        "row_kept": grown[:, None],
+    }
     assert state.keys() == expected.keys()
     for key, value in expected.items():
-        assert torch.equal(state[key], value) if isinstance(value, torch.Tensor) else state[key] is value
+        assert (
+            torch.equal(state[key], value)
+            if isinstance(value, torch.Tensor)
+            else state[key] is value
+        )
     state, reset = carried_entries(3, 2, **entries)
     assert reset == ()
     assert torch.equal(state["row"], per_rank[:2])
@@ -271,7 +309,12 @@ def test_training_goes_on_as_if_the_pruned_rank_had_never_been(name):
         optimizer = OPTIMIZERS[name]([p for p in model.parameters() if p.requires_grad])
         train(model, optimizer)
         if prune:
-            assert resize(model, {"body.up": 3}, optimizer)["body.up"].keep.tolist() == [True, False, True, True]
+            assert resize(model, {"body.up": 3}, optimizer)["body.up"].keep.tolist() == [
+                True,
+                False,
+                True,
+                True,
+            ]
         train(model, optimizer, 4)
         runs.append(model(TOKENS))
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-11, atol=1e-11)
@@ -281,13 +324,21 @@ def test_schedulers_clipping_and_parameter_groups_go_on_working():
     _, model, layers = wrapped(ranks=RANKS, gate=1.0)
     gates = [layer.gate for layer in layers.values()]
     others = [p for p in model.parameters() if p.requires_grad and not any(p is g for g in gates)]
-    optimizer = torch.optim.AdamW([{"params": gates, "lr": 0.1, "weight_decay": 0.0}, {"params": others}], lr=0.01)
+    optimizer = torch.optim.AdamW(
+        [{"params": gates, "lr": 0.1, "weight_decay": 0.0}, {"params": others}], lr=0.01
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
     train(model, optimizer)
     scheduler.step()
     resize(model, NEW, optimizer)
-    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(layer.gate) for layer in layers.values()]
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [
+        id(layer.gate) for layer in layers.values()
+    ]
+    before = {
+        name: p.detach().clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.numel()
+    }
     optimizer.zero_grad()
     model(TOKENS).square().mean().backward()
     assert nn.utils.clip_grad_norm_(model.parameters(), 1e-3) > 1e-3
@@ -297,7 +348,11 @@ def test_schedulers_clipping_and_parameter_groups_go_on_working():
     scheduler.step()
     assert [group["lr"] for group in optimizer.param_groups] == [0.1 / 4, 0.01 / 4]
     unused = {"blocks.0.1", "blocks.1.1"}
-    changed = {name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])}
+    changed = {
+        name
+        for name, p in model.named_parameters()
+        if name in before and not torch.equal(p, before[name])
+    }
     assert before.keys() - changed <= unused
     state = copy.deepcopy(optimizer.state_dict())
     optimizer.load_state_dict(state)
@@ -311,7 +366,9 @@ def test_a_layer_without_ranks_takes_no_steps_even_where_gradients_are_not_set_t
     model, layers, optimizer = in_training(name)
     resize(model, {"head": 0}, optimizer)
     parameters = dict(layers["head"].named_parameters(recurse=False))
-    steps = {key: copy.copy(optimizer.state.get(p, {}).get("step")) for key, p in parameters.items()}
+    steps = {
+        key: copy.copy(optimizer.state.get(p, {}).get("step")) for key, p in parameters.items()
+    }
     for _ in range(2):
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
@@ -358,7 +415,7 @@ def test_a_compiled_model_follows_new_ranks():
         torch.testing.assert_close(compiled(TOKENS), model(TOKENS), rtol=1e-13, atol=1e-13)
 
 
-# ---- refusals ------------------------------------------------------------------------------------------------------
+# ---- refusals ----------------------------------------------------------------------------------
 
 MASK = torch.tensor([True, True, False, False])
 BAD = {
@@ -369,9 +426,18 @@ BAD = {
     "rank is a float": ({"body.up": 1, "head": 2.0}, r"got 2\.0"),
     "two ranks for one module": ({"alias": 1, "blocks.0.0": 2}, "are one module"),
     "no ranks": ({}, "non-empty"),
-    "mask of another length": (SimpleNamespace(ranks={"body.conv": 2, "head": 2}, keep={"head": MASK[:3]}), "shape"),
-    "mask keeps too many": (SimpleNamespace(ranks={"body.conv": 2, "head": 1}, keep={"head": MASK}), "2 survivors"),
-    "mask is not bool": (SimpleNamespace(ranks={"body.conv": 2, "head": 2}, keep={"head": MASK.int()}), "bool"),
+    "mask of another length": (
+        SimpleNamespace(ranks={"body.conv": 2, "head": 2}, keep={"head": MASK[:3]}),
+        "shape",
+    ),
+    "mask keeps too many": (
+        SimpleNamespace(ranks={"body.conv": 2, "head": 1}, keep={"head": MASK}),
+        "2 survivors",
+    ),
+    "mask is not bool": (
+        SimpleNamespace(ranks={"body.conv": 2, "head": 2}, keep={"head": MASK.int()}),
+        "bool",
+    ),
 }
 
 
@@ -388,10 +454,15 @@ def test_a_refused_resize_changes_neither_model_nor_optimizer(case):
 
 def test_an_optimizer_that_misses_a_parameter_is_refused():
     model, layers, _ = in_training()
-    partial = torch.optim.Adam([p for p in model.parameters() if p.requires_grad and p is not layers["head"].gate])
+    partial = torch.optim.Adam(
+        [p for p in model.parameters() if p.requires_grad and p is not layers["head"].gate]
+    )
     stale = torch.optim.Adam(zoo().parameters())
     before, groups = snapshot(model), [list(o.param_groups[0]["params"]) for o in (partial, stale)]
-    for other, message in ((partial, r"does not hold head\.gate"), (stale, r"does not hold body\.up\.lora_A")):
+    for other, message in (
+        (partial, r"does not hold head\.gate"),
+        (stale, r"does not hold body\.up\.lora_A"),
+    ):
         with pytest.raises(ValueError, match=message):
             resize(model, {"body.up": 2, "head": 1}, other)
     assert_unchanged(model, before)

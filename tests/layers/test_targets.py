@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from models import ZOO_LINEAR, Conv1DLike, LinearLike, assert_unchanged, snapshot, zoo
+from helpers.models import ZOO_LINEAR, Conv1DLike, LinearLike, assert_unchanged, snapshot, zoo
 from torch import nn
 
 from minirank import LoRALinear, linear_targets, wrap
-from minirank.linear import is_transposed, linear_shape, read_weight
-from minirank.targets import all_names
+from minirank.layers.linear import is_transposed, linear_shape, read_weight
+from minirank.layers.targets import all_names
 
 
 def nested():
@@ -20,14 +20,20 @@ def nested():
     return nn.ModuleDict({"fc": nn.Linear(4, 4), "enc": enc, "fc2": nn.Linear(4, 4)})
 
 
-# ---- what is linear ------------------------------------------------------------------------------------------------
+# ---- what is linear ----------------------------------------------------------------------------
 
 
 def test_linear_modules_their_subclasses_and_look_alikes():
     class Sub(nn.Linear):
         nf = 3  # some other meaning
 
-    for module in (nn.Linear(3, 5), nn.Linear(3, 5, bias=False), LinearLike(3, 5), Conv1DLike(5, 3), Sub(3, 5)):
+    for module in (
+        nn.Linear(3, 5),
+        nn.Linear(3, 5, bias=False),
+        LinearLike(3, 5),
+        Conv1DLike(5, 3),
+        Sub(3, 5),
+    ):
         assert linear_shape(module) == (5, 3), module
         assert is_transposed(module) == isinstance(module, Conv1DLike)
     assert linear_shape(nn.Linear(3, 5, dtype=torch.bfloat16)) == (5, 3)
@@ -40,7 +46,9 @@ def test_square_weights_are_told_apart_by_their_attributes():
     assert is_transposed(Conv1DLike(4, 4))
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.complex64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.complex64], ids=str
+)
 def test_quantised_and_complex_weights_are_not_linear(dtype):
     module = nn.Linear(3, 5)
     module.weight = nn.Parameter(torch.ones(5, 3).to(dtype), requires_grad=False)
@@ -55,7 +63,13 @@ def test_other_modules_are_not_linear():
     packed = nn.Linear(3, 5)
     del packed.weight
     packed.weight = "packed"
-    others = [nn.Embedding(5, 3), nn.Conv2d(3, 5, 1), nn.LayerNorm(3), nn.Bilinear(3, 3, 5), nn.LazyLinear(3)]
+    others = [
+        nn.Embedding(5, 3),
+        nn.Conv2d(3, 5, 1),
+        nn.LayerNorm(3),
+        nn.Bilinear(3, 3, 5),
+        nn.LazyLinear(3),
+    ]
     for module in [*others, nn.ReLU(), nn.Sequential(nn.Linear(3, 5)), wrong, wrong_conv, packed]:
         assert linear_shape(module) is None, module
 
@@ -84,10 +98,12 @@ def test_looking_at_a_parametrized_weight_changes_nothing():
         layer = wrap(twin, {"0": 1})["0"]
         for name, buffer in model.named_buffers():
             assert torch.equal(layer.base.get_buffer(name.removeprefix("0.")), buffer), name
-    assert torch.equal(read_weight(nn.utils.parametrizations.weight_norm(linear := nn.Linear(3, 2))), linear.weight)
+    assert torch.equal(
+        read_weight(nn.utils.parametrizations.weight_norm(linear := nn.Linear(3, 2))), linear.weight
+    )
 
 
-# ---- which are selected --------------------------------------------------------------------------------------------
+# ---- which are selected ------------------------------------------------------------------------
 
 
 def test_none_selects_every_linear_module_once_in_module_order():
@@ -129,7 +145,9 @@ def test_a_predicate_sees_no_module_that_is_not_linear():
     assert all(isinstance(module, nn.Linear) for _, module in seen)
 
 
-@pytest.mark.parametrize("targets", ["alias", ["alias", "blocks.0.0"], "al*", lambda name, _: name == "alias"])
+@pytest.mark.parametrize(
+    "targets", ["alias", ["alias", "blocks.0.0"], "al*", lambda name, _: name == "alias"]
+)
 def test_any_name_of_a_shared_module_selects_it_under_its_first(targets):
     model = zoo()
     assert list(linear_targets(model, targets)) == ["blocks.0.0"]
@@ -173,11 +191,17 @@ def test_the_model_itself_may_be_the_linear_layer():
     [
         ("enc.fd", r"'enc.fd' matches no linear layer.*did you mean 'enc\.fc'"),
         ("decoder.fc2", "did you mean.*'fc2'"),
-        (["fc", "nothing"], r"'nothing' matches no linear layer.*known names start \['fc', 'enc\.fc', 'enc\.0'\]"),
+        (
+            ["fc", "nothing"],
+            r"'nothing' matches no linear layer.*known names start \['fc', 'enc\.fc', 'enc\.0'\]",
+        ),
         ("c", "matches no linear layer"),
         ("enc", r"is a ModuleDict, not a linear layer; for those inside it: 'enc\.\*'"),
         ("enc.norm", "is a LayerNorm, not a linear layer"),
-        (nn.Conv2d, "selects none in ModuleDict: it has 4 linear-like modules and 0 with an adapter"),
+        (
+            nn.Conv2d,
+            "selects none in ModuleDict: it has 4 linear-like modules and 0 with an adapter",
+        ),
         (lambda name, module: False, "selects none"),
         ([], "selects none"),
     ],

@@ -7,12 +7,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import RANKS, TOKENS, ZOO_LINEAR, assert_unchanged, randomize, snapshot, with_deltas_by_hand, wrapped, zoo
+from helpers.models import (
+    RANKS,
+    TOKENS,
+    ZOO_LINEAR,
+    assert_unchanged,
+    randomize,
+    snapshot,
+    with_deltas_by_hand,
+    wrapped,
+    zoo,
+)
 from torch import nn
 
 from minirank import LoRALinear, lora_layers, merge, unwrap, wrap
 
-# ---- wrap ----------------------------------------------------------------------------------------------------------
+# ---- wrap ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gate", [None, 1.0, 0.0])
@@ -54,12 +64,16 @@ def test_only_the_wrapped_weights_are_frozen():
     model = zoo()
     model.body["up"].bias.requires_grad_(False)
     model.like.weight.requires_grad_(False)
-    before = {name: p.requires_grad for name, p in zoo().named_parameters()} | {"like.weight": False}
+    before = {name: p.requires_grad for name, p in zoo().named_parameters()} | {
+        "like.weight": False
+    }
     wrap(model, {"body.up": 1, "head": 1})
     frozen = {"body.up.weight", "body.up.bias", "emb.weight", "head.weight"}
     for name, parameter in model.named_parameters():
         plain_name = name.replace(".base.", ".")
-        assert parameter.requires_grad == (".lora_" in name or (plain_name not in frozen and before[plain_name])), name
+        assert parameter.requires_grad == (
+            ".lora_" in name or (plain_name not in frozen and before[plain_name])
+        ), name
     unwrap(model)
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (before[name] and name != "body.up.bias"), name
@@ -80,14 +94,22 @@ def test_only_the_wrapped_weights_are_frozen():
 )
 def test_trainable_names_what_trains_beside_the_adapters(trainable, expected):
     model = zoo()
-    model.register_parameter("table", nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False))
+    model.register_parameter(
+        "table", nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)
+    )
     wrap(model, {"body.up": 1, "head": 1}, trainable=trainable)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
+    trained = {
+        name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name
+    }
     assert trained == expected
     assert all(p.requires_grad for name, p in model.named_parameters() if ".lora_" in name)
-    wrap(model, {"body.conv": 1}, trainable="*")  # earlier adapters keep training, adapted weights stay frozen
+    wrap(
+        model, {"body.conv": 1}, trainable="*"
+    )  # earlier adapters keep training, adapted weights stay frozen
     for name, parameter in model.named_parameters():
-        assert parameter.requires_grad == (".base." not in name and name not in ("emb.weight", "table")), name
+        assert parameter.requires_grad == (
+            ".base." not in name and name not in ("emb.weight", "table")
+        ), name
 
 
 def test_options_reach_every_layer_and_the_reference_rank_is_the_average():
@@ -95,7 +117,9 @@ def test_options_reach_every_layer_and_the_reference_rank_is_the_average():
         assert layer.scaling == 8 / (16 / 5)
         assert layer.lora_A.dtype == torch.float32
         assert (layer.gate is not None, layer.dropout, layer.initial_gate) == (True, 0.25, 0.5)
-    layers = wrapped(ranks={"body.up": 4, "alias": 2, "blocks.0.0": 2, "like": 0}, alpha=6)[2]  # three modules
+    layers = wrapped(ranks={"body.up": 4, "alias": 2, "blocks.0.0": 2, "like": 0}, alpha=6)[
+        2
+    ]  # three modules
     assert [layer.scaling for layer in layers.values()] == [3, 3]
     layers = wrapped(alpha=6, reference_rank=4, rank_stabilized=True)[2]
     assert {layer.scaling for layer in layers.values()} == {3}
@@ -110,7 +134,9 @@ def test_anything_with_ranks_serves_as_an_allocation():
 
 def test_a_seed_reproduces_every_layer_and_layers_differ():
     def draws(generator, ranks=RANKS):
-        return {name: layer.lora_A for name, layer in wrap(zoo(), ranks, generator=generator).items()}
+        return {
+            name: layer.lora_A for name, layer in wrap(zoo(), ranks, generator=generator).items()
+        }
 
     reverse = dict(reversed(RANKS.items()))  # the order of the request does not matter
     first = draws(3)
@@ -134,7 +160,11 @@ class Container(nn.Module):
 
 BAD = {
     "unknown name": ({"nothing": 1}, {}, "matches no linear layer"),
-    "one bad name among good ones": ({"body.up": 1, "head": 1, "hea": 1}, {}, "did you mean 'head'"),
+    "one bad name among good ones": (
+        {"body.up": 1, "head": 1, "hea": 1},
+        {},
+        "did you mean 'head'",
+    ),
     "a suffix only": ({"up": 1}, {}, r"did you mean 'body\.up'"),
     "a glob": ({"body.*": 1}, {}, r"'body\.\*' is a glob.*exact names.*'body\.up'"),
     "not linear": ({"body.up": 1, "body.norm": 1}, {}, "LayerNorm"),
@@ -149,12 +179,20 @@ BAD = {
     "meta device": ({"body.up": 1, "meta": 1}, {}, "meta device"),
     "already adapted": ({"body.up": 1, "done": 1}, {}, r"use resize\(\)"),
     "one inside another": ({"body.up": 1, "box.inner": 1, "box": 1}, {}, r"contains 'box\.inner'"),
-    "one inside another, adapted before": ({"body.up": 1, "full": 1}, {}, r"contains 'full\.inner'"),
+    "one inside another, adapted before": (
+        {"body.up": 1, "full": 1},
+        {},
+        r"contains 'full\.inner'",
+    ),
     "bad alpha": ({"body.up": 1}, {"alpha": -1.0}, "alpha"),
     "bad gate": ({"body.up": 1}, {"gate": 2.0}, "gate"),
     "bad dropout": ({"body.up": 1}, {"dropout": 1.0}, "dropout"),
     "bad dtype": ({"body.up": 1}, {"dtype": torch.int32}, "dtype"),
-    "trainable matches nothing": ({"body.up": 1}, {"trainable": ["like", "lik"]}, "did you mean 'like'"),
+    "trainable matches nothing": (
+        {"body.up": 1},
+        {"trainable": ["like", "lik"]},
+        "did you mean 'like'",
+    ),
 }
 
 
@@ -162,7 +200,11 @@ BAD = {
 def test_a_refused_wrap_changes_nothing(case):
     ranks, options, message = BAD[case]
     model = zoo()
-    model.meta, model.done, model.box = nn.Linear(6, 6, device="meta"), LoRALinear(nn.Linear(6, 6), 1), Container()
+    model.meta, model.done, model.box = (
+        nn.Linear(6, 6, device="meta"),
+        LoRALinear(nn.Linear(6, 6), 1),
+        Container(),
+    )
     model.full = Container()
     wrap(model, {"full.inner": 1})
     model.like.weight.requires_grad_(False)
@@ -197,12 +239,16 @@ def test_a_model_that_is_the_layer_itself_is_refused():
         unwrap(LoRALinear(nn.Linear(3, 3), 1))
 
 
-@pytest.mark.parametrize("mode", ["train", "eval", "no_grad"])  # eval without gradients takes PyTorch's fast path
+@pytest.mark.parametrize(
+    "mode", ["train", "eval", "no_grad"]
+)  # eval without gradients takes PyTorch's fast path
 @pytest.mark.parametrize("merged", [False, True])
 def test_transformer_layers_that_read_weights_see_the_adapter(mode, merged):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True, dtype=torch.float64)
+        model = nn.TransformerEncoderLayer(
+            8, 2, 12, dropout=0.0, batch_first=True, dtype=torch.float64
+        )
     model.train(mode == "train")
     plain, x = copy.deepcopy(model), torch.randn(2, 3, 8, dtype=torch.float64)
     layers = wrap(model, {"self_attn.out_proj": 2, "linear1": 3, "linear2": 3}, gate=1.0)
@@ -216,7 +262,9 @@ def test_transformer_layers_that_read_weights_see_the_adapter(mode, merged):
         assert not torch.allclose(model(x), plain(x))
     if mode == "train" and not merged:
         model(x).square().sum().backward()
-        assert all(p.grad.ne(0).any() for layer in layers.values() for p in layer.parameters(recurse=False))
+        assert all(
+            p.grad.ne(0).any() for layer in layers.values() for p in layer.parameters(recurse=False)
+        )
 
 
 def test_trainable_that_names_only_adapted_layers_is_refused():

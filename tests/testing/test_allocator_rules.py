@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from minirank import L1RA, Allocator, LoRALinear, SensitivityLoRA, ShapLoRA, UniformRanks, testing, wrap
+from minirank import (
+    L1RA,
+    Allocator,
+    LoRALinear,
+    SensitivityLoRA,
+    ShapLoRA,
+    UniformRanks,
+    testing,
+    wrap,
+)
 
 
 class Block(nn.Module):
@@ -34,7 +43,11 @@ class RankScores(Allocator):
     """One score per existing rank, as L1RA and ShapLoRA give."""
 
     def _measure(self):
-        return {name: torch.arange(m.rank) * 1.0 for name, m in self.model.named_modules() if isinstance(m, LoRALinear)}
+        return {
+            name: torch.arange(m.rank) * 1.0
+            for name, m in self.model.named_modules()
+            if isinstance(m, LoRALinear)
+        }
 
 
 def wrapped():
@@ -150,9 +163,18 @@ def layer_case(gate, dtype):
     generator = torch.Generator().manual_seed(3)
     layer = LoRALinear(nn.Linear(7, 5, dtype=dtype), 3, alpha=6, gate=gate)
     with torch.no_grad():
-        for parameter in (layer.lora_A, layer.lora_B, *([] if layer.gate is None else [layer.gate])):
+        for parameter in (
+            layer.lora_A,
+            layer.lora_B,
+            *([] if layer.gate is None else [layer.gate]),
+        ):
             parameter.normal_(generator=generator)
-    matrices = {"weight": layer.base.weight, "bias": layer.base.bias, "A": layer.lora_A, "B": layer.lora_B}
+    matrices = {
+        "weight": layer.base.weight,
+        "bias": layer.base.bias,
+        "A": layer.lora_A,
+        "B": layer.lora_B,
+    }
     x = torch.randn(2, 4, 7, dtype=dtype, generator=generator)
     return layer, x, matrices | {"scaling": 2.0, "gate": layer.gate}
 

@@ -1,0 +1,1 @@
+"""The methods that decide ranks, behind one interface: score() measures, allocate(budget) divides."""

@@ -1,0 +1,37 @@
+"""Checks of arguments, and the words of their errors. Knows nothing of LoRA."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+
+def require(condition: bool, name: str, value: object, expected: str) -> None:
+    """Raise ValueError unless `condition` holds: "`name` must be `expected`, got `value`"."""
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def is_integer(value: object, least: float, most: float = math.inf) -> bool:
+    """Whether `value` is an int (bool is none) from `least` to `most`."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def require_integer(name: str, value: object, least: int) -> None:
+    """Raise ValueError unless `value` is an int (bool is none) of at least `least`."""
+    require(is_integer(value, least), name, value, f"an integer of at least {least}")
+
+
+def as_generator(generator: torch.Generator | int) -> torch.Generator:
+    """A seed becomes a CPU generator, so that one seed gives one result on every device."""
+    if isinstance(generator, torch.Generator):
+        return generator
+    return torch.Generator().manual_seed(generator)
+
+
+def quoted_names(names: Sequence[str], count: int = 3) -> str:
+    """The first few names, quoted, for an error message: "'a', 'b', 'c' and 4 more"."""
+    shown = ", ".join(map(repr, names[:count]))
+    return f"{shown} and {len(names) - count} more" if len(names) > count else shown

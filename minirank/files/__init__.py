@@ -1,0 +1,1 @@
+"""Adapters on disk: minirank's own file, and PEFT's folders both ways."""
