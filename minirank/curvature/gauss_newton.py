@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers.targets import Targets, close_names
+from ..layers.targets import Targets, did_you_mean
 from ..measure import (
     LossFn,
     batch_length,
@@ -84,7 +84,7 @@ def gauss_newton(
     check_tolerance(tolerance)
     names = dict(model.named_modules(remove_duplicate=False))
     if output not in names:
-        raise ValueError(f"output={output!r} names no module: {close_names(output, names)}")
+        raise ValueError(f"output={output!r} names no module: {did_you_mean(output, names)}")
 
     def run(batch: Any, checks: bool) -> _Run:
         with shifted_outputs(modules) as calls, _shifted_output(names[output]) as outputs:
