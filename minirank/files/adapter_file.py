@@ -1,8 +1,6 @@
 """One adapter in one safetensors file: save_adapter, load_adapter, read_adapter.
 
-The tensors are A, B and gates under `<module>.lora_A`, …, and what trained beside the adapters under its own
-names. The metadata has under "minirank" (JSON) the rest of what makes the function, and under "checksum" the
-SHA-256 of all of it. For what is in it and what is refused see the folder's docstring.
+What the file holds, and what is refused, stands in the folder's docstring.
 """
 
 from __future__ import annotations
@@ -28,6 +26,7 @@ from .base_fingerprint import base_fingerprint, same_base
 from .other_tensors import (
     converted_values,
     copy_value,
+    parameters_named,
     tensors_of_modules,
     tensors_that_train,
     trainable_parameters,
@@ -87,13 +86,13 @@ class SavedAdapter:
         if self.other_tensors:
             entries = sum(tensor.numel() for tensor in self.other_tensors.values())
             lines.append(
-                f"besides, {_counted(len(self.other_tensors), 'tensor')} with {entries:,} entries: "
-                f"{_listed(self.other_tensors)}"
+                f"beside the adapters: {_counted(len(self.other_tensors), 'tensor')} with "
+                f"{entries:,} entries ({_listed(self.other_tensors)})"
             )
         if self.trainable:
             lines.append(
-                f"trained besides, {_counted(len(self.trainable), 'parameter')}: "
-                f"{_listed(self.trainable)}"
+                f"trains beside them: {_counted(len(self.trainable), 'parameter')} "
+                f"({_listed(self.trainable)})"
             )
         return "\n".join(lines)
 
@@ -267,6 +266,7 @@ def load_adapter(
     if not other_base:
         _check_base(model, adapter.layers)
     values = converted_values(model, adapter.other_tensors)
+    parameters = parameters_named(model, adapter.trainable) if trainable is AS_SAVED else []
     builders = {first: adapter.layers[name].build_around for name, first in names.items()}
     old_values = [tensor.detach().clone() for tensor, _ in values]
     copied: list[Tensor] = []
@@ -274,6 +274,8 @@ def load_adapter(
         for tensor, value in values:
             copy_value(tensor, value)
             copied.append(tensor)
+        if isinstance(trainable, AsSaved):
+            return insert_layers(model, builders, (), parameters)
         return insert_layers(model, builders, trainable)
     except BaseException:
         for tensor, old_value in zip(copied, old_values, strict=False):
@@ -315,6 +317,12 @@ def read_adapter(path: str | PathLike[str]) -> SavedAdapter:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_adapter(model, f"{folder}/adapter.safetensors")
     ...     print(read_adapter(f"{folder}/adapter.safetensors"))
+    adapter: 2 ranks
+                   sum
+    0    2 ████      2
+    sum  2           2
+    beside the adapters: 2 tensors with 10 entries (1.weight, 1.bias)
+    trains beside them: 2 parameters (1.weight, 1.bias)
     """
     tensors, metadata = read_safetensors(Path(path))
     text = metadata.get("minirank")
@@ -337,7 +345,9 @@ def read_adapter(path: str | PathLike[str]) -> SavedAdapter:
         raise ValueError(f"{str(path)!r} cannot be used: {reason}") from error
 
 
-def _adapter_from(tensors: dict[str, Tensor], text: str, expected_checksum: str | None) -> SavedAdapter:
+def _adapter_from(
+    tensors: dict[str, Tensor], text: str, expected_checksum: str | None
+) -> SavedAdapter:
     """The adapter of a file's tensors, which are taken out of `tensors`, and its record."""
     record = json.loads(text)
     if record["format"] > FORMAT:
@@ -358,19 +368,16 @@ def _adapter_from(tensors: dict[str, Tensor], text: str, expected_checksum: str 
         tuple(record["trainable"]),
         record["method"],
         record["budget"],
-        record["unit"],
+        "ranks" if record["unit"] == "rank" else record["unit"],  # the word of minirank 0.1
     )
 
 
 def _upgraded(record: dict[str, Any]) -> dict[str, Any]:
     """A record of format 1 as one of format 2: the modules that the file holds train."""
-    unit = "ranks" if record["unit"] == "rank" else record["unit"]
-    return {**record, "unit": unit, "trainable": record["others"]}
+    return {**record, "trainable": record["others"]}
 
 
-def _take_layer(
-    tensors: dict[str, Tensor], name: str, record: Mapping[str, Any]
-) -> SavedLayer:
+def _take_layer(tensors: dict[str, Tensor], name: str, record: Mapping[str, Any]) -> SavedLayer:
     """The layer of this name, checked. Its tensors are taken out of `tensors`."""
     own = {key: tensors.pop(f"{name}.{key}") for key in RANK_DIM if f"{name}.{key}" in tensors}
     fields = {

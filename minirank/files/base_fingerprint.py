@@ -41,7 +41,7 @@ def same_base(module: nn.Module, fingerprint: Mapping[str, Mapping[str, Any]]) -
 
 
 def _all_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers: masks and frozen weights, on which the function depends, are these."""
+    """Parameters, and buffers, which may be masks or frozen weights."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 

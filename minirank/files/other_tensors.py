@@ -1,4 +1,4 @@
-"""What a file holds beside the adapters: parameters and buffers of other modules, there and back."""
+"""What a file holds beside the adapters: parameters and buffers of other modules."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..checks import quoted_names
 from ..layers.lora import LoRALinear
 from ..layers.targets import matching_modules, walk
 from .safetensors_file import tensor_bytes
@@ -64,7 +65,7 @@ def _trains_as_a_whole(module: nn.Module) -> bool:
 
 
 def _all_tensors(prefix: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, parameter or persistent buffer) of the module and what is inside it, LoRA layers left out."""
+    """(name, tensor) of parameters and persistent buffers, of inner modules too, LoRA layers not."""
     for name, inner in walk(module, prefix):
         yield from _own_parameters(name, inner)
         if not isinstance(inner, LoRALinear):
@@ -117,6 +118,19 @@ def converted_values(model: nn.Module, values: Mapping[str, Tensor]) -> list[tup
                 "values for"
             )
     return [(tensor, converted) for _, tensor, converted in pairs.values()]
+
+
+def parameters_named(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
+    """The model's parameters among these names; ValueError if it has no tensor of a name."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    missing = [name for name in names if name not in parameters and name not in buffers]
+    if missing:
+        raise ValueError(
+            f"the file says that {quoted_names(missing)} trained, which the model does not have: "
+            "is it the model that was saved? Otherwise name what shall train, trainable=[…]"
+        )
+    return [parameters[name] for name in names if name in parameters]
 
 
 def _converted(name: str, value: Tensor, tensor: Tensor | None) -> Tensor:

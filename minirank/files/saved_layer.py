@@ -1,4 +1,4 @@
-"""What every file format shares: a LoRA layer without its base, and checks on the way there and back."""
+"""A LoRA layer without its base, which every file format shares, and the checks around it."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ the model as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
@@ -112,12 +112,14 @@ def insert_layers(
     model: nn.Module,
     make: Mapping[str, Callable[[nn.Module], LoRALinear]],
     trainable: str | Sequence[str] | None,
+    parameters: Iterable[nn.Parameter] = (),
 ) -> dict[str, LoRALinear]:
     """Put make[name](module) into the place of every named module; names as `resolve_ranks` returns them, `trainable` as in
-    `wrap`. If anything raises, the model is as it was."""
+    `wrap`, and these `parameters` train as well. If anything raises, the model is as it was."""
     modules = dict(walk(model))
     adapted = {id(p) for name in make for p in modules[name].parameters()}
     named = set() if trainable is None else _parameters_of(model, trainable, adapted)
+    named |= {id(parameter) for parameter in parameters}
     earlier = lora_layers(model)
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     layers: dict[str, LoRALinear] = {}

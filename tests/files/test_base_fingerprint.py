@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from minirank import load_adapter, save_adapter, wrap
 from minirank.files.base_fingerprint import base_fingerprint, same_base
 
 
@@ -41,3 +42,35 @@ def test_rounding_to_the_coarser_type_is_forgiven_and_twice_that_is_not():
         with torch.no_grad():
             changed.weight.mul_(factor)
         assert same_base(changed.bfloat16(), fingerprint) == same
+
+
+# ---- when an adapter is loaded ------------------------------------------------------------------
+
+
+class Masked(nn.Linear):
+    def __init__(self, every):
+        super().__init__(4, 4)
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+        self.register_buffer("mask", torch.arange(16).reshape(4, 4) % every == 0)
+
+
+class Frozen(nn.Module):
+    """A linear layer whose weight is a buffer: it has no parameters."""
+
+    in_features = out_features = 4
+
+    def __init__(self, value):
+        super().__init__()
+        self.register_buffer("weight", torch.full((4, 4), float(value)))
+
+
+@pytest.mark.parametrize("kind", [Masked, Frozen])
+def test_a_base_that_differs_in_a_buffer_is_another_base(tmp_path, kind):
+    path = tmp_path / "adapter.safetensors"
+    model = nn.Sequential(kind(2))
+    wrap(model, {"0": 2})
+    save_adapter(model, path)
+    with pytest.raises(ValueError, match="'0': not the base weights"):
+        load_adapter(nn.Sequential(kind(3)), path)
+    assert load_adapter(nn.Sequential(kind(2)), path)
