@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
@@ -129,18 +129,21 @@ def insert_layers(
     model: nn.Module,
     makers: Mapping[str, Callable[[nn.Module], LoRALinear]],
     trainable: str | Sequence[str] | None,
+    parameters: Iterable[nn.Parameter] = (),
 ) -> dict[str, LoRALinear]:
     """Put makers[name](module) into the place of every named module, and freeze as `wrap` says.
 
     Args:
         makers: by names as `resolve_ranks` returns them.
         trainable: as in `wrap`.
+        parameters: these parameters of the model train as well.
 
     Returns: the new layers by name. If anything raises, the model is left unchanged.
     """
     modules = modules_by_name(model)
     adapted = {id(p) for name in makers for p in modules[name].parameters()}
     named = set() if trainable is None else _named_parameters(model, trainable, adapted)
+    named |= {id(parameter) for parameter in parameters}
     earlier = lora_layers(model)
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     layers: dict[str, LoRALinear] = {}
