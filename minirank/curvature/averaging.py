@@ -71,8 +71,7 @@ class DiagonalAverage:
             self.means[name] = diagonal * share
 
     def checked_means(self) -> dict[str, Tensor]:
-        """The means. Raises ValueError if there was no batch, or a layer was not reached or is not
-        finite."""
+        """The means. Raises ValueError without a batch, or for a layer not reached or not finite."""
         if not any(self.weights.values()):
             raise ValueError(NO_BATCH)
         means = {}
@@ -91,8 +90,7 @@ class DiagonalAverage:
 
 
 class TraceAverage:
-    """The mean of each layer's trace Σ h and its standard error, which tells when an estimate is
-    good enough."""
+    """The mean of each layer's trace Σ h, and its standard error: is an estimate good enough?"""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.running = {name: RunningMean() for name in names}

@@ -1,5 +1,4 @@
-"""Is what the estimators assume true of a batch? Samples must not interact, and derivatives must
-exceed rounding.
+"""Tests of what the estimators assume of a batch: samples do not interact, rounding is small.
 
 Both are tested by products vᵀ A, A being the derivative ∂values/∂variables:
 
@@ -21,8 +20,7 @@ NUDGE = 0.83  # any factor that is not a power of two, which would not round
 
 
 def check_independent(values: Sequence[Tensor], variables: Sequence[Tensor]) -> None:
-    """Raise ValueError if samples interact in ∂values/∂variables, or if rounding drowns this
-    derivative.
+    """Raise ValueError if samples interact in ∂values/∂variables, or if it is mostly rounding.
 
     The first dimension of every tensor must count samples.
     """
@@ -37,9 +35,12 @@ def check_independent(values: Sequence[Tensor], variables: Sequence[Tensor]) -> 
 
 
 def check_independent_gradients(values: Sequence[Tensor], variables: Sequence[Tensor]) -> None:
-    """Like `check_independent`, for an estimator that uses the gradient of each sample and no
-    second derivative: rounding in the second derivative does not matter, and there is no form
-    without the assumption."""
+    """`check_independent` for an estimator that uses each sample's gradient, and no second
+    derivative.
+
+    Rounding in ∂values/∂variables then does not matter. Such an estimator has no form for samples
+    that interact.
+    """
     if _try_scaling(values, variables).samples_interact:
         _refuse(values, variables, "use gauss_newton(…, independent=False), which assumes nothing")
 
@@ -55,8 +56,8 @@ def check_resolved(rounding: float, largest: float) -> None:
 
 
 def rounding_bound(product: Tensor, nudged: Tensor) -> float:
-    """A bound, 100 times what is seen, on the rounding error of a product A v. `nudged`: A (NUDGE ·
-    v).
+    """A bound on the rounding error of product = A v, from nudged = A (NUDGE · v): 100 times what
+    is seen.
 
     Where terms cancel, as in a saturated softmax, the error can be far above machine precision.
     """
@@ -65,17 +66,18 @@ def rounding_bound(product: Tensor, nudged: Tensor) -> float:
 
 class _Trial(NamedTuple):
     samples_interact: bool
-    rounding: float = 0.0  # a bound on the rounding error of any product
-    largest: float = 0.0  # entry of any product
+    rounding: float = 0.0  # a bound on the rounding error of all products
+    largest: float = 0.0  # the largest |entry| of all products
 
 
 def _try_scaling(values: Sequence[Tensor], variables: Sequence[Tensor]) -> _Trial:
-    values_with_graph = [value for value in values if value.requires_grad]
+    """Compare products with random vectors, with the same vectors scaled by sample, and nudged."""
     lengths = _first_dimensions(values, variables)
     if not variables:
         return _Trial(samples_interact=False)
     if len(lengths) > 1:
         return _Trial(samples_interact=True)
+    values_with_graph = [value for value in values if value.requires_grad]
     if not values_with_graph:  # the derivative is zero
         return _Trial(samples_interact=False)
 

@@ -132,8 +132,10 @@ def gauss_newton(
 
 
 class _Forward(NamedTuple):
-    """One forward pass of a batch. n counts samples if they are taken to be independent, else it is
-    1."""
+    """One forward pass of a batch.
+
+    n is the number of samples if they are taken to be independent, and 1 otherwise.
+    """
 
     loss: Tensor
     calls: Calls
@@ -166,8 +168,8 @@ def _forward(
 
 
 def _with_columns(y: Tensor, calls: Calls) -> Tensor:
-    """An output of one dimension gets a second one: it is one number per sample, or a single
-    sample's row."""
+    """An output (n,), one number per sample, becomes (n, 1); a single sample's output (C,), (1,
+    C)."""
     if y.ndim == 0:
         raise ValueError(
             "the model's output is a single number: name the head whose output the loss takes, "
@@ -180,8 +182,7 @@ def _with_columns(y: Tensor, calls: Calls) -> Tensor:
 
 
 def _check(forward: _Forward) -> None:
-    """Raise ValueError if samples interact in the network, or the loss reaches a layer by another
-    way than y.
+    """Raise ValueError if samples interact, or if the loss depends on a layer not only through y.
 
     If all ways lead through y, the chain rule gives ∂L/∂z = (∂y/∂z)ᵀ ∂L/∂y.
     """

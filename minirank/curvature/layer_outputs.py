@@ -43,8 +43,10 @@ def shifted_outputs(layers: Mapping[str, nn.Module]) -> Iterator[Calls]:
 def shifted_weights(
     layers: Mapping[str, nn.Module], weight_shifts: Mapping[str, Tensor]
 ) -> Iterator[Calls]:
-    """Record every call of the layers; its output gets x Eᵀ, E being the layer's weight shift: W +
-    E in place of W."""
+    """Record every call of the layers, with W + E in place of W: each output gets a shift x Eᵀ.
+
+    weight_shifts: {name: E}, see `zero_weight_shifts`.
+    """
 
     def through_weight(name: str, x: Tensor, output: Tensor) -> Tensor:
         return x @ weight_shifts[name].t()
@@ -129,8 +131,10 @@ def output_gradients(
 def loss_gradients(
     loss: Tensor, variables: Sequence[Tensor], *, differentiable: bool
 ) -> list[Tensor]:
-    """∂loss/∂variable for each; zeros where the loss ignores one. `differentiable`: keep the
-    gradients' own graph."""
+    """∂loss/∂variable for each variable; zeros where the loss ignores one.
+
+    differentiable: keep the gradients' own graph, to differentiate them once more.
+    """
     if not variables:
         return []
     if not loss.requires_grad:
@@ -155,11 +159,11 @@ def loss_gradients(
 def vector_jacobian_products(
     values: Sequence[Tensor], variables: Sequence[Tensor], vectors: Sequence[Tensor]
 ) -> list[Tensor]:
-    """vᵀ ∂values/∂variables for K vectors v: if the values are a gradient, these are Hessian-vector
-    products.
+    """vᵀ ∂values/∂variables for K vectors v. If the values are a gradient: Hessian-vector products.
 
-    vectors: for each value, (K, *value.shape). → for each variable, (K, *variable.shape). All K are
-    taken at once by torch.vmap, or without it if K = 1.
+    vectors: one tensor per value, (K, *value.shape).
+    Returns: one tensor per variable, (K, *variable.shape). All K are taken at once by torch.vmap,
+    or without it if K = 1.
     """
     if not variables:
         return []
@@ -188,13 +192,12 @@ def feeds_itself(layer_calls: Sequence[Call]) -> bool:
 
 
 def recurrence_jacobian(layer_calls: Sequence[Call]) -> tuple[list[Tensor], list[Tensor]]:
-    """J = ∂x/∂z of a layer that feeds itself: how its later inputs x change with its earlier
-    outputs z.
+    """The derivative J = ∂x/∂z of a layer's later inputs by its earlier outputs, if it feeds
+    itself.
 
-    Returns (w, Jᵀw), each a list with one tensor per call: w of the shapes of x, and Jᵀw = Σ over
-    calls and entries of w · ∂x/∂z, of the shapes of z. Autograd gives products with Jᵀ. But Jᵀw is
-    linear in w, so that differentiating
-    it once more by w gives products with J as well: J v is vector_jacobian_products(Jᵀw, w, v).
+    Returns (w, Jᵀw), each with one tensor per call. w has the shapes of x; it is zero, but Jᵀw, of
+    the shapes of z, is linear in it. Autograd computes products with Jᵀ only. Differentiating Jᵀw
+    by w gives products with J too: J v is vector_jacobian_products(Jᵀw, w, v).
     """
     w = [torch.zeros_like(call.x, requires_grad=True) for call in layer_calls]
     pairs = [(call.x, wc) for call, wc in zip(layer_calls, w, strict=True) if call.x.requires_grad]
@@ -209,12 +212,10 @@ def recurrence_jacobian(layer_calls: Sequence[Call]) -> tuple[list[Tensor], list
 
 
 def stack_positions(per_call: Sequence[Tensor], independent: bool, batched: bool = False) -> Tensor:
-    """A layer's tensors (n, …, d), one per call, as one tensor (n, T, d) with the T positions of
-    all calls.
+    """A layer's tensors, one per call, as one: (n, …, d) → (n, T, d), T counting all positions.
 
     n counts samples. If samples may interact (`independent` is False), all rows are positions of
-    one sample: (1, T, d). `batched`: each tensor has one more dimension in front, and so has the
-    result.
+    one sample: (1, T, d). batched: every tensor has one more dimension in front, the result too.
     """
     first = 1 if batched else 0
     parts = []

@@ -28,17 +28,15 @@ HalfHessian = Callable[[Tensor], Tensor]  # ξ → S ξ, both (K, n, T, C)
 
 @contextmanager
 def shifted_output(module: nn.Module) -> Iterator[list[Call]]:
-    """Record every call of the module: its output as `x`, and a shift of zeros that is added to
-    it."""
+    """Record every call of the module: its output (as `x`), and a shift of zeros added to it."""
     calls: list[Call] = []
 
     def hook(module: nn.Module, args: Any, output: Any) -> Tensor:
         if not isinstance(output, Tensor):
             raise ValueError(
                 f"the output of {type(module).__name__} is a {type(output).__name__}, not a "
-                "tensor: name the module "
-                'whose output tensor enters the loss, such as output="classifier" or '
-                'output="lm_head"'
+                "tensor: name the module whose output tensor enters the loss, such as "
+                'output="classifier" or output="lm_head"'
             )
         calls.append(Call(output, torch.zeros_like(output, requires_grad=True)))
         return output + calls[-1].shift
@@ -51,16 +49,16 @@ def shifted_output(module: nn.Module) -> Iterator[list[Call]]:
 
 
 def half_hessian(loss: Tensor, shift: Tensor, y: Tensor) -> HalfHessian:
-    """ξ → S ξ with S Sᵀ = H_y. `y`: (n, T, C). `shift`: zeros added to the output, of its own
-    shape.
+    """ξ → S ξ with S Sᵀ = H_y.
 
+    y: (n, T, C). shift: zeros, added to the output that y is; of the output's own shape.
     Raises ValueError if the loss mixes rows of y, is not convex in y, or is of no recognised kind
     with C above DENSE_LIMIT.
     """
     (gradient,) = loss_gradients(loss, [shift], differentiable=True)
 
     def hessian_times(vectors: Tensor) -> Tensor:
-        """(K, n, T, C) → (K, n, T, C)"""
+        """H_y v for K vectors v: (K, n, T, C) → (K, n, T, C)"""
         of_shift = vectors.view(-1, *shift.shape)
         return vector_jacobian_products([gradient], [shift], [of_shift])[0].view(vectors.shape)
 
@@ -83,7 +81,7 @@ class _Trial(NamedTuple):
 
 
 def _try_products(hessian_times: Callable[[Tensor], Tensor], y: Tensor) -> _Trial:
-    """Raises ValueError if H_y has more than one block per row of y."""
+    """Raises ValueError unless H_y has one block per row of y: scaled rows give scaled products."""
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
     scales = torch.rand(*y.shape[:-1], 1, generator=generator, dtype=torch.float64).to(y) + 0.5
@@ -95,18 +93,18 @@ def _try_products(hessian_times: Callable[[Tensor], Tensor], y: Tensor) -> _Tria
     if float((H_scaled - scales * Hv).abs().max()) > allowed_difference:
         raise ValueError(
             "the loss mixes rows of the model's output (a loss across samples or positions), or "
-            "is not a function of `output` alone, on which gauss_newton rests: use "
-            "hutchinson_outputs"
+            "is not a function of `output` alone. gauss_newton needs a sum over rows of one "
+            "output: use hutchinson_outputs"
         )
     return _Trial(v, Hv, row_sums, rounding, allowed_difference)
 
 
 def _softmax_half(y: Tensor, trial: _Trial) -> HalfHessian | None:
-    """S ξ = √(a p) ⊙ ξ − p Σ √(a p) ⊙ ξ if H_y = a (diag(p) − p pᵀ), p = softmax(y), else None.
+    """S ξ = √(a p) ξ − p Σ √(a p) ξ if H_y = a (diag(p) − p pᵀ) with p = softmax(y), else None.
 
-    a is the weight of the row in the mean loss. Then H_y v = a p ⊙ u with u = v − p · v. The
-    quotient H_y v / p keeps its digits where p is next to 1 or 0; a is fitted to it by least
-    squares.
+    All products are entry by entry; a is the weight of the row in the mean loss. Then H_y v = a p u
+    with u = v − Σ p v. So H_y v / p should be a u, for an a that least squares give. This quotient
+    keeps its digits where p is close to 1 or 0.
     """
     if y.shape[-1] == 1:
         return None
@@ -125,8 +123,10 @@ def _softmax_half(y: Tensor, trial: _Trial) -> HalfHessian | None:
 
 
 def _diagonal_half(trial: _Trial) -> HalfHessian | None:
-    """S ξ = √(diagonal) ⊙ ξ if H_y is diagonal, else None: its row sums are then its diagonal."""
-    if float((trial.Hv - trial.row_sums * trial.v).abs().max()) > trial.allowed_difference:
+    """S ξ = √(diagonal) ξ if H_y is diagonal, which its row sums then are; else None."""
+    difference = float((trial.Hv - trial.row_sums * trial.v).abs().max())
+    is_diagonal = difference <= trial.allowed_difference  # False for NaN too
+    if not is_diagonal:
         return None
     root = _nonnegative_root(trial.row_sums, trial.allowed_difference)
     return lambda xi: root * xi
@@ -135,13 +135,13 @@ def _diagonal_half(trial: _Trial) -> HalfHessian | None:
 def _dense_half(
     hessian_times: Callable[[Tensor], Tensor], y: Tensor, allowed_difference: float
 ) -> HalfHessian:
-    """S = V √Λ from the eigenvectors V and eigenvalues Λ of each row's block of H_y."""
+    """S = V √Λ, from the eigenvectors V and eigenvalues Λ of each row's block of H_y."""
     C = y.shape[-1]
     if C > DENSE_LIMIT:
         raise ValueError(
             f"the loss over an output of {C} columns is neither a softmax cross-entropy nor a sum "
-            f"over its entries; to take it apart, there may be {DENSE_LIMIT} columns: use "
-            "hutchinson_outputs"
+            f"over its entries. For other losses gauss_newton takes at most {DENSE_LIMIT} columns: "
+            "use hutchinson_outputs"
         )
     units = torch.eye(C, dtype=y.dtype, device=y.device)[:, None, None].expand(-1, *y.shape)
     blocks = hessian_times(units.contiguous()).permute(1, 2, 0, 3)  # (n, T, C, C)
@@ -153,7 +153,7 @@ def _dense_half(
 def _nonnegative_root(values: Tensor, allowed_difference: float) -> Tensor:
     if float(values.min()) < -allowed_difference:
         raise ValueError(
-            "the loss is not convex in the model's output, on which gauss_newton rests: name a "
-            "later output="
+            "the loss is not convex in the model's output, and gauss_newton needs one that is: "
+            "name a later output=, or use hutchinson_outputs"
         )
     return values.clamp(min=0).sqrt()

@@ -1,5 +1,4 @@
-"""What the estimators by random vectors share: the vectors, and the loop that draws them until
-enough is known.
+"""What the estimators by random vectors share: the vectors, and the loop that draws them.
 
 A random vector is called a probe. The user's argument `samples` counts probes.
 """
@@ -39,8 +38,7 @@ def mean_over_probes(
     tolerance: float | None,
     chunk_size: int,
 ) -> Estimate:
-    """The mean over `samples` probes, or over fewer if the standard errors are within `tolerance`
-    before.
+    """The mean over `samples` probes, or fewer: until the standard errors are within `tolerance`.
 
     The value of one probe is a weighted mean over all batches, on each of which it draws a vector
     of its own. One pass over the batches draws `chunk_size` probes.

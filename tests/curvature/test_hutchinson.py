@@ -1,4 +1,4 @@
-"""hutchinson.py and probes.py: every vector of signs enumerated gives the exact diagonal and the
+"""hutchinson.py and sampling.py: every vector of signs enumerated gives the exact diagonal and the
 stated variance; drawn ones cover it as often as their standard errors say."""
 
 from __future__ import annotations

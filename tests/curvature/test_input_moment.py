@@ -1,4 +1,4 @@
-"""curvature.py: the input second moment against plain formulas; masks, errors, and that the model
+"""input_moment.py: the input second moment against plain formulas; masks, errors, and that the model
 is left alone."""
 
 from __future__ import annotations
