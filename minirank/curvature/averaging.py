@@ -71,7 +71,7 @@ class DiagonalAverage:
             self.means[name] = diagonal * share
 
     def checked_means(self) -> dict[str, Tensor]:
-        """The means. Raises ValueError without a batch, or for a layer not reached or not finite."""
+        """The means. ValueError without a batch, or for a layer not reached or not finite."""
         if not any(self.weights.values()):
             raise ValueError(NO_BATCH)
         means = {}

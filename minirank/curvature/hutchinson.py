@@ -59,9 +59,9 @@ def hutchinson_weights(
 
     Target: the exact diagonal on `batches`.
     Bias: none.
-    Variance: for one sample, Σ over j ≠ i of H_ij² for entry i, j counting the weights of all
-    targets; and 2 Σ over i ≠ j of H_ij² for the trace. Every batch has vectors of its own, so that
-    batches average.
+    Variance: on one batch and for one sample, Σ over j ≠ i of H_ij² for entry i, j counting the
+    weights of all targets; and 2 Σ over i ≠ j of H_ij² for the trace. It falls as 1 / samples, and
+    with the number of batches, since every batch has vectors of its own.
     Cost: for each sample, a Hessian-vector product per batch. For every `chunk_size` samples, a
     forward pass and a backward pass with its graph kept per batch. Memory: `chunk_size` times one
     backward pass and the diagonals.
@@ -73,8 +73,8 @@ def hutchinson_weights(
         generator: draws the signs. A CPU generator gives one result for one seed on every device.
         samples: the number of random vectors per batch, at most.
         tolerance: stop as soon as the standard error of every trace is at most this fraction of the
-            mean |trace| over the layers. This is looked at after every `chunk_size` samples, from
-            10 samples on. If `samples` run out before, the result's standard errors tell. A run
+            mean |trace| over the layers. This is checked after every `chunk_size` samples, from
+            10 samples on. If `samples` run out before, the result's standard errors say so. A run
             that was stopped errs a little more often than its standard errors say. None: take all
             samples.
         chunk_size: Hessian-vector products taken at once, and so samples per pass over the batches.

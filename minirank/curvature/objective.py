@@ -37,14 +37,13 @@ class Objective:
 
 
 def curvature_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
-    """The layers that `linear_targets` selects. Raises ValueError if one of them does not compute W
-    x + b."""
+    """The layers that `linear_targets` selects. ValueError if one does not compute W x + b."""
     layers = linear_targets(model, targets)
     for name, layer in layers.items():
         if not applies_weight(layer):
             raise ValueError(
                 f"{name!r} is a {type(layer).__name__} that does not compute W x + b from its "
-                "weight, on which this curvature rests: leave it out of targets"
+                "weight, as this curvature needs: leave it out of targets"
             )
     return layers
 

@@ -217,6 +217,16 @@ def test_batches_of_unequal_size_weigh_as_told(estimate):
         )
 
 
+@pytest.mark.parametrize("independent", [True, False])
+def test_independence_is_checked_on_every_batch_of_the_first_pass_alone(independent, monkeypatch):
+    """Each check costs three Hessian-vector products."""
+    checks = []
+    monkeypatch.setattr(hutchinson, "check_independent", lambda *tensors: checks.append(tensors))
+    options = {"samples": 6, "chunk_size": 2, "independent": independent, "generator": seeded()}
+    hutchinson_outputs(build(mlp), classify, pairs((5,), (4, 2, 3)), **options)
+    assert len(checks) == (3 if independent else 0)
+
+
 @pytest.mark.parametrize("estimate", BOTH)
 def test_tolerance_stops_on_the_standard_error(estimate):
     model, batches = build(mlp), pairs((5,), (6,))

@@ -1,5 +1,5 @@
-"""input_moment.py: the input second moment against plain formulas; masks, errors, and that the model
-is left alone."""
+"""input_moment.py: the input second moment against plain formulas; masks, errors, and that the
+model is left unchanged."""
 
 from __future__ import annotations
 
