@@ -1,5 +1,4 @@
-"""Diagonals of the loss's Hessian with respect to the weights of linear layers, and their
-stand-ins.
+"""Diagonals of the loss's Hessian over the weights of linear layers, and stand-ins for them.
 
 Every estimator has one call and one result:
 
@@ -29,9 +28,9 @@ model is measured in eval mode and left unchanged.
 |------------------------------|----------------------------------------------------------------|
 | `exact_hessian_diagonal`     | d_out · positions Hessian-vector products per layer            |
 | `hessian_diagonal_reference` | d_out · d_in Hessian-vector products per layer                 |
-| `hutchinson_outputs`         | one Hessian-vector product per sample, all layers at once      |
-| `hutchinson_weights`         | one Hessian-vector product per sample, all layers at once      |
-| `gauss_newton`               | one backward pass per output entry, or per sample              |
+| `hutchinson_outputs`         | one Hessian-vector product per random vector, for all layers   |
+| `hutchinson_weights`         | one Hessian-vector product per random vector, for all layers   |
+| `gauss_newton`               | one backward pass per output entry, or per random vector       |
 | `empirical_fisher`           | one forward and one backward pass                              |
 | `input_second_moment`        | one forward pass                                               |
 

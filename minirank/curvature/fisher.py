@@ -40,8 +40,8 @@ def empirical_fisher(
     Target: the mean over the n samples of a batch of (∂ℓ/∂W)², ℓ being a sample's own loss: n times
     its part of the mean.
     Bias: as a stand-in for the Hessian diagonal, without bound. It is near the Gauss-Newton
-    diagonal where the labels are as often right as the model's predictions claim, and vanishes
-    where the model fits the labels perfectly. Entries are never negative.
+    diagonal where the predicted probabilities are how often each label occurs, and vanishes where
+    the model fits the labels perfectly. Entries are never negative.
     Variance: none on `batches`; the standard errors are over batches, as samples of more such data.
     Cost: one forward and one backward pass per batch; for one batch also three products with the
     Hessian, to see that samples do not interact.

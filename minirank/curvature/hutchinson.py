@@ -147,9 +147,9 @@ def hutchinson_outputs(
     Cost and memory: as for `hutchinson_weights`, and for each sample two matrix products of the
     size of a layer's gradient.
 
-    Args: model, loss_fn, batches, targets, generator, samples, tolerance, chunk_size, batch_weight:
-        as for
-            `hutchinson_weights`.
+    Args:
+        model, loss_fn, batches, targets, batch_weight: as for `hutchinson_weights`.
+        generator, samples, tolerance, chunk_size: as for `hutchinson_weights`.
         independent: as for `exact_hessian_diagonal`; checked on each batch in the first pass.
             False: the rows of a batch count as one sample, which has more variance.
 
