@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers.targets import Targets, close_names
+from ..layers.targets import Targets, did_you_mean
 from ..measure import LossFn, batch_length
 from .averaging import check_tolerance
 from .diagnostics import check_independent
@@ -148,7 +148,7 @@ class _Forward(NamedTuple):
 def _output_module(model: nn.Module, output: str) -> nn.Module:
     names: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     if output not in names:
-        raise ValueError(f"output={output!r} names no module: {close_names(output, names)}")
+        raise ValueError(f"output={output!r} names no module: {did_you_mean(output, names)}")
     return names[output]
 
 

@@ -22,7 +22,7 @@ from ..allocators.allocation import Allocation
 from ..allocators.table import draw_table
 from ..checks import quoted_names
 from ..layers.lora import RANK_DIM, LoRALinear
-from ..layers.targets import first_names, matching_modules, walk
+from ..layers.targets import first_names, matching_modules, modules_by_name
 from ..layers.wrap import insert_layers
 from .base_fingerprint import fingerprint, same_base
 from .safetensors_file import (
@@ -149,7 +149,7 @@ def load_adapter(
     them); values that the model's types cannot hold. Nothing has changed then.
     """
     adapter = read_adapter(path)
-    modules = dict(walk(model))
+    modules = modules_by_name(model)
     names = match_modules(model, {name: layer.shape for name, layer in adapter.layers.items()})
     changed = [
         name
@@ -229,7 +229,7 @@ def _others(model: nn.Module, patterns: Sequence[str]) -> dict[str, Tensor]:
     found: dict[int, tuple[str, Tensor]] = {}  # each once, under its first name
     for pattern in patterns:
         for prefix, chosen in matching_modules(model, pattern, "modules").items():
-            for name, module in walk(chosen, prefix):
+            for name, module in modules_by_name(chosen, prefix).items():
                 if isinstance(module, LoRALinear):
                     continue
                 for key, tensor in [*module._parameters.items(), *module._buffers.items()]:

@@ -23,7 +23,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..checks import quoted_names
 from ..layers.linear import is_transposed
 from ..layers.lora import LoRALinear
-from ..layers.targets import all_names, exact_key, exact_pattern, first_names, walk
+from ..layers.targets import all_names, exact_key, exact_pattern, first_names, modules_by_name
 from .safetensors_file import safetensors_bytes, write_files
 from .saved_layer import SavedLayer, savable_layers, warn_of_losses
 
@@ -108,7 +108,7 @@ def export_peft(
 
 def check_places(model: nn.Module, names: Iterable[str]) -> None:
     """Raises ValueError for a module whose adapter PEFT would leave out, or apply in one of several places."""
-    modules, aliases, first = dict(walk(model)), all_names(model), first_names(model)
+    modules, aliases, first = modules_by_name(model), all_names(model), first_names(model)
     parents = {id(module): module for module in modules.values()}.values()
     places = Counter(id(child) for parent in parents for child in parent._modules.values())
     for name in names:
@@ -127,7 +127,7 @@ def check_places(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _warn_of_fast_paths(model: nn.Module) -> None:
-    for name, module in walk(model):
+    for name, module in modules_by_name(model).items():
         read = (
             (module.linear1, module.linear2)
             if isinstance(module, nn.TransformerEncoderLayer)

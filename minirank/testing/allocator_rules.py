@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..allocators.allocation import Allocation, Allocator
-from ..layers.targets import layer_shape, walk
+from ..layers.targets import layer_shape, modules_by_name
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def check_allocator(allocator: Allocator) -> None:
     with unchanged(model):
         scores = allocator.score()
     assert scores, "score() returned no module"
-    modules = dict(walk(model))
+    modules = modules_by_name(model)
     limits = {}
     for name, score in scores.items():
         shape = layer_shape(modules[name])
