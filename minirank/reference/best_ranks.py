@@ -1,4 +1,4 @@
-"""From one score for each rank to the ranks that stay: the best of all modules (ShapLoRA's pruning).
+"""From one score for each rank to the ranks that stay: the best of all modules, as in ShapLoRA.
 
 score         number    of each rank of each module, of any sign
 budget        integer   how many ranks stay; with costs, the most that they may cost together
