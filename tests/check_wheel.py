@@ -33,7 +33,7 @@ def main() -> None:
     assert block is not None
     exec(compile(block[1], "README.md", "exec"), {"__name__": "__main__"})
     print(
-        f"the wheel of {minirank.__version__}: {len(names)} modules imported, the README's block run"
+        f"the wheel of {minirank.__version__}: {len(names)} modules imported, README block run"
     )
 
 
