@@ -16,25 +16,22 @@ from pathlib import Path
 
 import minirank
 
-SOURCE = Path(sys.argv[1]).resolve().parent / "minirank"
-
 
 def main() -> None:
+    source = Path(sys.argv[1]).resolve().parent / "minirank"
     installed = Path(minirank.__file__).parent
-    assert installed != SOURCE, "this is the source folder: run it with the wheel installed"
+    assert installed != source, "this is the source folder: run it with the wheel installed"
     names = [m.name for m in pkgutil.walk_packages(minirank.__path__, "minirank.")]
     for name in names:
         importlib.import_module(name)
-    files = {path.relative_to(SOURCE) for path in SOURCE.rglob("*.py")} | {Path("py.typed")}
+    files = {path.relative_to(source) for path in source.rglob("*.py")} | {Path("py.typed")}
     missing = sorted(str(path) for path in files if not (installed / path).exists())
     assert not missing, f"the wheel lacks {missing}"
     assert version("minirank") == minirank.__version__
     block = re.search(r"^```python\n(.*?)^```", Path(sys.argv[1]).read_text("utf-8"), re.M | re.S)
     assert block is not None
     exec(compile(block[1], "README.md", "exec"), {"__name__": "__main__"})
-    print(
-        f"the wheel of {minirank.__version__}: {len(names)} modules imported, README block run"
-    )
+    print(f"the wheel of {minirank.__version__}: {len(names)} modules imported, README block run")
 
 
 if __name__ == "__main__":
