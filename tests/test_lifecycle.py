@@ -1,5 +1,8 @@
-"""wrap → train → resize → save → load → resize → merge → unmerge → unwrap on random models: whatever the shape of the
-model, the functions in between are the ones built by hand, and the base comes out as it went in, bit for bit."""
+"""wrap → train → resize → save → load → resize → merge → unmerge → unwrap on random models.
+
+Whatever the shape of the model, the functions in between are the ones built by hand, and the base
+comes out as it went in, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,10 @@ SIZES = st.integers(1, 5)
 
 @st.composite
 def models(draw):
-    """A chain of linear-like layers of odd shapes, some used twice, some with a tied weight, nested at random."""
+    """A chain of linear-like layers of odd shapes, nested at random.
+
+    Some are used twice, some have a tied weight.
+    """
     torch.manual_seed(draw(st.integers(0, 99)))
     chain, width = [], draw(SIZES)
     d_in = width

@@ -1,82 +1,127 @@
-"""Faults found in other LoRA libraries, and the invariants that the serious ones pass: one test for each.
+"""Faults found in other LoRA libraries, and invariants that the serious ones keep: a test for each.
 
-    adapters: the fault elsewhere                   the test here
-    ----------------------------------------------  ----------------------------------------------------------------
-    a live layer is re-initialised by a new rank    test_peft_reinitialises_a_live_layer_and_forgets_the_optimizer,
-      and the optimizer does not get its tensors      test_resize: ..._survivors_keep_values_gradients_and_moments_...
-    AdaLoRA masks ranks, but never really shrinks   test_shrinking_frees_parameters_and_optimizer_state
-    AdaLoRA: ties keep no rank at all               test_resize: test_equal_contributions_keep_the_earlier_ranks
-    AdaLoRA: init_r == target_r crashes             test_resize: test_nothing_to_do_changes_nothing
-    L1RA: broken merge                              test_merge: test_merging_puts_the_sum_into_the_weight_...
-    L1RA: no saving, no loading                     test_adapter_file: test_l1ra_goes_on_from_the_file_...,
-                                                      test_l1ra_training: test_a_saved_training_goes_on_...
-    L1RA: an interval of 0, updates in the middle   test_l1ra: test_bad_options_are_refused_...,
-      of a gradient accumulation, a dead zone         test_gradient_accumulation_counts_optimizer_steps,
-                                                      test_the_authors_step_has_a_dead_zone
-    L1RA: lost moments, lost ranks                  test_resize: ..._survivors_keep_values_gradients_and_moments_...,
-                                                      test_rank_zero_is_the_base_function_and_grows_again
-    merging an attention's out_proj twice, unseen   test_merging_an_attention_output_applies_its_delta_once,
-      by a merged == unmerged test                    test_peft_applies_an_attention_outputs_delta_twice
-    merging a tied weight changes the other module  test_merge: test_merging_a_tied_weight_is_refused_or_unties_it,
-                                                      test_peft_merges_into_a_tied_embedding
-    one module under two names is wrapped twice     test_a_shared_module_is_adapted_once_and_applied_once_per_use
-    wrapping twice stacks adapters                  test_wrap: test_a_refused_wrap_changes_nothing[already adapted],
-                                                      test_wrapping_twice_is_refused_and_adds_no_second_adapter
-    bf16 merge and unmerge drift                    test_a_hundred_half_precision_merges_do_not_drift,
-                                                      test_peft_drifts_when_half_precision_is_merged_again_and_again
-    eval() calls train(False), which merges         test_merge: test_training_and_evaluating_do_not_merge
-    suffix and substring matching                   test_targets: test_names_are_exact_and_globs_cover_the_whole_...,
-                                                      test_peft_takes_a_list_of_names_for_suffixes
-    a pattern that matches nothing is ignored       test_targets: ..._finds_nothing_is_an_error_that_helps
-    alpha / r rescales silently when ranks change   test_the_trained_function_is_not_rescaled_when_ranks_change,
-                                                      test_peft_rescales_when_the_rank_changes_and_export_does_not
-    one module under two names: one is left out     test_peft_export_refusals: test_a_module_in_two_places_is_refused_...
-    PEFT ignores an out_proj's adapter              test_an_attention_output_is_refused_because_peft_ignores_...
-    PEFT's adapters and the encoder's fast path     test_the_fast_path_of_an_encoder_layer_leaves_pefts_adapter_...
-    PEFT sorts its patterns when it saves           test_peft_sorts_the_keys_when_it_saves
+Adapters: the fault elsewhere, and the test here
 
-    curvature and budgets: the fault elsewhere      the test here
-    ----------------------------------------------  ----------------------------------------------------------------
-    double backward fails in scaled_dot_product_    test_pytorch_cannot_differentiate_its_attention_twice,
-      attention and in the encoder's fast path        test_hessian: test_fast_diagonal_equals_...[encoder layer],
-                                                      test_input_moment: test_the_transformer_fast_path_does_not_...
-    BackPACK: no GELU, LayerNorm, branches,         test_hessian: test_fast_diagonal_equals_the_dense_hessian,
-      attention                                       test_reference_equals_the_dense_hessian
-    curvlinops: exact only through H @ I            test_hessian: test_fast_diagonal_equals_the_dense_hessian
-    estimators draw from the global generator       test_hutchinson: test_the_generator_alone_decides,
-                                                      test_input_moment: test_the_model_and_the_rng_are_as_before_...
-    estimators without standard errors              test_hutchinson: test_standard_errors_are_those_of_single_samples,
-                                                      test_a_95_percent_interval_of_a_trace_covers_...
-    a stopping rule stops at a negative trace       test_hutchinson: test_a_negative_trace_does_not_stop_early
-    batches of unequal size count alike             test_curvature_traps: test_batches_weigh_by_samples_or_as_told
-    dict, tuple and tensor batches                  test_curvature_traps: test_batches_of_any_type
-    dropout and BatchNorm in training mode          test_input_moment: test_dropout_is_off, test_curvature_traps:
-                                                      test_the_model_is_left_as_it_was_frozen_or_training
-    rank budgets are missed                         test_budget: test_rank_budget_is_met_exactly_within_bounds
-    AdaLoRA and others: ties lose ranks             test_budget: test_ties_between_ranks_keep_the_exact_number_in_order
+    a live layer is re-initialised by a new rank and the optimizer does not get its tensors
+        test_peft_reinitialises_a_live_layer_and_forgets_the_optimizer, test_resize:
+        ..._survivors_keep_values_gradients_and_moments_...
+    AdaLoRA masks ranks, but never really shrinks
+        test_shrinking_frees_parameters_and_optimizer_state
+    AdaLoRA: ties keep no rank at all
+        test_resize: test_equal_contributions_keep_the_earlier_ranks
+    AdaLoRA: init_r == target_r crashes
+        test_resize: test_nothing_to_do_changes_nothing
+    L1RA: broken merge
+        test_merge: test_merging_puts_the_sum_into_the_weight_...
+    L1RA: no saving, no loading
+        test_adapter_file: test_l1ra_goes_on_from_the_file_..., test_l1ra_training:
+        test_a_saved_training_goes_on_...
+    L1RA: an interval of 0, updates in the middle of a gradient accumulation, a dead zone
+        test_l1ra: test_bad_options_are_refused_...,
+        test_gradient_accumulation_counts_optimizer_steps, test_the_authors_step_has_a_dead_zone
+    L1RA: lost moments, lost ranks
+        test_resize: ..._survivors_keep_values_gradients_and_moments_...,
+        test_rank_zero_is_the_base_function_and_grows_again
+    merging an attention's out_proj twice, unseen by a merged == unmerged test
+        test_merging_an_attention_output_applies_its_delta_once,
+        test_peft_applies_an_attention_outputs_delta_twice
+    merging a tied weight changes the other module
+        test_merge: test_merging_a_tied_weight_is_refused_or_unties_it,
+        test_peft_merges_into_a_tied_embedding
+    one module under two names is wrapped twice
+        test_a_shared_module_is_adapted_once_and_applied_once_per_use
+    wrapping twice stacks adapters
+        test_wrap: test_a_refused_wrap_changes_nothing[already adapted],
+        test_wrapping_twice_is_refused_and_adds_no_second_adapter
+    bf16 merge and unmerge drift
+        test_a_hundred_half_precision_merges_do_not_drift,
+        test_peft_drifts_when_half_precision_is_merged_again_and_again
+    eval() calls train(False), which merges
+        test_merge: test_training_and_evaluating_do_not_merge
+    suffix and substring matching
+        test_targets: test_names_are_exact_and_globs_cover_the_whole_...,
+        test_peft_takes_a_list_of_names_for_suffixes
+    a pattern that matches nothing is ignored
+        test_targets: ..._finds_nothing_is_an_error_that_helps
+    alpha / r rescales silently when ranks change
+        test_the_trained_function_is_not_rescaled_when_ranks_change,
+        test_peft_rescales_when_the_rank_changes_and_export_does_not
+    one module under two names: one is left out
+        test_peft_export_refusals: test_a_module_in_two_places_is_refused_...
+    PEFT ignores an out_proj's adapter
+        test_an_attention_output_is_refused_because_peft_ignores_...
+    PEFT's adapters and the encoder's fast path
+        test_the_fast_path_of_an_encoder_layer_leaves_pefts_adapter_...
+    PEFT sorts its patterns when it saves
+        test_peft_sorts_the_keys_when_it_saves
 
-    invariant                                       the test here
-    ----------------------------------------------  ----------------------------------------------------------------
-    identity at init                                test_wrap: test_the_wrapped_model_computes_the_same_function_...
-    only adapters change, and every one in 3 steps  test_only_adapter_parameters_train_and_every_one_does
-    disabled adapter = base model                   test_merge: test_disabled_is_the_base_model_inside_the_block_only
-    merged = unmerged = W + ΔW built by hand        test_merge: test_merging_puts_the_sum_into_the_weight_...,
-                                                      test_lifecycle
-    merging twice is a no-op; unmerge is bitwise    test_merge: test_merging_puts_the_sum_into_the_weight_...
-    non-finite adapters refuse to merge             test_merge: test_an_adapter_that_is_not_finite_refuses_...
-    save, load under another seed: equal outputs    test_adapter_file: test_a_loaded_adapter_is_the_saved_one_bit_for_bit
-    no stray keys                                   test_mechanisms: test_state_dict_has_the_expected_keys_...
-    bf16 and fp16 forward, merge, save              test_mechanisms: test_half_precision_models, test_merge,
-                                                      test_adapter_file: test_a_loaded_adapter_is_the_saved_...
-    gradient checkpointing, torch.compile           test_mechanisms: ..._checkpointing_..., test_torch_compile_...
-    deepcopy and pickle                             test_mechanisms: test_copies_are_equal_and_independent
-    rank 0 and rank = min(d_in, d_out)              test_lora: test_rank_zero_is_the_base, test_every_rank_up_to_...
-    shrink then grow keeps function and moments     test_shrinking_and_growing_back_keeps_the_function_and_the_moments
-    requires_grad of untouched parameters           test_wrap: test_with_none_only_the_wrapped_weights_...
-    meta-device models load                         test_a_model_from_the_meta_device_is_adapted_once_it_is_loaded
+Curvature and budgets: the fault elsewhere, and the test here
 
-A test named test_peft_... or test_pytorch_... shows that the fault is there, so that the list stays honest: where one
-fails after an upgrade, the fault may have been mended.
+    double backward fails in scaled_dot_product_attention and in the encoder's fast path
+        test_pytorch_cannot_differentiate_its_attention_twice, test_hessian:
+        test_fast_diagonal_equals_...[encoder layer], test_input_moment:
+        test_the_transformer_fast_path_does_not_...
+    BackPACK: no GELU, LayerNorm, branches, attention
+        test_hessian: test_fast_diagonal_equals_the_dense_hessian,
+        test_reference_equals_the_dense_hessian
+    curvlinops: exact only through H @ I
+        test_hessian: test_fast_diagonal_equals_the_dense_hessian
+    estimators draw from the global generator
+        test_hutchinson: test_the_generator_alone_decides, test_input_moment:
+        test_the_model_and_the_rng_are_as_before_...
+    estimators without standard errors
+        test_hutchinson: test_standard_errors_are_those_of_single_samples,
+        test_a_95_percent_interval_of_a_trace_covers_...
+    a stopping rule stops at a negative trace
+        test_hutchinson: test_a_negative_trace_does_not_stop_early
+    batches of unequal size count alike
+        test_curvature_traps: test_batches_weigh_by_samples_or_as_told
+    dict, tuple and tensor batches
+        test_curvature_traps: test_batches_of_any_type
+    dropout and BatchNorm in training mode
+        test_input_moment: test_dropout_is_off, test_curvature_traps:
+        test_the_model_is_left_as_it_was_frozen_or_training
+    rank budgets are missed
+        test_budget: test_rank_budget_is_met_exactly_within_bounds
+    AdaLoRA and others: ties lose ranks
+        test_budget: test_ties_between_ranks_keep_the_exact_number_in_order
+
+The invariant, and the test here
+
+    identity at init
+        test_wrap: test_the_wrapped_model_computes_the_same_function_...
+    only adapters change, and every one in 3 steps
+        test_only_adapter_parameters_train_and_every_one_does
+    disabled adapter = base model
+        test_wrap: test_disabled_is_the_base_model_inside_the_block_only
+    merged = unmerged = W + ΔW built by hand
+        test_merge: test_merging_puts_the_sum_into_the_weight_..., test_lifecycle
+    merging twice is a no-op; unmerge is bitwise
+        test_merge: test_merging_puts_the_sum_into_the_weight_...
+    non-finite adapters refuse to merge
+        test_merge: test_an_adapter_that_is_not_finite_refuses_...
+    save, load under another seed: equal outputs
+        test_adapter_file: test_a_loaded_adapter_is_the_saved_one_bit_for_bit
+    no stray keys
+        test_mechanisms: test_state_dict_has_the_expected_keys_...
+    bf16 and fp16 forward, merge, save
+        test_mechanisms: test_half_precision_models, test_merge, test_adapter_file:
+        test_a_loaded_adapter_is_the_saved_...
+    gradient checkpointing, torch.compile
+        test_mechanisms: ..._checkpointing_..., test_torch_compile_...
+    deepcopy and pickle
+        test_mechanisms: test_copies_are_equal_and_independent
+    rank 0 and rank = min(d_in, d_out)
+        test_lora: test_rank_zero_is_the_base, test_every_rank_up_to_...
+    shrink then grow keeps function and moments
+        test_shrinking_and_growing_back_keeps_the_function_and_the_moments
+    requires_grad of untouched parameters
+        test_wrap: test_with_none_only_the_wrapped_weights_...
+    meta-device models load
+        test_a_model_from_the_meta_device_is_adapted_once_it_is_loaded
+
+A test named test_peft_... or test_pytorch_... shows that the fault is there, so that the list
+stays honest: where one fails after an upgrade, the fault may have been mended.
 """
 
 from __future__ import annotations
@@ -159,7 +204,7 @@ def test_peft_merges_into_a_tied_embedding():
 
 
 def test_peft_applies_an_attention_outputs_delta_twice():
-    """The fault in PEFT: its forward merges, and so its merged and unmerged outputs agree, on the wrong function."""
+    """The fault in PEFT: its forward merges, so merged and unmerged outputs agree, both wrong."""
     peft = pytest.importorskip("peft")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -289,7 +334,7 @@ def test_a_hundred_half_precision_merges_do_not_drift(dtype):
 
 
 def test_the_trained_function_is_not_rescaled_when_ranks_change():
-    """Pruning the half of the ranks that are zero must change nothing; alpha / r would double the rest."""
+    """Pruning ranks that are zero, half of all, must change nothing; alpha / r would double it."""
     for stabilized in (False, True):
         model, layers = small(alpha=4, rank_stabilized=stabilized)
         randomize(layers)

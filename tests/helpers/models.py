@@ -1,4 +1,4 @@
-"""Small models and the independent oracle that several test files share."""
+"""Small models, and what they must compute, for several test files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from minirank import LoRALinear, wrap
+from minirank import LoRALinear, reference, wrap
 
 
 class Conv1DLike(nn.Module):
@@ -37,7 +37,10 @@ class LinearLike(nn.Module):
 
 
 class Zoo(nn.Module):
-    """Every way for a linear layer to sit in a model: nested, shared under two names, tied, transposed, look-alike."""
+    """Every way for a linear layer to sit in a model.
+
+    Nested, shared under two names, tied, transposed, look-alike.
+    """
 
     def __init__(self):
         super().__init__()
@@ -108,15 +111,17 @@ def inputs(*shape, dtype=torch.float64, seed=2):
     ).to(dtype)
 
 
-def formula(lora, x, scaling):
-    """y = W x + b + s · B(gate ⊙ A x) in float64, one sample at a time."""
-    W, A, B = (p.detach().double() for p in (lora.base.weight, lora.lora_A, lora.lora_B))
-    b = 0 if lora.base.bias is None else lora.base.bias.detach().double()
-    g = 1 if lora.gate is None else lora.gate.detach().double()
-    rows = [W @ v + b + scaling * (B @ (g * (A @ v))) for v in x.double().reshape(-1, x.shape[-1])]
-    return (
-        torch.stack(rows).reshape(*x.shape[:-1], -1) if rows else x.new_zeros(*x.shape[:-1], len(W))
-    )
+def in_float64(lora):
+    """(W, A, B, gate) of a layer, detached; gate is None if it has none."""
+    tensors = (lora.base.weight, lora.lora_A, lora.lora_B, lora.gate)
+    return [None if tensor is None else tensor.detach().double() for tensor in tensors]
+
+
+def exact_output(lora, x, scaling):
+    """What the layer must compute for x, in float64: the reference's forward pass."""
+    W, A, B, gate = in_float64(lora)
+    b = None if lora.base.bias is None else lora.base.bias.detach().double()
+    return reference.lora_forward(x.double(), W, b, A, B, scaling, gate)
 
 
 def delta_by_hand(layer, scaling=None):
@@ -134,7 +139,7 @@ def delta_by_hand(layer, scaling=None):
 
 
 def with_deltas_by_hand(plain, layers):
-    """A deep copy of the never wrapped `plain` with W + ΔW in place of W: what the wrapped model must compute."""
+    """A copy of the plain model with W + ΔW for W: what the wrapped one must compute."""
     result = copy.deepcopy(plain)
     for name, layer in layers.items():
         module = result.get_submodule(name)
@@ -147,7 +152,7 @@ def with_deltas_by_hand(plain, layers):
 
 
 def snapshot(model):
-    """Everything that a refused call must leave as it was: module and parameter identities, bits, flags, modes."""
+    """Everything that a refused call must leave as it was: identities, bits, flags, modes."""
     modules = {name: (id(m), m.training) for name, m in model.named_modules(remove_duplicate=False)}
     tensors = {
         name: (
@@ -178,7 +183,7 @@ def assert_unchanged(model, before):
 
 
 def same_bits(a, b):
-    """torch.equal, but NaN equals itself, -0.0 is not 0.0, and meta tensors, which have no bits, are equal."""
+    """torch.equal, but NaN equals itself, -0.0 is not 0.0, and meta tensors have no bits."""
     if (a.dtype, a.shape, a.device) != (b.dtype, b.shape, b.device):
         return False
     return a.is_meta or torch.equal(

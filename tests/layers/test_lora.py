@@ -1,4 +1,4 @@
-"""lora.py: the layer against its formula, its gradients, its initial values and its ranks."""
+"""lora.py: the layer against its exact_output, its gradients, its initial values and its ranks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.models import Conv1DLike, LinearLike, delta_by_hand, formula, inputs, layer, randomize
+from helpers.models import (
+    Conv1DLike,
+    LinearLike,
+    delta_by_hand,
+    exact_output,
+    inputs,
+    layer,
+    randomize,
+)
 from torch import nn
 
-from minirank import LoRALinear
+from minirank import LoRALinear, reference
 from minirank.layers.resize import resized_parameters
 
 GATES = [None, 1.0, 0.5, 0.0]
@@ -24,14 +32,14 @@ EXACT = {"rtol": 1e-13, "atol": 1e-13}
 
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (4, 5), (2, 3, 5), (0, 5), (2, 0, 5)], ids=str)
 @pytest.mark.parametrize("gate", GATES)
-def test_forward_is_the_formula(gate, shape):
+def test_forward_is_the_references(gate, shape):
     for bias, stabilized in itertools.product((True, False), repeat=2):
         lora = layer(gate=gate, bias=bias, rank_stabilized=stabilized)
         x = inputs(*shape)
         y = lora(x)
         assert y.shape == (*shape[:-1], 7)
         torch.testing.assert_close(
-            y, formula(lora, x, 6 / math.sqrt(3) if stabilized else 6 / 3), **EXACT
+            y, exact_output(lora, x, 6 / math.sqrt(3) if stabilized else 6 / 3), **EXACT
         )
 
 
@@ -41,7 +49,7 @@ def test_forward_is_the_formula(gate, shape):
 def test_every_rank_up_to_the_smaller_side_works(d_in, d_out, rank):
     lora = layer(d_in, d_out, rank, gate=1.0)
     x = inputs(3, d_in)
-    torch.testing.assert_close(lora(x), formula(lora, x, 6 / rank), **EXACT)
+    torch.testing.assert_close(lora(x), exact_output(lora, x, 6 / rank), **EXACT)
 
 
 def test_non_contiguous_and_broadcast_inputs():
@@ -52,7 +60,7 @@ def test_non_contiguous_and_broadcast_inputs():
         inputs(1, 5).expand(4, 5),
         inputs(4, 10)[:, ::2],
     ):
-        torch.testing.assert_close(lora(x), formula(lora, x, 2), **EXACT)
+        torch.testing.assert_close(lora(x), exact_output(lora, x, 2), **EXACT)
 
 
 def test_nested_inputs_work_as_they_do_in_the_base():
@@ -60,7 +68,7 @@ def test_nested_inputs_work_as_they_do_in_the_base():
     parts = [inputs(2, 5), inputs(4, 5, seed=3)]
     y = lora(torch.nested.nested_tensor(parts, layout=torch.jagged))
     for got, part in zip(y.unbind(), parts, strict=True):
-        torch.testing.assert_close(got, formula(lora, part, 2), **EXACT)
+        torch.testing.assert_close(got, exact_output(lora, part, 2), **EXACT)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -84,7 +92,7 @@ def test_rank_zero_is_the_base():
 
 def test_dropout_zeroes_the_input_of_the_adapter_only_and_only_in_training():
     lora, x = layer(dropout=0.4, gate=1.0), inputs(6, 5)
-    torch.testing.assert_close(lora.eval()(x), formula(lora, x, 2), **EXACT)
+    torch.testing.assert_close(lora.eval()(x), exact_output(lora, x, 2), **EXACT)
     lora.train()
     torch.manual_seed(3)
     y = lora(x)
@@ -110,6 +118,26 @@ def test_gradients_are_exact(gate):
     assert all(p.grad is not None and p.grad.ne(0).any() for p in parameters.values())
     assert lora.base.weight.grad is None
     assert lora.base.bias.grad is None
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_outputs_and_gradients_are_the_references(gate, bias):
+    lora = layer(gate=gate, bias=bias)
+    W, b = lora.base.weight.detach(), lora.base.bias
+    parameters = dict(lora.named_parameters(recurse=False))
+    twins = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
+    x, twin_x = (inputs(2, 3, 5).requires_grad_() for _ in range(2))
+    expected = reference.lora_forward(
+        twin_x, W, b, twins["lora_A"], twins["lora_B"], 2.0, twins.get("gate")
+    )
+    expected.square().sum().backward()
+    y = lora(x)
+    y.square().sum().backward()
+    torch.testing.assert_close(y, expected, **EXACT)
+    torch.testing.assert_close(x.grad, twin_x.grad, rtol=1e-12, atol=1e-12)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter.grad, twins[name].grad, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("gate", GATES)

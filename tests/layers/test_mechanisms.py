@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.models import formula, inputs, layer, randomize
+from helpers.models import exact_output, inputs, layer, randomize
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,14 +32,14 @@ def test_half_precision_models(dtype, adapter, gate):
     x = inputs(8, 16, dtype=dtype)
     y = lora(x)
     assert y.dtype == dtype
-    # Each of at most five roundings (Ax, gate, BAx, times s, the sum) is half a unit in the last place of a value no
-    # larger than |W||x| + |b| + |B||A||x|.
+    # Each of at most five roundings (Ax, gate, BAx, times s, the sum) is half a unit in the last
+    # place of a value no larger than |W||x| + |b| + |B||A||x|.
     size = (
         x.double().abs()
         @ (base.weight.double().abs() + lora.lora_B.double().abs() @ lora.lora_A.double().abs()).T
     )
     bound = 5 / 2 * torch.finfo(dtype).eps * (size + base.bias.double().abs())
-    assert ((y.double() - formula(lora, x, 1)).abs() <= bound).all()
+    assert ((y.double() - exact_output(lora, x, 1)).abs() <= bound).all()
     y.float().square().sum().backward()
     assert all(
         p.grad.ne(0).any() and p.grad.dtype == p.dtype for p in lora.parameters() if p.requires_grad
@@ -56,7 +56,7 @@ def test_autocast_gives_what_the_base_gives(adapter, gate):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = lora(x)
         assert y.dtype == lora.base(x).dtype == torch.bfloat16
-    exact = formula(lora, x, 1)
+    exact = exact_output(lora, x, 1)
     assert (y.double() - exact).abs().max() < 8 * torch.finfo(
         torch.bfloat16
     ).eps * exact.abs().max()
@@ -73,7 +73,7 @@ def test_torch_compile_in_one_graph(backend):
     torch._dynamo.reset()
     lora, x = layer(gate=0.5), inputs(4, 5)
     compiled = torch.compile(lora, backend=backend, fullgraph=True)
-    torch.testing.assert_close(compiled(x), formula(lora, x, 2), **EXACT)
+    torch.testing.assert_close(compiled(x), exact_output(lora, x, 2), **EXACT)
     compiled(x).square().sum().backward()
     gradients = [p.grad.clone() for p in lora.parameters() if p.requires_grad]
     lora.zero_grad()
@@ -115,7 +115,7 @@ def test_copies_are_equal_and_independent(copied, merged):
     assert torch.equal(twin(x), lora(x))
     randomize(twin, seed=9)
     unmerge(lora)
-    torch.testing.assert_close(lora(x), formula(lora, x, 2), **EXACT)
+    torch.testing.assert_close(lora(x), exact_output(lora, x, 2), **EXACT)
     unmerge(twin)
     assert torch.equal(twin.base.weight, weight)
     assert not torch.equal(twin(x), lora(x))
@@ -168,7 +168,7 @@ def test_vmap_over_a_stack_of_adapters():
         with torch.no_grad():
             for name in names:
                 lora.get_parameter(name).copy_(stack[name][i])
-        torch.testing.assert_close(outputs[i], formula(lora, x, 2), **EXACT)
+        torch.testing.assert_close(outputs[i], exact_output(lora, x, 2), **EXACT)
 
 
 def test_a_new_layer_takes_the_mode_of_its_base():
@@ -183,4 +183,4 @@ def test_half_and_double_reach_the_weight_that_a_merge_put_aside():
     merge(lora)
     unmerge(lora.double())
     assert torch.equal(lora.base.weight, weight.double())
-    torch.testing.assert_close(lora(x), formula(lora, x, 2), **EXACT)
+    torch.testing.assert_close(lora(x), exact_output(lora, x, 2), **EXACT)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from helpers.models import (
     TOKENS,
+    Conv1DLike,
     assert_unchanged,
+    inputs,
     randomize,
     snapshot,
     with_deltas_by_hand,
@@ -16,7 +19,7 @@ from helpers.models import (
 )
 from torch import nn
 
-from minirank import LoRALinear, lora_layers, merge, unmerge, unwrap, wrap
+from minirank import LoRALinear, lora_layers, merge, reference, unmerge, unwrap, wrap
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -199,3 +202,51 @@ def test_wrapping_merging_and_unwrapping_work_under_inference_mode():
     assert not layer.lora_A.is_inference()
     assert not model[0].weight.is_inference()
     assert model[0].weight.requires_grad
+
+
+# ---- against the reference ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate", [None, 0.5])
+@pytest.mark.parametrize("adapter", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_merged_weight_is_the_references(dtype, adapter, gate):
+    lora = LoRALinear(nn.Linear(5, 7, dtype=dtype), 3, scaling=2.0, gate=gate, dtype=adapter)
+    randomize(lora)
+    expected = reference.merged_weight(lora.base.weight, lora.lora_A, lora.lora_B, 2.0, lora.gate)
+    assert lora.merged_weight().dtype == expected.dtype == dtype
+    # Both sum four terms of size one or so in float32 or better, and round once to W's type.
+    work = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    torch.testing.assert_close(
+        lora.merged_weight(), expected, rtol=torch.finfo(dtype).eps, atol=8 * work
+    )
+
+
+@pytest.mark.parametrize("gate", [None, 0.5])
+@pytest.mark.parametrize(
+    "base", [nn.Linear(5, 7), Conv1DLike(7, 5)], ids=lambda m: type(m).__name__
+)
+def test_a_layer_merges_and_unmerges_as_the_references_does(base, gate):
+    lora = LoRALinear(copy.deepcopy(base).double(), 3, scaling=2.0, gate=gate)
+    randomize(lora)
+    twin = reference.Layer(
+        lora.base.weight.detach().clone(),
+        lora.base.bias.detach(),
+        lora.lora_A.detach(),
+        lora.lora_B.detach(),
+        2.0,
+        None if gate is None else lora.gate.detach(),
+        transposed=isinstance(base, Conv1DLike),
+    )
+    x = inputs(2, 3, 5)
+    for change, change_twin in [
+        (merge, twin.merge),
+        (merge, twin.merge),
+        (unmerge, twin.unmerge),
+        (unmerge, twin.unmerge),
+    ]:
+        change(lora)
+        change_twin()
+        torch.testing.assert_close(lora.base.weight, twin.weight, rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(lora(x), twin(x), rtol=1e-13, atol=1e-13)
+    assert torch.equal(lora.base.weight, twin.weight)

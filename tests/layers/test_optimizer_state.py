@@ -1,4 +1,4 @@
-"""optimizer_state.py: entries of other shapes are cut where their shape says where the ranks are."""
+"""optimizer_state.py: entries of any shape are cut where their shape says where the ranks are."""
 
 from __future__ import annotations
 

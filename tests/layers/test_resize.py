@@ -1,4 +1,4 @@
-"""resize.py: ranks change in the middle of training, and the optimizer's state goes with them bit for bit."""
+"""resize.py: ranks change in the middle of training, and the optimizer's state with them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from helpers.models import (
     TOKENS,
     assert_unchanged,
     delta_by_hand,
+    inputs,
     randomize,
     snapshot,
     wrapped,
@@ -22,9 +23,10 @@ from helpers.models import (
 )
 from torch import nn
 
-from minirank import L1RA, ShapLoRA, lora_layers, merge, resize, wrap
+from minirank import L1RA, ShapLoRA, lora_layers, merge, reference, resize, wrap
 from minirank.layers import resize as resize_file
 from minirank.layers.resize import resized_parameters
+from minirank.reference.resize import adam_step
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.001),
@@ -236,7 +238,10 @@ def test_adafactors_factors_survive_rank_one_where_their_shapes_say_nothing():
 
 @pytest.mark.parametrize("name", ["momentum", "adam", "adamw", "amsgrad"])
 def test_training_goes_on_as_if_the_pruned_rank_had_never_been(name):
-    """A rank whose A row and B column are zero gets no gradient: pruning it must not change the others' training."""
+    """A rank whose A row and B column are zero gets no gradient.
+
+    Pruning it must not change the training of the others.
+    """
     runs = []
     for prune in (False, True):
         model, layers, _ = in_training()
@@ -298,8 +303,10 @@ def test_schedulers_clipping_and_parameter_groups_go_on_working():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_layer_without_ranks_takes_no_steps_even_where_gradients_are_not_set_to_none(name):
-    """An empty gradient would be enough to count some, which no saved state could tell of; Adafactor divides by its
-    size."""
+    """An empty gradient would be enough to count steps that no saved state could tell of.
+
+    Adafactor divides by its size.
+    """
     model, layers, optimizer = in_training(name)
     resize(model, {"head": 0}, optimizer)
     parameters = dict(layers["head"].named_parameters(recurse=False))
@@ -494,3 +501,74 @@ def test_resized_refuses_masks_and_ranks_that_do_not_fit():
     for add in (-1, 3):
         with pytest.raises(ValueError, match=f"add={add} would give rank.*at most 5"):
             resized_parameters(lora, keep, add=add)
+
+
+# ---- against the reference ----------------------------------------------------------------------
+
+NAMES = {"A": "lora_A", "B": "lora_B", "gate": "gate"}  # the reference's name, and the layer's
+
+
+def as_reference(lora, optimizer):
+    """The layer and its Adam states as the reference's dict."""
+    parameters = {key: lora.get_parameter(name) for key, name in NAMES.items()}
+    states = {key: optimizer.state[parameter] for key, parameter in parameters.items()}
+    return {
+        **{key: parameter.detach().clone() for key, parameter in parameters.items()},
+        "exp_avg": {key: state["exp_avg"].clone() for key, state in states.items()},
+        "exp_avg_sq": {key: state["exp_avg_sq"].clone() for key, state in states.items()},
+        "step": int(states["A"]["step"]),
+        "scaling": lora.scaling,
+    }
+
+
+def adam_steps(lora, optimizer, twin, count):
+    """Train the layer and its twin on one task, each by its own forward pass and its own Adam."""
+    W, b = lora.base.weight.detach(), lora.base.bias.detach()
+    for seed in range(count):
+        x = inputs(4, 5, seed=seed)
+        optimizer.zero_grad()
+        lora(x).square().mean().backward()
+        optimizer.step()
+        leaves = [twin[key].requires_grad_() for key in NAMES]
+        y = reference.lora_forward(x, W, b, twin["A"], twin["B"], twin["scaling"], twin["gate"])
+        gradients = torch.autograd.grad(y.square().mean(), leaves)
+        adam_step(twin, dict(zip(NAMES, gradients, strict=True)), lr=0.02)
+
+
+def assert_same_training(lora, optimizer, twin):
+    ours = as_reference(lora, optimizer)
+    assert (ours["step"], ours["scaling"]) == (twin["step"], twin["scaling"])
+    for key in NAMES:
+        for mine, theirs in (
+            (ours[key], twin[key]),
+            (ours["exp_avg"][key], twin["exp_avg"][key]),
+            (ours["exp_avg_sq"][key], twin["exp_avg_sq"][key]),
+        ):
+            torch.testing.assert_close(mine, theirs.detach(), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("keep", "add"),
+    [
+        ([True, False, True], 0),
+        ([False, True, False], 3),
+        ([True, True, True], 2),
+        ([False] * 3, 2),
+    ],
+)
+def test_a_training_with_adam_goes_on_as_the_references_does(keep, add):
+    model = nn.Sequential(make_layer(gate=1.0))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    model(inputs(4, 5)).square().mean().backward()
+    optimizer.step()  # an Adam state to begin with
+    twin = as_reference(model[0], optimizer)
+    adam_steps(model[0], optimizer, twin, 3)
+    keep = torch.tensor(keep)
+    resize(model, SimpleNamespace(ranks={"0": sum(keep).item() + add}, keep={"0": keep}), optimizer)
+    with torch.random.fork_rng():
+        twin = reference.resize(twin, keep, add)
+    survivors = int(keep.sum())
+    twin["A"] = torch.cat([twin["A"][:survivors], model[0].lora_A.detach()[survivors:]])
+    assert_same_training(model[0], optimizer, twin)
+    adam_steps(model[0], optimizer, twin, 3)
+    assert_same_training(model[0], optimizer, twin)

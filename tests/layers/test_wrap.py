@@ -148,15 +148,20 @@ def test_freezing_does_not_need_the_values_of_lazy_parameters():
     assert names_that_train(model) == adapter_names("q")
     model["lazy"](torch.ones(1, 4))
     assert names_that_train(model) == adapter_names("q")
+    model = nn.ModuleDict({"q": nn.Linear(3, 3), "lazy": nn.LazyLinear(2)})
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    wrap(model, {"q": 1}, trainable="lazy")
+    assert names_that_train(model) == adapter_names("q") | {"lazy.weight", "lazy.bias"}
 
 
 def test_scaling_is_given_whole_and_is_the_same_in_every_layer():
-    layers = wrapped(scaling=0.3, gate=1.0)[2]
-    assert {layer.scaling for layer in layers.values()} == {0.3}  # exactly
+    layers = wrapped(scaling=0.1, gate=1.0)[2]
+    assert {layer.scaling for layer in layers.values()} == {0.1}  # no 0.1 * 3.2 / 3.2
     # The gated start of A depends on the reference rank, which is the average as without scaling.
     assert {layer.reference_rank for layer in layers.values()} == {16 / 5}
     alphas = [layer.alpha for layer in layers.values()]
-    assert alphas == pytest.approx([0.3 * 16 / 5] * 5, rel=1e-15)
+    assert alphas == pytest.approx([0.1 * 16 / 5] * 5, rel=1e-15)
     x = wrap(zoo(), RANKS, scaling=2.0, gate=1.0)["head"].lora_A
     assert torch.equal(x, wrap(zoo(), RANKS, alpha=6.4, gate=1.0)["head"].lora_A)
 
