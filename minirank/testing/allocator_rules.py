@@ -15,7 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..allocators.allocation import Allocation, Allocator
+from ..allocators.allocation import Allocation
+from ..allocators.allocator import Allocator
 from ..layers.targets import layer_shape, walk
 
 
@@ -91,17 +92,19 @@ def check_allocator(allocator: Allocator) -> None:
         limits[name] = min(shape) if score.ndim == 0 or allocator.grows else len(score)
     with unchanged(model):
         for budget in sorted({0, 1, len(limits), sum(limits.values()) // 2, sum(limits.values())}):
-            _check_ranks(allocator.allocate(budget), limits, allocator.grows)
+            _check_ranks(allocator.allocate(budget, min_rank=0), limits, allocator.grows)
             capped = {name: -(-limit // 2) for name, limit in limits.items()}
             if budget <= sum(capped.values()):
-                _check_ranks(allocator.allocate(budget, max_rank=capped), capped, allocator.grows)
-        costs = allocator.allocate(0).costs
+                allocation = allocator.allocate(budget, min_rank=0, max_rank=capped)
+                _check_ranks(allocation, capped, allocator.grows)
+        costs = allocator.allocate(0, min_rank=0).costs
         for share in (0.0, 0.31, 0.77, 1.0):
             budget = int(share * sum(limit * costs[name] for name, limit in limits.items()))
-            _check_ranks(allocator.allocate(budget, unit="parameters"), limits, allocator.grows)
+            allocation = allocator.allocate(budget, unit="parameters", min_rank=0)
+            _check_ranks(allocation, limits, allocator.grows)
         for budget in (-1, sum(limits.values()) + 1):
             try:
-                allocator.allocate(budget)
+                allocator.allocate(budget, min_rank=0)
             except ValueError:
                 continue
             raise AssertionError(
@@ -124,7 +127,7 @@ def _check_ranks(allocation: Allocation, limits: dict[str, int], grows: bool) ->
             f"expected keep masks for {list(ranks)}, got {list(kept)}"
         )
         assert fits, f"keep masks hold {kept}, but the ranks are {ranks}"
-    if allocation.unit == "rank":
+    if allocation.unit == "ranks":
         assert sum(ranks.values()) == allocation.budget, (
             f"{ranks} miss the budget of {allocation.budget}"
         )

@@ -461,7 +461,7 @@ def test_a_scheduler_made_before_is_refused():
         ({"threshold": 1.0}, "threshold"),
         ({"threshold": -0.1}, "threshold"),
         ({"shrinkage": "lasso"}, "shrinkage"),
-        ({"unit": "ranks"}, "unit"),
+        ({"unit": "rank"}, "unit"),
         ({"budget": 3}, "below the 4 that min_rank"),
         ({"budget": 99}, "above"),
         ({"max_rank": 2}, "above"),

@@ -141,7 +141,7 @@ def gates(layers):
     return {name: layer.gate for name, layer in layers.items()}
 
 
-@pytest.mark.parametrize("unit", ["rank", "parameters"])
+@pytest.mark.parametrize("unit", ["ranks", "parameters"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_invariants_hold_at_every_step_of_a_training(name, unit, monkeypatch):
     _, model, _ = wrapped(ranks=RANKS, gate=1.0, trainable=["emb"])
@@ -197,7 +197,7 @@ def gated_chains(draw):
 @given(case=gated_chains(), data=st.data())
 def test_random_gates_move_ranks_and_not_the_function(case, data):
     model, layers, width = case
-    unit = data.draw(st.sampled_from(["rank", "parameters"]), label="unit")
+    unit = data.draw(st.sampled_from(["ranks", "parameters"]), label="unit")
     optimizer = torch.optim.Adam(trainable(model), 1e-30)
     costs = {
         n: x.in_features + x.out_features if unit == "parameters" else 1 for n, x in layers.items()

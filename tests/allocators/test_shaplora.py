@@ -13,7 +13,8 @@ from helpers.shaplora_cases import PLAYERS, RANKS, SCALING, data, flat, loss_fn,
 from torch import nn
 
 from minirank import ShapLoRA, lora_layers, resize, wrap
-from minirank.allocators.shaplora import ipt, mean_gradient, san
+from minirank.allocators.coalitions import mean_gradient
+from minirank.allocators.shaplora import ipt, san
 from minirank.shapley import coalition_masks, exact_shapley_values
 
 # ---- the equations ------------------------------------------------------------------------------

@@ -245,7 +245,7 @@ OTHER = trained().eval()  # whose own parameters give the loss a graph
         ({"batch_weight": lambda batch: 0}, "weigh nothing"),
         (
             {"batch_weight": lambda batch: -1.0},
-            r"batch_weight\(batch\) must be a number of at least 0, got -1.0",
+            r"batch_weight\(batch\) must be a finite number of at least 0, got -1.0",
         ),
         ({"batch_weight": lambda batch: math.nan}, r"batch_weight\(batch\) must be"),
         ({"batch_weight": lambda batch: math.inf}, r"batch_weight\(batch\) must be"),

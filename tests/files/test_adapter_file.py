@@ -266,7 +266,7 @@ def test_the_file_says_where_its_ranks_came_from(path):
     wrap(model, allocation, trainable=[])
     save_adapter(model, path, allocation=allocation)
     read = read_adapter(path)
-    assert (read.method, read.budget, read.unit) == ("uniform", 9, "rank")
+    assert (read.method, read.budget, read.unit) == ("uniform", 9, "ranks")
     assert str(read).splitlines()[0] == "uniform: 9 ranks (budget 9 ranks)"
     assert str(allocation).splitlines()[1:] == str(read).splitlines()[1:]
     assert allocation.ranks["blocks.0.0"] > 0
