@@ -43,8 +43,10 @@ Departures from the paper and its authors' code:
   nothing.
 - `scaling` is fixed when a layer is made, and stays when its rank changes.
 
-How to choose λ: Adam moves a gate by about η_c per step, whatever the scale of the loss. So λ is
-measured in gate steps: at 0 no gate reaches zero, at 1 every gate does.
+How to choose λ: Adam moves a gate by about η_c per step, whatever the scale of the loss, and the
+shrinkage by η_c λ. So λ is of use between 0, where no gate reaches zero, and 1, where every gate
+does. The authors' 1e-3 and 5e-3 moved no rank in trainings of some hundred steps here; 0.3 with
+weight decay on A and B did.
 """
 
 from __future__ import annotations

@@ -19,9 +19,8 @@ Departures from the paper, and what it leaves open:
   quantisation, the mean square of a layer's inputs, which is the default. Any function
   (model, loss_fn, batches, targets) → {name: (d_out, d_in) or (d_in,)} will do.
 - N is d_out · d_in for a diagonal over the whole matrix. The input proxy, which all rows of a
-  matrix share, counts once: N = d_in, as in the paper. So traces and effective ranks of the two are
-      on
-  different scales, and the ranks can differ widely.
+  matrix share, counts once: N = d_in, as in the paper. So traces and effective ranks of the two
+  kinds are on different scales, and the ranks can differ widely.
 - Padding is left out of the calibration statistics: see `curvature.input_second_moment`.
 - An exact diagonal can have negative entries. The local metrics count them as zero, the trace keeps
   their sign, a negative θ counts as zero, and a mean trace that is not positive is an error.

@@ -280,7 +280,8 @@ def resampled_stability(
 def _moved_ranks(ranks: Tensor, allocation: Allocation) -> Tensor:
     """How many ranks are in other modules than in `allocation`.
 
-    (resamples, modules) → (resamples,). With a budget in parameters the sums can differ; then the larger of gains and losses counts.
+    ranks: (resamples, modules) → (resamples,). With a budget in parameters, the sums can differ.
+    Then the larger of gains and losses counts.
     """
     change = ranks - torch.tensor(list(allocation.ranks.values()), dtype=torch.float64)
     return torch.maximum(change.clamp(min=0).sum(1), (-change).clamp(min=0).sum(1))

@@ -83,7 +83,8 @@ def test_scores_do_not_alias_the_allocators_own():
 
 
 def two_stages(first_stage):
-    """The workflow as the README has it; `first_stage` trains the trial copy in its own way. None: no first stage."""
+    """The workflow as the README has it; `first_stage` trains the trial copy in its own way. None:
+    no first stage."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Net().double()

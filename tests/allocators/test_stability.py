@@ -1,4 +1,5 @@
-"""stability.py: the jackknife where it has a closed form, coverage by simulation, and what SensitivityLoRA reports."""
+"""stability.py: the jackknife where it has a closed form, coverage by simulation, and what
+SensitivityLoRA reports."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def test_of_a_plain_mean_the_jackknife_gives_the_textbook_error():
 
 
 def test_unequal_groups_follow_busing_and_others():
-    """Their estimator written out: mean 1/g Σ (θ̃_j − θ_J)² / (h_j − 1) with θ̃_j = h_j θ − (h_j − 1) θ_(−j)."""
+    """Their estimator written out: mean 1/g Σ (θ̃_j − θ_J)² / (h_j − 1) with θ̃_j = h_j θ − (h_j −
+    1) θ_(−j)."""
     xs, ws = (
         torch.tensor([1.0, 4.0, 6.0, 9.0], dtype=torch.float64),
         torch.tensor([1.0, 2.0, 2.0, 5.0]),
@@ -107,7 +109,8 @@ def test_what_is_no_estimate_weighs_by_its_batches():
 
 
 def test_95_percent_intervals_of_theta_cover_92_to_98_percent():
-    """θ of Eqs 8–14 for six matrices, whose groups of batches vary together and apart; 10 to 19 groups of them."""
+    """θ of Eqs 8–14 for six matrices, whose groups of batches vary together and apart; 10 to 19
+    groups of them."""
     n, generator = 6, seeded(0)
     truth = torch.rand(n, 12, generator=generator, dtype=torch.float64)
     truth *= torch.logspace(-0.5, 0.5, n, dtype=torch.float64)[:, None]
@@ -209,7 +212,8 @@ def test_a_clear_lead_is_settled_and_a_tie_is_open():
 
 
 def test_confidence_decides_what_counts_as_open():
-    """Score differences have a standard error of √2: b loses in a share of P(t₄ < −2/√2) ≈ 11 % of resamples."""
+    """Score differences have a standard error of √2: b loses in a share of P(t₄ < −2/√2) ≈ 11 % of
+    resamples."""
     assert report([3.0, 5.0], 1.0, confidence=0.5).open == {}
     assert report([3.0, 5.0], 1.0, confidence=0.5).max_moved == 0
     assert set(report([3.0, 5.0], 1.0, confidence=0.95).open) == {"a", "b"}
@@ -287,8 +291,9 @@ def test_more_data_settles_more():
 
 
 def test_ranks_of_new_data_lie_in_the_intervals_as_often_as_stated():
-    """Of 40 independent calibrations, intervals of 95 % per module hold the ranks that 4,000 batches give: at least
-    90 % of the 120 times (a lower bound, since whole ranks make intervals wider than asked)."""
+    """Of 40 independent calibrations, intervals of 95 % per module hold the ranks that 4,000
+    batches give: at least 90 % of the 120 times (a lower bound, since whole ranks make intervals
+        wider than asked)."""
     model, batches = model_and_batches(4000, seed=9)
     settled = allocator(model, batches)
     settled.score()
