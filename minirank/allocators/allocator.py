@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from ..budget import best_ranks, proportional_ranks
 from ..layers.lora import LoRALinear
-from ..layers.targets import walk
+from ..layers.targets import modules_by_name
 from .allocation import Allocation, Unit
 from .constraints import Bound, Constraints, constraints_for
 
@@ -173,7 +173,7 @@ class RankScoreAllocator(Allocator):
             ValueError: a score that is not of shape (r,) for a LoRA layer of rank r.
         """
         factors = {}
-        modules = dict(walk(self.model))
+        modules = modules_by_name(self.model)
         for name, score in scores.items():
             layer = modules.get(name)
             if not isinstance(layer, LoRALinear):
@@ -196,7 +196,7 @@ class RankScoreAllocator(Allocator):
 
     def _require_fresh_scores(self) -> None:
         """Raise RuntimeError if a layer has other ranks than those that were scored."""
-        modules = dict(walk(self.model))
+        modules = modules_by_name(self.model)
         for name, factor in self._scored_factors.items():
             layer = modules.get(name)
             if not isinstance(layer, LoRALinear) or layer.lora_A is not factor():

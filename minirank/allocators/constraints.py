@@ -8,7 +8,7 @@ from typing import NamedTuple, get_args
 from torch import nn
 
 from ..checks import is_integer, quoted_names, require
-from ..layers.targets import layer_shape, walk
+from ..layers.targets import layer_shape, modules_by_name
 from .allocation import Unit
 
 Bound = int | Mapping[str, int] | None  # for all modules, or by name
@@ -54,7 +54,7 @@ def constraints_for(
             min(d_out, d_in).
     """
     check_unit(unit)
-    modules = dict(walk(model))
+    modules = modules_by_name(model)
     shapes = {name: _shape(name, modules) for name in names}
     return Constraints(
         budget,

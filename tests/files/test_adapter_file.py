@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,7 +73,6 @@ def test_a_loaded_adapter_is_the_saved_one_bit_for_bit(path, dtype, gate):
         "alpha": 3.0,
         "dropout": 0.25,
         "rank_stabilized": True,
-        "trainable": [],
         "generator": 7,
     }
     _, model, layers = wrapped(dtype, **options)
@@ -95,7 +96,7 @@ def test_layers_may_differ_in_everything(path):
     model = zoo(torch.bfloat16)
     wrap(model, {"body.up": 2}, alpha=3, gate=1.0, dtype=torch.float32)
     wrap(model, {"body.conv": 3, "head": 2}, alpha=5, reference_rank=4, dropout=0.5)
-    wrap(model, {"blocks.0.0": 2, "blocks.1.0": 1}, gate=0.0, trainable=[])
+    wrap(model, {"blocks.0.0": 2, "blocks.1.0": 1}, gate=0.0)
     layers = lora_layers(model)
     randomize(layers)
     resize(model, {"head": 0, "blocks.1.0": 5})
@@ -110,7 +111,7 @@ def test_layers_may_differ_in_everything(path):
 
 def test_an_adapter_without_ranks_can_be_loaded_and_grow(path):
     model = zoo()
-    wrap(model, {"like": 2}, trainable=[])
+    wrap(model, {"like": 2})
     resize(model, {"like": 0})
     save_adapter(model, path)
     fresh = zoo()
@@ -122,7 +123,7 @@ def test_an_adapter_without_ranks_can_be_loaded_and_grow(path):
 
 @pytest.mark.parametrize("gate", [None, 1.0, 0.0])
 def test_training_and_resizing_go_on_as_if_nothing_had_happened(path, gate):
-    _, model, _ = wrapped(gate=gate, alpha=3.0, trainable=[])
+    _, model, _ = wrapped(gate=gate, alpha=3.0)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=0.01)
 
@@ -159,9 +160,7 @@ def test_l1ra_goes_on_from_the_file_in_the_middle_of_its_course(path):
             l1ra.step()
 
     model = zoo()
-    layers = wrap(
-        model, {"body.up": 3, "like": 3, "blocks.1.0": 3}, gate=1.0, trainable=[], generator=5
-    )
+    layers = wrap(model, {"body.up": 3, "like": 3, "blocks.1.0": 3}, gate=1.0, generator=5)
     layers["like"].gate.data[1] = 0.01  # which will fall at once; its rank goes to another layer
     optimizer, l1ra = course(model)
     steps(model, optimizer, l1ra, 9)
@@ -181,7 +180,7 @@ def test_l1ra_goes_on_from_the_file_in_the_middle_of_its_course(path):
 
 
 def test_shaplora_scores_the_same_from_the_file(path):
-    _, model, _ = wrapped(gate=0.0, trainable=[])
+    _, model, _ = wrapped(gate=0.0)
     save_adapter(model, path)
     fresh = zoo()
     load_adapter(fresh, path)
@@ -210,7 +209,7 @@ def test_names_may_be_other_names_of_the_same_modules(path):
         return nn.ModuleDict(dict.fromkeys(order, linear))
 
     one = model("ab")
-    wrap(one, {"a": 2}, trainable=[])
+    wrap(one, {"a": 2})
     save_adapter(one, path)
     other = model("ba")
     assert list(load_adapter(other, path)) == ["b"]
@@ -225,7 +224,7 @@ def test_layers_come_in_the_order_of_the_model(path):
         return nn.ModuleDict({name: linears[name] for name in order})
 
     one = model("abc")
-    wrap(one, {"a": 1, "b": 2, "c": 3}, trainable=[])
+    wrap(one, {"a": 1, "b": 2, "c": 3})
     save_adapter(one, path)
     loaded = load_adapter(model("cab"), path)
     assert {name: layer.rank for name, layer in loaded.items()} == {"c": 3, "a": 1, "b": 2}
@@ -233,7 +232,7 @@ def test_layers_come_in_the_order_of_the_model(path):
 
 
 def test_loading_in_inference_mode_gives_layers_that_can_train(path):
-    _, model, _ = wrapped(trainable=[])
+    _, model, _ = wrapped()
     save_adapter(model, path)
     fresh = zoo()
     with torch.inference_mode():
@@ -244,7 +243,7 @@ def test_loading_in_inference_mode_gives_layers_that_can_train(path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_saved_on_a_gpu_loads_on_the_cpu_and_back(path):
-    _, model, layers = wrapped(torch.float32, trainable=[])
+    _, model, layers = wrapped(torch.float32)
     save_adapter(model.cuda(), path)
     assert_same_layers(
         load_adapter(zoo(torch.float32), path),
@@ -255,7 +254,7 @@ def test_saved_on_a_gpu_loads_on_the_cpu_and_back(path):
     )
 
 
-# ---- what goes along ---------------------------------------------------------------------------
+# ---- where the ranks came from ---------------------------------------------------------------------------
 
 
 def test_the_file_says_where_its_ranks_came_from(path):
@@ -263,7 +262,7 @@ def test_the_file_says_where_its_ranks_came_from(path):
     uniform = UniformRanks(model)
     uniform.score()
     allocation = uniform.allocate(9)
-    wrap(model, allocation, trainable=[])
+    wrap(model, allocation)
     save_adapter(model, path, allocation=allocation)
     read = read_adapter(path)
     assert (read.method, read.budget, read.unit) == ("uniform", 9, "ranks")
@@ -280,85 +279,60 @@ def test_the_file_says_where_its_ranks_came_from(path):
     assert read_adapter(path).ranks["like"] == 4
 
 
-class Classifier(nn.Module):
-    def __init__(self, dtype=torch.float64):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 4))
-        self.head = nn.ModuleDict({"out": nn.Linear(4, 3), "norm": nn.BatchNorm1d(3)})
-        self.head.register_buffer("scratch", torch.zeros(2), persistent=False)
-        self.to(dtype)
+# ---- a file of minirank 0.1 --------------------------------------------------------------------
 
-    def forward(self, x):
-        return self.head["norm"](self.head["out"](self.body(x)))
+GOLDEN = Path(__file__).parent / "data" / "adapter_0_1.safetensors"  # written by minirank 0.1.0
 
 
-def classifier(dtype=torch.float64, seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Classifier(dtype)
+def golden_base():
+    """The plain model whose adapters, and trained norm, are in the golden file."""
+    model = nn.Sequential(
+        OrderedDict(
+            first=nn.Linear(3, 2), second=nn.Linear(2, 2, bias=False), norm=nn.BatchNorm1d(2, eps=0)
+        )
+    )
+    with torch.no_grad():
+        model.first.weight.copy_(torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]]))
+        model.first.bias.copy_(torch.tensor([0.0, 1.0]))
+        model.second.weight.copy_(torch.tensor([[1.0, -1.0], [0.0, 2.0]]))
+    return model.double().eval()
 
 
-@pytest.mark.parametrize("modules", ["head", ["head"], ["head.*"], ["h*", "body"]])
-def test_other_trained_modules_come_along_with_their_buffers(path, modules):
-    model = classifier()
-    wrap(model, {"body.0": 2}, trainable=["head"])
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-    model(inputs(5, 4)).square().sum().backward()
-    optimizer.step()
-    model.eval()
-    save_adapter(model, path, modules=modules)
-    if "body" not in modules:
-        model.body[1].load_state_dict(
-            classifier().body[1].state_dict()
-        )  # its running mean was not asked for
-    fresh = classifier().eval()
-    fresh.head["out"].reset_parameters()
-    load_adapter(fresh, path)
-    assert torch.equal(fresh(inputs(5, 4)), model(inputs(5, 4)))
-    expected = {
-        "head.out.weight",
-        "head.out.bias",
-        *(f"head.norm.{key}" for key in nn.BatchNorm1d(3).state_dict()),
+def test_a_file_of_0_1_loads_to_the_numbers_worked_out_by_hand():
+    model = golden_base()
+    layers = load_adapter(model, GOLDEN)
+    x = torch.tensor([[1.0, 2.0, 3.0]]).double()
+    # first: W x + b = (7, 3). A x = (3, 3), times gates (1.5, 3), B: (1.5, 6), scaling 3 / 2.
+    h = model.first(x)
+    assert h.tolist() == [[7 + 2.25, 3 + 9.0]]
+    # second: W h = (-2.75, 24). A h = 21.25, B: (0, 21.25), scaling 4 / sqrt(4).
+    assert model.second(h).tolist() == [[-2.75, 24 + 42.5]]
+    # norm: (y - (1, 2.5)) / sqrt(1, 4) · (2, 1) + (0.25, -1).
+    assert model(x).tolist() == [[-7.25, 31.0]]
+    assert [(layer.rank, layer.alpha, layer.scaling) for layer in layers.values()] == [
+        (2, 3.0, 1.5),
+        (1, 4.0, 2.0),
+    ]
+    assert [(layer.initial_gate, layer.dropout) for layer in layers.values()] == [
+        (1.0, 0.0),
+        (None, 0.25),
+    ]
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        *(f"first.{key}" for key in ("lora_A", "lora_B", "gate")),
+        *("second.lora_A", "second.lora_B"),
+        *("norm.weight", "norm.bias"),
     }
-    assert set(read_adapter(path).others) >= expected
-    assert not [name for name in read_adapter(path).others if "scratch" in name or "lora" in name]
+    other = golden_base()
+    other.first.bias.data[0] = 1
+    refuse(GOLDEN, "'first': not the base weights", other)
 
 
-def test_other_modules_take_the_type_of_the_model_that_they_come_into(path):
-    model = classifier()
-    wrap(model, {"body.0": 2}, trainable=["head"])
-    save_adapter(model, path, modules="head")
-    fresh = classifier(torch.float32, seed=0)
-    weight = fresh.head["out"].weight
-    load_adapter(fresh, path)
-    assert fresh.head["out"].weight is weight
-    assert torch.equal(weight, model.head["out"].weight.float())
-
-
-def test_a_tied_parameter_is_saved_once_and_not_missed(path):
-    model = zoo()
-    wrap(model, {"like": 2}, trainable=["emb"])
-    save_adapter(model, path, modules=["head"])  # the same parameter
-    assert list(read_adapter(path).others) == ["head.weight"]
-    assert repr(read_adapter(path)).endswith("\nbesides: head.weight")
-    save_adapter(model, path, modules=["head", "emb"])
-    assert list(read_adapter(path).others) == ["head.weight"]
-
-
-def test_what_trains_and_is_not_saved_is_warned_of(path):
-    model = classifier()
-    wrap(model, {"body.0": 2}, trainable=["head"])
-    with pytest.warns(
-        UserWarning,
-        match=r"'head.out.weight', 'head.out.bias', 'head.norm.weight' and 1 more require",
-    ):
-        save_adapter(model, path)
-    with pytest.warns(UserWarning, match=r"'head.norm.weight', 'head.norm.bias' require") as caught:
-        save_adapter(model, path, modules="head.out")
-    assert caught[0].filename == __file__
-    lora_layers(model)["body.0"].base.bias.requires_grad_(True)
-    with pytest.warns(UserWarning, match=r"'body.0.base.bias' require"):
-        save_adapter(model, path, modules="head")
+def test_a_file_of_0_1_is_read_in_the_words_of_today():
+    read = read_adapter(GOLDEN)
+    assert read.ranks == {"first": 2, "second": 1}
+    assert (read.method, read.budget, read.unit) == ("uniform", 3, "ranks")
+    assert read.other_tensors["norm.num_batches_tracked"].item() == 7
+    assert str(read).startswith("uniform: 3 ranks (budget 3 ranks)\n")
 
 
 # ---- what is refused: when saving --------------------------------------------------------------
@@ -385,7 +359,7 @@ def not_finite():
 
 
 def on_meta():
-    return wrapped(trainable=[])[1].to("meta")
+    return wrapped()[1].to("meta")
 
 
 REFUSED = {
@@ -411,7 +385,7 @@ def test_a_refused_save_leaves_the_old_file_and_the_model(path, message):
 
 
 def test_modules_that_do_not_exist_are_refused_with_a_hint(path):
-    _, model, _ = wrapped(trainable=[])
+    _, model, _ = wrapped()
     with pytest.raises(ValueError, match="modules='haed' matches no module: did you mean 'head'"):
         save_adapter(model, path, modules=["haed"])
     assert not path.exists()
@@ -422,7 +396,7 @@ def test_modules_that_do_not_exist_are_refused_with_a_hint(path):
 
 @pytest.fixture
 def saved(path):
-    _, model, _ = wrapped(gate=1.0, trainable=[])
+    _, model, _ = wrapped(gate=1.0)
     save_adapter(model, path, modules="body.norm")
     return path
 
@@ -459,7 +433,7 @@ def set_field(name, key, value):
 
 
 CRAFTED = {
-    "format 2, while this version reads up to 1: update": lambda _, record: record.update(format=2),
+    "format 3, while this version reads up to 2: update": lambda _, record: record.update(format=3),
     "body.up.lora_A is not finite": set_entry("body.up.lora_A", (0, 0), float("nan")),
     "like.gate is not finite": set_entry("like.gate", 0, float("inf")),
     "'like' has the tensors \\['gate', 'lora_A'\\]": lambda tensors, _: tensors.pop("like.lora_B"),
@@ -547,7 +521,7 @@ def test_a_safetensors_file_of_another_program_is_refused(path):
 @given(data=st.data())
 def test_a_file_cut_off_anywhere_is_refused(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("cut") / "file"
-    save_adapter(wrapped(gate=1.0, trainable=[])[1], path)
+    save_adapter(wrapped(gate=1.0)[1], path)
     content = path.read_bytes()
     path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
     refuse(path, "not a whole safetensors file")
@@ -557,7 +531,7 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path_factory, data):
 @given(data=st.data())
 def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("flip") / "file"
-    _, model, layers = wrapped(gate=1.0, trainable=[])
+    _, model, layers = wrapped(gate=1.0)
     save_adapter(model, path)
     content = bytearray(path.read_bytes())
     place = data.draw(st.integers(0, len(content) - 1))
@@ -627,7 +601,7 @@ def test_a_part_of_the_model_is_refused_with_a_hint(saved):
 
 def test_two_adapters_for_what_is_now_one_module_are_refused(path):
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
-    wrap(model, {"a": 2, "b": 2}, trainable=[])
+    wrap(model, {"a": 2, "b": 2})
     save_adapter(model, path)
     one = nn.Linear(4, 4)
     refuse(
@@ -664,6 +638,6 @@ def test_what_unwrap_gives_back_can_be_loaded_again(saved):
     model = zoo()
     before = snapshot(model)
     for _ in range(2):
-        load_adapter(model, saved)
+        load_adapter(model, saved, trainable=None)
         unwrap(model)
     assert_unchanged(model, before)

@@ -1,4 +1,4 @@
-"""wrap.py, the way in: what wrap changes, what it leaves alone, and that a refused call changes nothing."""
+"""wrap.py: what wrap changes and leaves alone, refused calls, and the way out."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from helpers.models import (
 )
 from torch import nn
 
-from minirank import LoRALinear, lora_layers, merge, unwrap, wrap
+from minirank import LoRALinear, disabled, lora_layers, merge, unmerge, unwrap, wrap
 
-# ---- wrap ---------------------------------------------------------------------------------------
+# ---- the way in ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gate", [None, 1.0, 0.0])
@@ -60,14 +60,14 @@ def test_only_the_named_slots_change_and_the_bases_are_the_original_modules():
     assert model.head.base.weight is model.emb.weight
 
 
-def test_only_the_wrapped_weights_are_frozen():
+def test_with_none_only_the_wrapped_weights_are_frozen():
     model = zoo()
     model.body["up"].bias.requires_grad_(False)
     model.like.weight.requires_grad_(False)
     before = {name: p.requires_grad for name, p in zoo().named_parameters()} | {
         "like.weight": False
     }
-    wrap(model, {"body.up": 1, "head": 1})
+    wrap(model, {"body.up": 1, "head": 1}, trainable=None)
     frozen = {"body.up.weight", "body.up.bias", "emb.weight", "head.weight"}
     for name, parameter in model.named_parameters():
         plain_name = name.replace(".base.", ".")
@@ -82,7 +82,7 @@ def test_only_the_wrapped_weights_are_frozen():
 @pytest.mark.parametrize(
     ("trainable", "expected"),
     [
-        ([], set()),
+        ((), set()),
         ("body.norm", {"body.norm.weight", "body.norm.bias"}),
         (["*norm", "like"], {"body.norm.weight", "body.norm.bias", "like.weight"}),
         ("blocks.1.0", {"blocks.1.0.weight", "blocks.1.0.bias"}),
@@ -110,6 +110,55 @@ def test_trainable_names_what_trains_beside_the_adapters(trainable, expected):
         assert parameter.requires_grad == (
             ".base." not in name and name not in ("emb.weight", "table")
         ), name
+
+
+def names_that_train(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def adapter_names(*modules):
+    return {f"{module}.{part}" for module in modules for part in ("lora_A", "lora_B")}
+
+
+def test_only_the_adapters_train_unless_more_is_named():
+    model = zoo()
+    wrap(model, {"body.up": 1, "head": 1, "like": 0})
+    assert names_that_train(model) == adapter_names("body.up", "head")
+
+
+def test_a_later_call_adds_to_what_trains_and_freezes_only_the_weights_that_it_wraps():
+    model = zoo()
+    wrap(model, {"body.up": 1, "body.conv": 1}, trainable="body.norm")
+    norm = {"body.norm.weight", "body.norm.bias"}
+    assert names_that_train(model) == norm | adapter_names("body.up", "body.conv")
+    model.body["up"].lora_A.requires_grad_(False)  # by hand
+    wrap(model, {"blocks.1.0": 1})
+    expected = norm | adapter_names("body.up", "body.conv", "blocks.1.0") - {"body.up.lora_A"}
+    assert names_that_train(model) == expected
+    wrap(model, {"head": 1}, trainable=["like", "body.up"])
+    expected |= {"like.weight", "body.up.lora_A"} | adapter_names("head")
+    assert names_that_train(model) == expected
+    wrap(model, {"like": 1})  # trained as a plain layer until now
+    assert names_that_train(model) == expected - {"like.weight"} | adapter_names("like")
+
+
+def test_freezing_does_not_need_the_values_of_lazy_parameters():
+    model = nn.ModuleDict({"q": nn.Linear(3, 3), "lazy": nn.LazyLinear(2)})
+    wrap(model, {"q": 1})
+    assert names_that_train(model) == adapter_names("q")
+    model["lazy"](torch.ones(1, 4))
+    assert names_that_train(model) == adapter_names("q")
+
+
+def test_scaling_is_given_whole_and_is_the_same_in_every_layer():
+    layers = wrapped(scaling=0.3, gate=1.0)[2]
+    assert {layer.scaling for layer in layers.values()} == {0.3}  # exactly
+    # The gated start of A depends on the reference rank, which is the average as without scaling.
+    assert {layer.reference_rank for layer in layers.values()} == {16 / 5}
+    alphas = [layer.alpha for layer in layers.values()]
+    assert alphas == pytest.approx([0.3 * 16 / 5] * 5, rel=1e-15)
+    x = wrap(zoo(), RANKS, scaling=2.0, gate=1.0)["head"].lora_A
+    assert torch.equal(x, wrap(zoo(), RANKS, alpha=6.4, gate=1.0)["head"].lora_A)
 
 
 def test_options_reach_every_layer_and_the_reference_rank_is_the_average():
@@ -185,6 +234,8 @@ BAD = {
         r"contains 'full\.inner'",
     ),
     "bad alpha": ({"body.up": 1}, {"alpha": -1.0}, "alpha"),
+    "bad scaling": ({"body.up": 1}, {"scaling": 0.0}, "scaling must be a finite positive number"),
+    "scaling and alpha": ({"body.up": 1}, {"scaling": 2.0, "alpha": 1}, "either scaling, or alpha"),
     "bad gate": ({"body.up": 1}, {"gate": 2.0}, "gate"),
     "bad dropout": ({"body.up": 1}, {"dropout": 1.0}, "dropout"),
     "bad dtype": ({"body.up": 1}, {"dtype": torch.int32}, "dtype"),
@@ -216,19 +267,19 @@ def test_a_refused_wrap_changes_nothing(case):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_exception_halfway_changes_nothing(error, monkeypatch):
-    calls, new_ranks = [], LoRALinear._new_ranks
+    calls, initial_ranks = [], LoRALinear.initial_ranks
 
     def fail_at_the_third(self, *args):
         calls.append(self)
         if len(calls) == 3:
             raise error
-        return new_ranks(self, *args)
+        return initial_ranks(self, *args)
 
-    monkeypatch.setattr(LoRALinear, "_new_ranks", fail_at_the_third)
+    monkeypatch.setattr(LoRALinear, "initial_ranks", fail_at_the_third)
     model = zoo()
     before = snapshot(model)
     with pytest.raises(error):
-        wrap(model, RANKS, trainable=[])
+        wrap(model, RANKS)
     assert_unchanged(model, before)
 
 
@@ -279,3 +330,64 @@ def test_trainable_that_names_only_adapted_layers_is_refused():
         *("head.weight", "head.bias"),
         *("norm.weight", "norm.bias"),
     }
+
+
+# ---- the way out --------------------------------------------------------------------------------
+
+
+def test_unwrap_restores_modules_bits_and_flags():
+    model = zoo()
+    model.like.weight.requires_grad_(False)
+    before, keys = snapshot(model), list(model.state_dict())
+    randomize(wrap(model, RANKS, gate=1.0, trainable=None))
+    merge(model, untie=True)
+    unmerge(model)
+    assert unwrap(model) == [name for name in ZOO_LINEAR if name in RANKS]
+    assert_unchanged(model, before)
+    assert list(model.state_dict()) == keys
+    assert unwrap(model) == []
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_unwrap_makes_a_weight_trainable_again_that_two_layers_share(calls):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    model[2].requires_grad_(False)
+    before = snapshot(model)
+    for ranks in [{"0": 1, "1": 1, "2": 1}] if calls == 1 else [{"0": 1}, {"1": 1, "2": 1}]:
+        wrap(model, ranks, trainable=None)
+    model[2].requires_grad_(True)
+    unwrap(model)
+    assert_unchanged(model, before)
+
+
+def test_unwrapping_a_merged_model_leaves_a_plain_one_with_the_sum():
+    plain, model, layers = wrapped(trainable=None)
+    expected = with_deltas_by_hand(plain, layers)
+    merge(model, untie=True)
+    unwrap(model)
+    assert not lora_layers(model)
+    assert [name for name, _ in model.named_modules()] == [
+        name for name, _ in plain.named_modules()
+    ]
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-13, atol=1e-13)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_disabled_is_the_base_model_inside_the_block_only():
+    plain, model, layers = wrapped()
+    y = model(TOKENS)
+    layers["like"].enabled = False
+    partly = model(TOKENS)
+    with disabled(model):
+        assert torch.equal(model(TOKENS), plain(TOKENS))
+    with pytest.raises(ZeroDivisionError), disabled(model):
+        raise ZeroDivisionError
+    assert torch.equal(model(TOKENS), partly)
+    layers["like"].enabled = True
+    assert torch.equal(model(TOKENS), y)
+    merge(model, untie=True)
+    with pytest.raises(ValueError, match=r"unmerge\(\)"), disabled(model):
+        pass
+    assert torch.equal(model(TOKENS), model(TOKENS))
+    assert all(layer.enabled for layer in layers.values())
