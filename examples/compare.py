@@ -50,7 +50,8 @@ from minirank import (
 )
 from minirank.allocators.history import History
 from minirank.allocators.sensitivity import Curvature
-from minirank.allocators.table import arrange, fill_heat_map, whole_ticks
+from minirank.allocators.plot import fill_heat_map, whole_ticks
+from minirank.allocators.table import arrange
 
 SCALING = 2.0  # of every LoRA layer, whatever its rank
 L1, GATE_LR, STOP = (
@@ -365,7 +366,7 @@ def main() -> None:
         "--budget", type=int, default=72, help="total over all targets (default 72: 36 layers at 2)"
     )
     parser.add_argument(
-        "--unit", choices=["rank", "parameters"], default="rank", help="what the budget counts"
+        "--unit", choices=["ranks", "parameters"], default="ranks", help="what the budget counts"
     )
     parser.add_argument(
         "--targets", nargs="+", default=["encoder.*"], help="names or globs of linear layers"
@@ -430,7 +431,7 @@ def main() -> None:
         n = arguments.limit
         data = data._replace(train=data.train[:n], dev=data.dev[:n], test=data.test[:n])
     sizes = f"{len(data.train)} training, {len(data.dev)} dev, {len(data.test)} test sentences, {len(data.tags)} tags"
-    unit = "ranks" if options.unit == "rank" else "parameters"
+    unit = options.unit
     print(
         f"{sizes}; {options.steps} steps on {', '.join(options.targets)}, budget {options.budget:,} {unit}"
     )

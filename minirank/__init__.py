@@ -9,10 +9,12 @@ testing/       checks for an implementation of your own
 """
 
 from . import budget, curvature, reference, shapley, testing
-from .allocators.allocation import Allocation, Allocator, UniformRanks
+from .allocators.allocation import Allocation
+from .allocators.allocator import Allocator, RankScoreAllocator, ShareAllocator
 from .allocators.l1ra import L1RA
 from .allocators.sensitivity import SensitivityLoRA
 from .allocators.shaplora import ShapLoRA
+from .allocators.uniform import UniformRanks
 from .files.adapter_file import load_adapter, read_adapter, save_adapter
 from .files.peft_export import export_peft
 from .files.peft_import import import_peft
@@ -29,8 +31,10 @@ __all__ = [
     "Allocation",
     "Allocator",
     "LoRALinear",
+    "RankScoreAllocator",
     "SensitivityLoRA",
     "ShapLoRA",
+    "ShareAllocator",
     "UniformRanks",
     "budget",
     "curvature",

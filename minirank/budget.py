@@ -1,14 +1,22 @@
-"""From scores to whole ranks that use a budget exactly. Plain Python: torch is not needed to read or to run it.
+"""From scores to whole ranks that use a budget exactly. Plain Python: torch is not needed to read
+or to run it.
 
-Two roundings, one for each kind of score:
+There are two ways to round, one for each kind of score:
 
-- `proportional_ranks`: one share per module (Sensitivity-LoRA Eq 15: r_w = θ_w / Σθ · R). Shares beyond a module's
-  bounds are redistributed over the others, then largest remainders get the ranks that rounding down left over.
-- `best_ranks`: one score per existing rank (ShapLoRA's sensitivities). The best are kept, globally.
+- `proportional_ranks`: one share per module (Sensitivity-LoRA, Eq 15: r_w = θ_w / Σθ · R). The
+  shares of modules that are at a bound go to the others. Then the largest remainders get the ranks
+  that rounding down left over.
+- `best_ranks`: one score per existing rank (ShapLoRA's sensitivities). The ranks with the highest
+  scores are kept.
 
-Both count each rank of a module at a cost: 1 for a budget in ranks, which is met exactly, or d_out + d_in for a
-budget in trainable parameters, which is never exceeded and leaves no room for a further rank. Ties go to the module
-that comes first. Arithmetic is on `Fraction`s, so neither ties nor sums depend on floating-point rounding.
+Each rank of a module has a cost. A budget in ranks counts 1 for each and is met exactly. A budget
+in trainable parameters counts d_out + d_in: it is never exceeded, and no further rank fits into
+what is left. Ties go to the module that comes first. The arithmetic is on `Fraction`s, so that
+neither ties nor sums depend on floating-point rounding.
+
+Departures: Sensitivity-LoRA's paper does not say how it rounds, and its published ranks do not sum
+to the budget. Here the sum is exact. A rule that the paper tried and rejected (sort the modules,
+then give groups of equal size one rank more or less than the average) is not implemented.
 """
 
 from __future__ import annotations
@@ -16,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 from .checks import is_integer
 
@@ -25,100 +34,207 @@ def proportional_ranks(
     budget: int,
     *,
     costs: Mapping[str, int] | None = None,
-    lower: Mapping[str, int],
-    upper: Mapping[str, int],
+    lower: Mapping[str, int] | None = None,
+    upper: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
-    """Whole ranks as nearly proportional to `scores` as bounds and budget allow.
+    """Whole ranks as nearly proportional to `scores` as the bounds and the budget allow.
 
     Args:
-        scores: one share per module, finite and not negative; only their ratios matter. Modules of score zero get
-            `lower`, and share equally what the others cannot take; all zero means equal shares. With `costs`, what is
-            left at the end goes to any module whose next rank still fits, whatever its score.
-        budget: total rank, or total cost if `costs` is given.
-        costs: positive cost per rank of each module. None: 1 each.
-        lower, upper: bounds per module, 0 ≤ lower ≤ upper.
+        scores: {module: share}, finite and not negative. Only their ratios matter. Modules of score
+            zero get `lower`, and share equally what the others cannot take. If all scores are zero,
+            all shares are equal. With `costs`, what is left at the end goes to any module whose
+            next rank still fits, whatever its score.
+        budget: total rank; with `costs`, total cost.
+        costs: {module: positive cost of one rank}. None: 1 each.
+        lower, upper: {module: bound of its rank}, 0 ≤ lower ≤ upper. None: 0, and no upper bound.
 
-    Returns: {module: rank} with lower ≤ rank ≤ upper and Σ rank = budget; with `costs`, Σ rank · cost ≤ budget and
-    no module below its upper bound has room for one more.
+    Returns:
+        {module: rank} with lower ≤ rank ≤ upper and Σ rank = budget. With `costs`, Σ rank · cost ≤
+        budget, and no module below its upper bound has room for one more rank.
 
-    Raises ValueError: no module, a score that is negative or not finite, or a budget that the bounds make impossible.
+    Raises:
+        ValueError: there is no module, a score is negative or not finite, or the bounds make the
+            budget impossible.
+
+    Source: Sensitivity-LoRA, Eq 15 (arXiv 2509.09119). The paper does not say how to round.
+
+    >>> proportional_ranks({"query": 48, "value": 31, "output": 21}, 10)  # shares 4.8, 3.1, 2.1
+    {'query': 5, 'value': 3, 'output': 2}
+    >>> proportional_ranks({"narrow": 1.0, "wide": 1.0}, 100, costs={"narrow": 10, "wide": 40})
+    {'narrow': 2, 'wide': 2}
+    """
+    limits = checked_limits(list(scores), scores, budget, costs, lower, upper)
+    for name, score in scores.items():
+        if score < 0:
+            raise ValueError(
+                f"score of {name!r} is {score}: shares of a budget cannot be negative; clamp it"
+            )
+
+    weights = [Fraction(score) for score in scores.values()]
+    ideal = _ideal_ranks(weights, Fraction(budget), limits)
+    ranks = [math.floor(value) for value in ideal]
+    largest_remainder_first = sorted(range(len(ranks)), key=lambda i: (ranks[i] - ideal[i], i))
+    hand_out(ranks, budget - limits.cost_of(ranks), largest_remainder_first, limits)
+    return dict(zip(scores, ranks, strict=True))
+
+
+def best_ranks(
+    scores: Mapping[str, Sequence[float]],
+    budget: int,
+    *,
+    costs: Mapping[str, int] | None = None,
+    lower: Mapping[str, int] | None = None,
+    upper: Mapping[str, int] | None = None,
+) -> dict[str, list[bool]]:
+    """Keep the ranks with the highest scores, over all modules together.
+
+    Args:
+        scores: {module: one finite score per existing rank}, of any sign.
+        budget, costs, lower, upper: as in `proportional_ranks`. Each module first keeps its own
+            best `lower` ranks. The other ranks follow by score, and each is kept if it still fits.
+            Ties go to the earlier module, then to the earlier rank.
+
+    Returns:
+        {module: one bool per rank, true for the ranks to keep}. Their number is the budget. With
+        `costs`, they cost at most the budget, and no further rank fits.
+
+    Raises:
+        ValueError: as `proportional_ranks`; also a module that has fewer ranks than `lower`.
+
+    >>> best_ranks({"query": [0.9, 0.1, 0.5], "value": [0.4, 0.8]}, 3)
+    {'query': [True, False, True], 'value': [False, True]}
     """
     names = list(scores)
+    most = {name: len(scores[name]) for name in names}
+    if upper is not None:
+        most = {name: min(upper[name], most[name]) for name in names}
+    limits = checked_limits(names, flat_scores(scores), budget, costs, lower, most)
+
+    keep = [[False] * len(scores[name]) for name in names]
+    queue = []  # (-score, module, rank) of the ranks that no lower bound keeps
+    for m, name in enumerate(names):
+        best_first = sorted((-score, i) for i, score in enumerate(scores[name]))
+        for _, i in best_first[: limits.lower[m]]:
+            keep[m][i] = True
+        queue += [(minus_score, m, i) for minus_score, i in best_first[limits.lower[m] :]]
+    left = budget - limits.cost_of(limits.lower)
+    for _, m, i in sorted(queue):
+        if limits.cost[m] <= left and sum(keep[m]) < limits.upper[m]:
+            keep[m][i] = True
+            left -= limits.cost[m]
+    return dict(zip(names, keep, strict=True))
+
+
+class Limits(NamedTuple):
+    """What one rank of each module costs, and the bounds of its rank: lists in the order of the
+    modules."""
+
+    cost: list[int]
+    lower: list[int]
+    upper: list[int]
+
+    def cost_of(self, ranks: Sequence[int]) -> int:
+        """What so many ranks of each module cost together."""
+        return sum(rank * cost for rank, cost in zip(ranks, self.cost, strict=True))
+
+
+def checked_limits(
+    names: Sequence[str],
+    scores: Mapping[str, float],
+    budget: int,
+    costs: Mapping[str, int] | None,
+    lower: Mapping[str, int] | None,
+    upper: Mapping[str, int] | None,
+) -> Limits:
+    """The costs and bounds of the modules `names`, in their order.
+
+    Args:
+        scores: {what an error message calls it: score}, of modules or of single ranks.
+        budget, costs, lower, upper: as in `proportional_ranks`.
+
+    Raises:
+        ValueError: unless there is a module, the scores are finite, and some ranks within the
+            bounds meet the budget.
+    """
+    unit = "ranks" if costs is None else "parameters"
+    if not names:
+        raise ValueError("there is no module to give ranks to: the scores are empty")
+    if not is_integer(budget, -math.inf):
+        raise ValueError(f"budget must be an integer number of {unit}, got {budget!r}")
+    for name, score in scores.items():
+        if not math.isfinite(score):
+            raise ValueError(f"score of {name!r} is {score}: expected finite numbers")
     cost = [1 if costs is None else costs[name] for name in names]
-    low, high = [lower[name] for name in names], [upper[name] for name in names]
-    check_budget(scores, budget, cost, low, high, what="ranks" if costs is None else "parameters")
-    weights = []
-    for name in names:
-        if scores[name] < 0:
+    low = [0 if lower is None else lower[name] for name in names]
+    # Without a bound: the budget, which pays for no more ranks than that.
+    high = [
+        max(budget, least) if upper is None else upper[name]
+        for name, least in zip(names, low, strict=True)
+    ]
+    limits = Limits(cost, low, high)
+    for name, least, most in zip(names, limits.lower, limits.upper, strict=True):
+        if not 0 <= least <= most:
             raise ValueError(
-                f"score of {name!r} is {scores[name]}: shares of a budget cannot be negative; clamp it"
+                "expected 0 ≤ min_rank ≤ max_rank (or ≤ the ranks that a module has), got "
+                f"{least} and {most} for {name!r}"
             )
-        weights.append(Fraction(scores[name]))
+    least, most = limits.cost_of(limits.lower), limits.cost_of(limits.upper)
+    if budget < least:
+        raise ValueError(
+            f"a budget of {budget} {unit} is below the {least} that min_rank takes: "
+            "raise it or lower min_rank"
+        )
+    if budget > most:
+        raise ValueError(
+            f"a budget of {budget} {unit} is above the {most} that all modules together can take: "
+            "lower it (or raise max_rank, which is at most min(d_out, d_in))"
+        )
+    return limits
 
-    ideal = _ideal_ranks(weights, Fraction(budget), cost, low, high)
-    ranks = [math.floor(value) for value in ideal]
-    left = budget - sum(rank * c for rank, c in zip(ranks, cost, strict=True))
-    by_remainder = sorted(
-        range(len(names)), key=lambda i: (ranks[i] - ideal[i], i)
-    )  # largest first, then in order
-    hand_out(ranks, left, by_remainder, cost, high)
-    return dict(zip(names, ranks, strict=True))
+
+def flat_scores(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The score of every rank, under the name that error messages give it: "rank 2 of
+    encoder.query"."""
+    return {f"rank {i} of {name}": score for name in scores for i, score in enumerate(scores[name])}
 
 
-def hand_out(
-    ranks: list[int], left: int, order: Sequence[int], cost: Sequence[int], high: Sequence[int]
-) -> int:
-    """Add to `ranks`, in place, one each in `order`, round after round, wherever there is room below `high` and `left`
-    pays the cost. Returns what is left."""
+def hand_out(ranks: list[int], left: int, order: Sequence[int], limits: Limits) -> int:
+    """Give one rank each to the modules in `order`, round after round, while `left` pays for a rank
+    and a module is below its upper bound. Adds to `ranks` in place. Returns what is left."""
     fits = True
     while fits:
         fits = False
-        for i in order:
-            if ranks[i] < high[i] and cost[i] <= left:
-                ranks[i], left, fits = ranks[i] + 1, left - cost[i], True
+        for m in order:
+            if ranks[m] < limits.upper[m] and limits.cost[m] <= left:
+                ranks[m] += 1
+                left -= limits.cost[m]
+                fits = True
     return left
 
 
-def _ideal_ranks(
-    weights: Sequence[Fraction],
-    budget: Fraction,
-    cost: Sequence[int],
-    low: Sequence[int],
-    high: Sequence[int],
-) -> list[Fraction]:
-    """The real-valued r_i = clip(t · weight_i, low_i, high_i) with Σ cost_i r_i = budget.
+def _ideal_ranks(weights: Sequence[Fraction], budget: Fraction, limits: Limits) -> list[Fraction]:
+    """The real-valued r_i = clip(t · weight_i, lower_i, upper_i) with Σ cost_i r_i = budget.
 
-    The sum grows with t and is linear between the points where some r_i meets a bound, so bisection over those points
-    finds the segment that holds the budget, and one division the t in it.
+    The sum grows with t. It is linear between its corners, the values of t at which some r_i meets
+    a bound. So bisection over the corners finds the segment in which the budget is spent, and one
+    division finds t in it.
     """
 
     def clipped(t: Fraction) -> list[Fraction]:
         return [
-            min(max(t * w, Fraction(lo)), Fraction(hi))
-            for w, lo, hi in zip(weights, low, high, strict=True)
+            min(max(t * weight, Fraction(least)), Fraction(most))
+            for weight, least, most in zip(weights, limits.lower, limits.upper, strict=True)
         ]
 
     def spent(ranks: Sequence[Fraction]) -> Fraction:
-        return sum((r * c for r, c in zip(ranks, cost, strict=True)), Fraction(0))
+        costs = zip(ranks, limits.cost, strict=True)
+        return sum((rank * cost for rank, cost in costs), Fraction(0))
 
-    positive = [i for i, w in enumerate(weights) if w > 0]
-    corners = sorted(
-        {Fraction(bound[i]) / weights[i] for i in positive for bound in (low, high)} | {Fraction(0)}
-    )
-    if (
-        spent(clipped(corners[-1])) < budget
-    ):  # every positive share is at its bound: equal shares for the zeros
-        rest = [Fraction(0) if w > 0 else Fraction(1) for w in weights]
-        taken = [high[i] if w > 0 else low[i] for i, w in enumerate(weights)]
-        return _ideal_ranks(
-            rest,
-            budget,
-            cost,
-            taken,
-            [h if w == 0 else t for h, w, t in zip(high, weights, taken, strict=True)],
-        )
+    corners = _corners(weights, limits)
+    if spent(clipped(corners[-1])) < budget:  # every positive share is at its upper bound
+        return _ideal_ranks_of_zeros(weights, budget, limits)
     first, last = 0, len(corners) - 1
-    while first < last:  # the first corner at which the budget is spent
+    while first < last:  # look for the first corner at which the budget is spent
         middle = (first + last) // 2
         if spent(clipped(corners[middle])) >= budget:
             last = middle
@@ -132,80 +248,24 @@ def _ideal_ranks(
     return [a + part * (b - a) for a, b in zip(start, end, strict=True)]
 
 
-def best_ranks(
-    scores: Mapping[str, Sequence[float]],
-    budget: int,
-    *,
-    costs: Mapping[str, int] | None = None,
-    lower: Mapping[str, int],
-    upper: Mapping[str, int],
-) -> dict[str, list[bool]]:
-    """Keep the ranks with the highest scores, over all modules together.
+def _corners(weights: Sequence[Fraction], limits: Limits) -> list[Fraction]:
+    """The values of t, from 0, at which t · weight_i meets a bound of module i, in ascending
+    order."""
+    corners = {Fraction(0)}
+    for weight, least, most in zip(weights, limits.lower, limits.upper, strict=True):
+        if weight > 0:
+            corners |= {least / weight, most / weight}
+    return sorted(corners)
 
-    Args:
-        scores: one finite score per existing rank of each module; any sign.
-        budget, costs, lower, upper: as in `proportional_ranks`. Each module first keeps its own best `lower` ranks;
-            the rest go by score, ties by module and then rank order, to what still fits.
 
-    Returns: {module: keep mask}; the number kept is the budget exactly, or costs at most the budget with no room left.
-
-    Raises ValueError: as `proportional_ranks`; a module that has fewer ranks than `lower` also counts as impossible.
-    """
-    names = list(scores)
-    cost = [1 if costs is None else costs[name] for name in names]
-    low = [lower[name] for name in names]
-    high = [min(upper[name], len(scores[name])) for name in names]
-    flat = {f"rank {i} of {name}": score for name in names for i, score in enumerate(scores[name])}
-    check_budget(flat, budget, cost, low, high, what="ranks" if costs is None else "parameters")
-
-    order = {
-        name: sorted(range(len(scores[name])), key=lambda i: (-scores[name][i], i))
-        for name in names
-    }
-    keep = {name: [False] * len(scores[name]) for name in names}
-    for name, least in zip(names, low, strict=True):
-        for i in order[name][:least]:
-            keep[name][i] = True
-    left = budget - sum(least * c for least, c in zip(low, cost, strict=True))
-    queue = [
-        (-scores[name][i], m, i) for m, name in enumerate(names) for i in order[name][low[m] :]
+def _ideal_ranks_of_zeros(
+    weights: Sequence[Fraction], budget: Fraction, limits: Limits
+) -> list[Fraction]:
+    """Modules with a positive weight stay at their upper bound. The others share the rest
+    equally."""
+    equal = [Fraction(0) if weight > 0 else Fraction(1) for weight in weights]
+    lower = [
+        most if weight > 0 else least
+        for weight, least, most in zip(weights, limits.lower, limits.upper, strict=True)
     ]
-    for _, m, i in sorted(queue):
-        if cost[m] <= left and sum(keep[names[m]]) < high[m]:
-            keep[names[m]][i] = True
-            left -= cost[m]
-    return keep
-
-
-def check_budget(
-    scores: Mapping[str, float],
-    budget: int,
-    cost: Sequence[int],
-    low: Sequence[int],
-    high: Sequence[int],
-    what: str,
-) -> None:
-    """Raise ValueError unless the scores are finite and some ranks within the bounds meet the budget."""
-    if not cost:
-        raise ValueError("there is no module to give ranks to: the scores are empty")
-    if not is_integer(budget, -math.inf):
-        raise ValueError(f"budget must be an integer number of {what}, got {budget!r}")
-    for name, score in scores.items():
-        if not math.isfinite(score):
-            raise ValueError(f"score of {name!r} is {score}: expected finite numbers")
-    for lo, hi in zip(low, high, strict=True):
-        if not 0 <= lo <= hi:
-            raise ValueError(
-                f"expected 0 ≤ min_rank ≤ max_rank (or the ranks a module has), got {lo} and {hi}"
-            )
-    least = sum(lo * c for lo, c in zip(low, cost, strict=True))
-    most = sum(hi * c for hi, c in zip(high, cost, strict=True))
-    if budget < least:
-        raise ValueError(
-            f"a budget of {budget} {what} is below the {least} that min_rank takes: raise it or lower min_rank"
-        )
-    if budget > most:
-        raise ValueError(
-            f"a budget of {budget} {what} is above the {most} that all modules together can take: lower it (or raise "
-            "max_rank, which is at most min(d_out, d_in))"
-        )
+    return _ideal_ranks(equal, budget, limits._replace(lower=lower))

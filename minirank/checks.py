@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -35,3 +35,21 @@ def quoted_names(names: Sequence[str], count: int = 3) -> str:
     """The first few names, quoted, for an error message: "'a', 'b', 'c' and 4 more"."""
     shown = ", ".join(map(repr, names[:count]))
     return f"{shown} and {len(names) - count} more" if len(names) > count else shown
+
+
+def require_function(name: str, value: object) -> None:
+    """Raise TypeError unless `value` can be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a function, got {type(value).__name__}: {value!r:.60}")
+
+
+def require_batches(batches: object) -> None:
+    """Raise TypeError unless `batches` is an iterable of batches. A mapping is one batch, since
+    iterating over it gives its keys."""
+    expected = (
+        f"batches must be an iterable of what loss_fn takes, got one {type(batches).__name__}"
+    )
+    if isinstance(batches, Mapping):
+        raise TypeError(f"{expected}: put a single batch in a list, [batch]")
+    if not isinstance(batches, Iterable):
+        raise TypeError(expected)

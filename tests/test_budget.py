@@ -1,4 +1,5 @@
-"""budget.py: exact sums, bounds and tie-breaks, against closed forms, exhaustive search and random hostile scores."""
+"""budget.py: exact sums, bounds and tie-breaks, against closed forms, exhaustive search and random
+hostile scores."""
 
 from __future__ import annotations
 
@@ -133,7 +134,8 @@ def test_parameter_budget_is_never_exceeded_and_leaves_no_room(problem, data):
 @settings(max_examples=300, deadline=None)
 @given(problems(st.floats(0.01, 100)), st.data())
 def test_every_rank_is_within_one_of_its_ideal_share(problem, data):
-    """The ideal r_w = clip(t · θ_w, lower, upper) is recomputed here by bisection on t in floating point."""
+    """The ideal r_w = clip(t · θ_w, lower, upper) is recomputed here by bisection on t in floating
+    point."""
     scores, _, lower, upper = problem
     budget = data.draw(st.integers(sum(lower.values()), sum(upper.values())))
     ranks = proportional_ranks(scores, budget, lower=lower, upper=upper)
@@ -152,7 +154,8 @@ def test_every_rank_is_within_one_of_its_ideal_share(problem, data):
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=4), st.integers(0, 12))
 def test_no_whole_number_split_is_closer_to_the_shares(weights, budget):
-    """Without binding bounds, largest remainder minimises Σ (r_w - share_w)² over all splits of the budget."""
+    """Without binding bounds, largest remainder minimises Σ (r_w - share_w)² over all splits of the
+    budget."""
     scores = {f"m{i}": float(w) for i, w in enumerate(weights)}
     ranks = proportional_ranks(scores, budget, **bounds(scores, high=budget or 1))
     shares = [Fraction(w * budget, sum(weights)) for w in weights]

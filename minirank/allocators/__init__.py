@@ -1,1 +1,49 @@
-"""The methods that decide ranks, behind one interface: score() measures, allocate(budget) divides."""
+"""The methods that decide ranks: score() measures a model, allocate(budget) divides a budget.
+
+Which one?
+
+    method           file            when                  needs
+    UniformRanks     uniform.py      before training       the model alone
+    SensitivityLoRA  sensitivity.py  before training       forward passes over calibration data
+                                                           (with its default curvature)
+    L1RA             l1ra.py         during training       a gated model and its optimizer
+    ShapLoRA         shaplora.py     after one training,   validation data, and 90 forward and
+                                     before a second       backward passes over it
+
+Start with uniform ranks, and measure on your own task before you expect a gain: what was found is
+in examples/results/README.md. Compare methods by `unit="parameters"`, because ranks that move to
+wide layers cost more parameters there.
+
+All methods return an `Allocation`, for `wrap` or `resize`. A budget counts ranks, which are met
+exactly, or trainable parameters (`unit="parameters"`), which are not exceeded, and then no further
+rank fits. `min_rank` and `max_rank` are one bound for all modules, or {full name: bound}. `targets`
+are exact names, globs, a type or a predicate. A pattern that matches nothing is an error. By
+default every linear layer is a target, heads and poolers too: name the layers that you will adapt,
+such as "bert.encoder.*".
+
+    >>> from torch import nn
+    >>> from minirank import UniformRanks
+    >>> layers = {"q": nn.Linear(8, 8), "v": nn.Linear(8, 8), "up": nn.Linear(8, 32)}
+    >>> model = nn.ModuleDict({**layers, "head": nn.Linear(32, 2)})
+    >>> allocator = UniformRanks(model, targets=["q", "v", "u*"])
+    >>> scores = allocator.score()
+    >>> allocation = allocator.allocate(150, unit="parameters", max_rank={"up": 2})
+    >>> print(allocation)
+    uniform: 6 ranks, 144 parameters (budget 150 parameters)
+         q       v       up        sum
+         2 ████  2 ████  2 ████      6
+    sum  2       2       2           6
+
+The other files, each of which imports only from files before it:
+
+    table.py         ranks as a table of text
+    plot.py          ranks as heat maps, for which matplotlib is needed
+    allocation.py    the record that every method returns
+    constraints.py   budget, costs and bounds of the modules
+    allocator.py     what all methods share, and how to write one of your own
+    stability.py     which ranks would change within the scores' sampling error
+    gates.py         L1RA: the shrinkage, and the gates' own parameter group
+    reassign.py      L1RA: which ranks are pruned, and which modules get new ones
+    history.py       L1RA: the record of ranks that move
+    coalitions.py    ShapLoRA: gates set to zero, and gradients over a whole data set
+"""

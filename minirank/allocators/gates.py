@@ -1,4 +1,4 @@
-"""What L1RA does to gates, apart from training them: shrink them, and keep them in a parameter group of their own."""
+"""L1RA's gates, apart from their training: the shrinkage, and a parameter group of their own."""
 
 from __future__ import annotations
 
@@ -15,10 +15,17 @@ Shrinkage = Literal["proximal", "subgradient"]
 
 
 def shrink(gates: list[Tensor], amount: float, how: Shrinkage = "proximal") -> None:
-    """Shrink gates towards zero, in place, by at most `amount` = η_c λ, and clamp them to [0, 1]."""
-    if (
-        how == "proximal"
-    ):  # soft threshold, then clamp: a negative gate comes out at zero either way
+    """Shrink gates towards zero, in place, by at most `amount` = η_c λ, and clamp them to [0, 1].
+
+    "proximal" is the soft threshold. "subgradient" leaves gates within `amount` of zero alone.
+
+    >>> gates = [torch.tensor([1.0, 0.5, 0.125])]
+    >>> shrink(gates, 0.25)
+    >>> gates
+    [tensor([0.7500, 0.2500, 0.0000])]
+    """
+    if how == "proximal":
+        # The subtraction makes negative gates smaller, and the clamp below brings them to zero.
         torch._foreach_sub_(gates, amount)
     else:
         for gate in gates:
@@ -28,39 +35,54 @@ def shrink(gates: list[Tensor], amount: float, how: Shrinkage = "proximal") -> N
 
 
 def check_gates(layers: Mapping[str, LoRALinear], amount: float) -> None:
-    """Raise ValueError unless every layer has a trained gate that can shrink by `amount` in its own dtype."""
+    """Check that every layer has a gate that trains, and that can shrink by `amount`.
+
+    Raises:
+        ValueError: there is no layer, or a layer's gate starts from 0, is frozen, or has a dtype in
+            which 1 − amount is 1.
+    """
     if not layers:
         raise ValueError("the model has no gated LoRA layer: wrap(model, ranks, gate=1.0) first")
     for name, layer in layers.items():
-        assert layer.gate is not None  # they were chosen so
+        assert layer.gate is not None  # L1RA passes gated layers only
         if layer.initial_gate == 0:
             raise ValueError(
-                f"the gates of {name!r} start from 0, where every rank falls: wrap with gate=1.0"
+                f"the gates of {name!r} start from 0, where every rank is pruned: "
+                "wrap with gate=1.0"
             )
         if not layer.gate.requires_grad:
             raise ValueError(
-                f"the gate of {name!r} does not train: gate.requires_grad_(True), or wrap without gates"
+                f"the gate of {name!r} does not train: gate.requires_grad_(True), "
+                "or wrap without gates"
             )
-        # Below a quarter of the spacing above 1, rounding takes every shrinkage of a gate near 1 back.
+        # Rounding takes a shrinkage below a quarter of the spacing above 1 back, near a gate of 1.
         if 0 < amount < torch.finfo(layer.gate.dtype).eps / 4:
             raise ValueError(
-                f"the gates of {name!r} are {layer.gate.dtype}, in which 1 - gate_lr · l1 = 1 - {amount:g} is 1: wrap "
-                "with dtype=torch.float32, or take a larger l1"
+                f"the gates of {name!r} are {layer.gate.dtype}, in which 1 - gate_lr · l1 = "
+                f"1 - {amount:g} is 1: wrap with dtype=torch.float32, or take a larger l1"
             )
 
 
 def gates_into_own_group(
     optimizer: Optimizer, gates: Mapping[str, nn.Parameter], gate_lr: float
 ) -> list[int]:
-    """Move the gates into a new parameter group with learning rate `gate_lr` and no weight decay, its other options
-    being those of the group they were in. Groups of nothing but gates stay, and are checked.
+    """Move the gates into a new parameter group, with learning rate `gate_lr` and no weight decay.
 
-    Returns: the indices of the groups that hold gates. Raises as L1RA, before anything has changed.
+    The new group's other options are those of the first group that held gates. A group that holds
+    gates only stays as it is, and is checked. The optimizer is left unchanged if anything is wrong.
+
+    Returns:
+        The indices of the groups that hold gates.
+
+    Raises:
+        TypeError: the optimizer is LBFGS, which has one parameter group only.
+        ValueError: the optimizer does not hold a gate, a group of gates has another learning rate
+            or a weight decay, or a new group is needed after a scheduler has been made.
     """
     groups = optimizer.param_groups
     if isinstance(optimizer, LBFGS):
         raise TypeError(
-            "LBFGS knows one parameter group only, and gates need their own: use another optimizer"
+            "LBFGS has one parameter group only, and gates need their own: use another optimizer"
         )
     held = {id(p) for group in groups for p in group["params"]}
     for name, gate in gates.items():
@@ -68,31 +90,46 @@ def gates_into_own_group(
             raise ValueError(
                 f"the optimizer does not hold the gate of {name!r}: make it after wrap()"
             )
-    ids = {id(gate) for gate in gates.values()}
-    mixed = []
+    gate_ids = {id(gate) for gate in gates.values()}
+    mixed = []  # groups that hold gates and other parameters
     for group in groups:
-        is_gate = [id(p) in ids for p in group["params"]]
-        if any(is_gate) and not all(is_gate):
-            mixed.append(group)
-        elif any(is_gate):
-            lr, decay = float(group.get("initial_lr", group["lr"])), group.get("weight_decay", 0)
-            if lr != gate_lr or decay != 0:
-                raise ValueError(
-                    f"the gates' parameter group has lr={lr:g} and weight_decay={decay:g}; gate_lr is {gate_lr:g}, and "
-                    "gates must not decay: make the two agree, or leave the gates with the other parameters"
-                )
+        if _holds_any(group, gate_ids):
+            if _holds_only(group, gate_ids):
+                _check_group_of_gates(group, gate_lr)
+            else:
+                mixed.append(group)
     if mixed and any("initial_lr" in group for group in groups):
         raise ValueError(
-            "a learning-rate scheduler has seen this optimizer, and the gates need a parameter group more: make L1RA "
-            "before the scheduler, or give the gates their group yourself"
+            "a learning-rate scheduler was made for this optimizer, and the gates need one more "
+            "parameter group: make L1RA before the scheduler, or give the gates a group yourself"
         )
     if mixed:
-        optimizer.add_param_group(_taken_out(mixed, ids, gate_lr))
-    return [i for i, group in enumerate(groups) if any(id(p) in ids for p in group["params"])]
+        optimizer.add_param_group(_split_off(mixed, gate_ids, gate_lr))
+    return [i for i, group in enumerate(groups) if _holds_any(group, gate_ids)]
 
 
-def _taken_out(groups: list[dict[str, Any]], ids: set[int], gate_lr: float) -> dict[str, Any]:
-    """A new group of the parameters with these ids, which leave their groups."""
+def _holds_any(group: Mapping[str, Any], ids: set[int]) -> bool:
+    return any(id(parameter) in ids for parameter in group["params"])
+
+
+def _holds_only(group: Mapping[str, Any], ids: set[int]) -> bool:
+    return all(id(parameter) in ids for parameter in group["params"])
+
+
+def _check_group_of_gates(group: Mapping[str, Any], gate_lr: float) -> None:
+    """Raise ValueError unless the group trains as gates must."""
+    lr = float(group.get("initial_lr", group["lr"]))
+    decay = group.get("weight_decay", 0)
+    if lr != gate_lr or decay != 0:
+        raise ValueError(
+            f"the gates' parameter group has lr={lr:g} and weight_decay={decay:g}; gate_lr is "
+            f"{gate_lr:g}, and gates must not decay: make the two agree, or leave the gates with "
+            "the other parameters"
+        )
+
+
+def _split_off(groups: list[dict[str, Any]], ids: set[int], gate_lr: float) -> dict[str, Any]:
+    """Take the parameters with these ids out of their groups, in place, and make a new group."""
     own = {**groups[0], "params": [], "lr": gate_lr}
     named = own.pop("param_names", None) is not None
     if "weight_decay" in own:
@@ -101,8 +138,8 @@ def _taken_out(groups: list[dict[str, Any]], ids: set[int], gate_lr: float) -> d
         names = group.get("param_names") or [""] * len(group["params"])
         pairs = list(zip(names, group["params"], strict=True))
         own["params"] += [(name, p) if named else p for name, p in pairs if id(p) in ids]
-        stay = [(name, p) for name, p in pairs if id(p) not in ids]
-        group["params"] = [p for _, p in stay]
+        staying = [(name, p) for name, p in pairs if id(p) not in ids]
+        group["params"] = [p for _, p in staying]
         if named:
-            group["param_names"] = [name for name, _ in stay]
+            group["param_names"] = [name for name, _ in staying]
     return own

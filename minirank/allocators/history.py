@@ -1,4 +1,4 @@
-"""The record of ranks that move during training: prints as a table, plots as modules × time."""
+"""The record of ranks that move during training. It prints as a table and plots as a heat map."""
 
 from __future__ import annotations
 
@@ -6,61 +6,89 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .table import draw_rank_history
-
-SHOWN = 4  # modules named per line of the table
+NAMES_SHOWN = 4  # modules per line of the table
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one update did. `pruned` and `given` hold the modules with some; a module with both got fresh ranks."""
+    """What one update did. A module in both `pruned` and `given` got fresh ranks for pruned ones.
 
-    step: int  # optimizer steps until then
-    ranks: Mapping[str, int]  # of every module, afterwards
+    Args:
+        step: optimizer steps until then.
+        ranks: {module: rank after the update}, of every module.
+        pruned: {module: ranks that it lost}, without the modules that lost none.
+        given: {module: fresh ranks that it got}, without the modules that got none.
+        parameters: Σ r · (d_out + d_in) after the update.
+        state_reset: the optimizer's entries that could not be cut to the new ranks, so that the
+            state of their parameter started afresh.
+    """
+
+    step: int
+    ranks: Mapping[str, int]
     pruned: Mapping[str, int]
     given: Mapping[str, int]
-    parameters: int  # Σ r · (d_out + d_in), afterwards
-    # Optimizer entries that could not be cut to the new ranks, so that their parameter's state starts afresh.
+    parameters: int
     state_reset: tuple[str, ...] = ()
 
     @property
     def total_rank(self) -> int:
+        """Σ r over all modules, after the update."""
         return sum(self.ranks.values())
+
+    def line(self) -> str:
+        """The line of the history's table."""
+        moves = (
+            f"{_counted_names(self.pruned)} → {_counted_names(self.given)}"
+            if self.pruned or self.given
+            else "nothing moved"
+        )
+        lost = (
+            f" (optimizer state reset: {len(self.state_reset)} entries)" if self.state_reset else ""
+        )
+        pruned = sum(self.pruned.values())
+        numbers = f"{self.step:>7}{self.total_rank:>7}{self.parameters:>12,}{pruned:>8}"
+        return f"{numbers}  {moves}{lost}"
 
 
 @dataclass
 class History:
-    """Every update since the beginning."""
+    """Every update since the beginning.
 
-    initial: Mapping[str, int]  # ranks before the first update
+    Args:
+        initial: {module: rank before the first update}.
+        updates: in the order in which they happened.
+
+    >>> history = History({"query": 2, "value": 2})
+    >>> history.updates.append(Update(50, {"query": 1, "value": 3}, {"query": 1}, {"value": 1}, 64))
+    >>> print(history)
+    4 ranks over 2 modules, 1 updates
+       step  ranks  parameters  pruned  from → to
+         50      4          64       1  query → value
+    """
+
+    initial: Mapping[str, int]
     updates: list[Update] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [
-            f"{sum(self.initial.values())} ranks over {len(self.initial)} modules, {len(self.updates)} updates"
-        ]
+        total = sum(self.initial.values())
+        lines = [f"{total} ranks over {len(self.initial)} modules, {len(self.updates)} updates"]
         if self.updates:
             lines.append(f"{'step':>7}{'ranks':>7}{'parameters':>12}{'pruned':>8}  from → to")
-        for u in self.updates:
-            moves = (
-                f"{_names(u.pruned)} → {_names(u.given)}"
-                if u.pruned or u.given
-                else "nothing moved"
-            )
-            lost = (
-                f" (optimizer state reset: {len(u.state_reset)} entries)" if u.state_reset else ""
-            )
-            pruned = sum(u.pruned.values())
-            lines.append(
-                f"{u.step:>7}{u.total_rank:>7}{u.parameters:>12,}{pruned:>8}  {moves}{lost}"
-            )
+        lines += [update.line() for update in self.updates]
         return "\n".join(lines)
 
     def plot(self, path: str | None = None) -> Any:
-        """Ranks over time, one row per module. Returns matplotlib's Figure, and writes it to `path` if given.
-        Raises ImportError without matplotlib (pip install 'minirank[plot]')."""
-        times = {0: self.initial, **{update.step: update.ranks for update in self.updates}}
-        return draw_rank_history(times, path)
+        """Ranks over time as a heat map, modules down and steps across.
+
+        Returns matplotlib's Figure, and writes it to `path` if given.
+
+        Raises:
+            ImportError: matplotlib is not installed (pip install 'minirank[plot]').
+        """
+        from .plot import draw_rank_history
+
+        ranks_after = {update.step: update.ranks for update in self.updates}
+        return draw_rank_history({0: self.initial, **ranks_after}, path)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, names and containers."""
@@ -71,15 +99,19 @@ class History:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> History:
+        """The history that `state_dict` was called on."""
         updates = [
-            Update(**{**u, "state_reset": tuple(u["state_reset"])}) for u in state["updates"]
+            Update(**{**fields, "state_reset": tuple(fields["state_reset"])})
+            for fields in state["updates"]
         ]
         return cls(dict(state["initial"]), updates)
 
 
-def _names(counts: Mapping[str, int]) -> str:
+def _counted_names(counts: Mapping[str, int]) -> str:
+    """The first names, with their counts where these are not 1: "query, 2× value, 3 more"."""
     shown = [
-        name if count == 1 else f"{count}× {name}" for name, count in list(counts.items())[:SHOWN]
+        name if count == 1 else f"{count}× {name}"
+        for name, count in list(counts.items())[:NAMES_SHOWN]
     ]
-    more = [f"{len(counts) - SHOWN} more"] if len(counts) > SHOWN else []
+    more = [f"{len(counts) - NAMES_SHOWN} more"] if len(counts) > NAMES_SHOWN else []
     return ", ".join(shown + more) or "none"

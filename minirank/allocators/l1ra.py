@@ -1,12 +1,20 @@
 """L1RA: ranks that move during training (arXiv 2509.04884).
 
-    ΔW = s · B diag(c) A,  c ∈ [0, 1]^r from 1,  with an L1 penalty λ‖c‖₁ that drives gates c to zero
+    ΔW = s · B diag(c) A,  c ∈ [0, 1]^r from 1,  with an L1 penalty λ‖c‖₁ that drives gates to zero
 
     paper   code        meaning
-    c       gate        one per rank of each module, trained with the rest
-    λ       l1          weight of the penalty, 1e-3 (in the paper's experiments 5e-3)
+    c       gate        (r,), one per rank of each module, trained with A and B
+    λ       l1          weight of the penalty, 1e-3 (5e-3 in the paper's experiments)
     η_c     gate_lr     the gates' own constant learning rate, 2e-2, without weight decay
-    T       interval    optimizer steps between updates: prune, reassign (reassign.py), resize (resize.py)
+    T       interval    optimizer steps between updates
+    R       budget      total rank, which stays the same
+
+The penalty is decoupled, like weight decay: the optimizer's step comes first, then the shrinkage
+
+    c ← clamp(c − η_c λ, 0, 1),  the minimiser of ½(z − c)² + η_c λ |z| over z ∈ [0, 1]
+
+It reaches zero exactly (gates.py). Every T steps an update prunes the ranks whose gates are at
+zero, gives their number to other modules (reassign.py), and resizes the layers (resize.py).
 
     wrap(model, ranks, gate=1.0)
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
@@ -16,8 +24,29 @@
         optimizer.step()
         l1ra.step()
 
-The penalty is decoupled, as the authors', and applied by its proximal operator: after the optimizer's step,
-c ← clamp(c - η_c λ, 0, 1), the minimiser of ½(z - c)² + η_c λ |z| over z ∈ [0, 1]. It reaches zero exactly.
+Departures from the paper and its authors' code:
+
+- The shrinkage is the proximal step above. `shrinkage="subgradient"` is the authors' own,
+  c ← c − η_c λ sign(c), which leaves gates within η_c λ of zero alone. That dead zone ends above
+  zero, so such gates are pruned at a threshold of η_c λ.
+- Gates shrink until `stop`. After it no rank moves any more, and gates only train.
+- Freed ranks that no other module can take go to the next best one, at last back to where they
+  came from, as fresh ranks: the sum never changes. The authors' code drops such ranks. If all gates
+  of a module are at the threshold, the largest one stays; the authors' code keeps the last one.
+- A budget in parameters is possible: an equal rank budget is not an equal parameter budget, and the
+  authors' runs end with 8 to 19 % more parameters. A freed rank goes where the next rank still
+  fits, and what is left over goes to other modules until no further rank fits.
+- The optimizer's state of surviving ranks is carried over. The authors' code forgets all of it at
+  every update: `reset_optimizer=True`. Of Adafactor's factored moments, the one that is averaged
+  over ranks stays as it is.
+- Updates count optimizer steps that really happened. A step that a GradScaler skips shrinks
+  nothing.
+- `scaling` is fixed when a layer is made, and stays when its rank changes.
+
+How to choose λ: Adam moves a gate by about η_c per step, whatever the scale of the loss, and the
+shrinkage by η_c λ. So λ is of use between 0, where no gate reaches zero, and 1, where every gate
+does. The authors' 1e-3 and 5e-3 moved no rank in trainings of some hundred steps here; 0.3 with
+weight decay on A and B did.
 """
 
 from __future__ import annotations
@@ -30,51 +59,74 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..checks import as_generator, is_integer, require
-from ..layers.resize import resize, separate_layers
-from .allocation import Allocation, Allocator, Bound, Unit
+from ..checks import as_generator, is_integer, quoted_names, require
+from ..layers.resize import Resized, resize, separate_layers
+from .allocation import Allocation, Unit
+from .allocator import KeepMasks, Ranks, RankScoreAllocator, keep_masks
+from .constraints import Bound, Constraints, check_unit
 from .gates import Shrinkage, check_gates, gates_into_own_group, shrink
 from .history import History, Update
 from .reassign import reassign
 
-OPTIONS = (
+OPTIONS = (  # the attributes that `state_dict` saves
     *("l1", "gate_lr", "interval", "start", "stop", "budget", "unit", "min_rank", "max_rank"),
     *("threshold", "shrinkage", "reset_optimizer"),
 )
+STATE = ("ranks", "steps", "pending", "generator", "history", "options")
 
 
-class L1RA(Allocator):
-    """Moves ranks between the gated LoRA layers of `model` while `optimizer` trains them: `step()` after each
-    `optimizer.step()`. `score()` gives the gates, `allocate(budget)` what an update would do with
-    that budget and those bounds.
+class L1RA(RankScoreAllocator):
+    """Moves ranks between the gated LoRA layers of a model while an optimizer trains them.
 
-    The gates get a parameter group of their own, in place, with learning rate `gate_lr` and no weight decay (if they
-    are in groups of their own already, these are checked). Just before every optimizer step that learning rate is set
-    again, so no scheduler changes it. Make the scheduler after this object: it needs to know all the groups.
+    Call `step()` after every `optimizer.step()`. The gates get a parameter group of their own, in
+    place, with learning rate `gate_lr` and no weight decay. (If they are in groups of their own
+    already, these are checked.) That learning rate is set again before every optimizer step, so
+    that no scheduler changes it. Make the scheduler after this object: it must know all groups.
 
     Args:
-        l1: λ, the penalty's weight; 0 shrinks nothing. gate_lr: η_c, the gates' own learning rate.
-        interval: updates happen after every `interval` optimizer steps; 5-10 % of the training in the paper.
-        start, stop: ... but only in optimizer steps from `start` to `stop` (None: to the end). Gates shrink from the
-            first step to `stop`; then none can fall any more, and they only train. Where the learning rate of A and B
-            decays, a `stop` before the end keeps the gates from shrinking when A and B can no longer make up for it.
-        budget, unit: what to keep to: total rank, or with unit="parameters" Σ r · (d_out + d_in), as in `allocate`.
-            None: what the model has now. Another one than now is reached by the first update.
-        min_rank, max_rank: bounds of a module's rank, one for all or {name: bound}, as in `allocate`.
-        threshold: gates at or below it fall. None: 0 for the proximal shrinkage, gate_lr · l1 for the subgradient.
-        shrinkage: "proximal", or the authors' "subgradient": c ← c - η_c λ sign(c), not where |c| ≤ η_c λ. That dead
-            zone ends above zero, so it needs the threshold.
-        reset_optimizer: forget the state of all parameters at every update, as the authors' code does.
-        generator: a torch.Generator or a seed, for fresh ranks.
+        model: with LoRA layers whose gates start from 1: wrap(model, ranks, gate=1.0).
+        optimizer: holds the gates. Its steps are counted by a hook, so a step that a GradScaler
+            skips or that gradient accumulation puts off shrinks nothing.
+        l1: λ, the weight of the penalty. 0 shrinks nothing.
+        gate_lr: η_c, the gates' own learning rate.
+        interval: T, optimizer steps between updates; 5 to 10 % of the training in the paper.
+        start: the first optimizer step that can be followed by an update.
+        stop: the last one. Gates shrink until then, from the first step on. None: no end. Where the
+            learning rate of A and B decays, a `stop` before the end keeps gates from shrinking
+            while A and B can no longer make up for it.
+        budget: what updates keep to, in `unit`. None: what the model has now. Another budget than
+            now is reached by the first update.
+        unit: "ranks", or "parameters" for Σ r · (d_out + d_in), as in `allocate`.
+        min_rank, max_rank: bounds of a module's rank, one for all or {module: bound}.
+        threshold: gates at or below it are pruned. None: 0 for the proximal shrinkage,
+            gate_lr · l1 for the subgradient.
+        shrinkage: "proximal", or "subgradient" for the authors' own.
+        reset_optimizer: forget the state of all parameters at every update, as the authors' code.
+        generator: a torch.Generator or a seed, for the A of fresh ranks.
 
-    Optimizer steps are counted by a hook, so a step that a GradScaler skips or that gradient accumulation puts off
-    shrinks nothing. Copies and pickles of (model, optimizer, l1ra) taken together go on as the originals would.
+    Copies and pickles of (model, optimizer, l1ra) taken together go on as the originals would.
 
-    Raises (nothing has changed then):
-        ValueError: no gated layer, a gate that is not in the optimizer or not trained, or in a type too coarse to
-            shrink in, layers that share a parameter, a number out of its range, a budget that the bounds make
-            impossible, a scheduler made before.
-        TypeError: the optimizer is LBFGS, which knows one parameter group only.
+    Raises (model and optimizer are left unchanged):
+        TypeError: the optimizer is LBFGS, which has one parameter group only.
+        ValueError: there is no gated layer; a gate is not in the optimizer, is frozen, or has a
+            dtype too coarse to shrink in; layers share a parameter; a number is out of its range;
+            the bounds make the budget impossible; a scheduler was made before.
+
+    Source: L1RA (arXiv 2509.04884).
+
+    >>> from minirank import wrap
+    >>> model = nn.ModuleDict({"query": nn.Linear(4, 4), "value": nn.Linear(4, 4)})
+    >>> layers = wrap(model, {"query": 2, "value": 2}, gate=1.0)
+    >>> optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    >>> l1ra = L1RA(model, optimizer, interval=1, l1=1.0, gate_lr=0.25)
+    >>> layers["query"].gate.data[0] = 0.125  # as if trained
+    >>> optimizer.step()
+    >>> l1ra.step().ranks  # 0.125 shrinks to 0, and that rank goes to "value"
+    {'query': 1, 'value': 3}
+    >>> l1ra.score()
+    {'query': tensor([0.7500]), 'value': tensor([0.7500, 0.7500, 1.0000])}
+    >>> l1ra.allocate(2).keep  # what an update would keep with a smaller budget
+    {'query': tensor([True]), 'value': tensor([False, False,  True])}
     """
 
     method = "L1RA"
@@ -91,7 +143,7 @@ class L1RA(Allocator):
         start: int = 0,
         stop: int | None = None,
         budget: int | None = None,
-        unit: Unit = "rank",
+        unit: Unit = "ranks",
         min_rank: Bound = 1,
         max_rank: Bound = None,
         threshold: float | None = None,
@@ -104,117 +156,118 @@ class L1RA(Allocator):
         self._layers = {
             name: layer for name, layer in separate_layers(model).items() if layer.gate is not None
         }
-        self.l1, self.gate_lr, self.interval, self.start, self.stop = (
-            l1,
-            gate_lr,
-            interval,
-            start,
-            stop,
-        )
+        self.l1 = l1
+        self.gate_lr = gate_lr
+        self.interval = interval
+        self.start = start
+        self.stop = stop
         self.unit: Unit = unit
-        self.min_rank, self.max_rank = min_rank, max_rank
+        self.min_rank = min_rank
+        self.max_rank = max_rank
         self.threshold = threshold
         self.shrinkage: Shrinkage = shrinkage
         self.reset_optimizer = reset_optimizer
         self._check_options()
         check_gates(self._layers, l1 * gate_lr)
-        costs = {
-            n: x.in_features + x.out_features if unit == "parameters" else 1
-            for n, x in self._layers.items()
-        }
-        self.budget = (
-            sum(rank * costs[name] for name, rank in self.ranks.items())
-            if budget is None
-            else budget
-        )
-        self._allocate_scored()  # a budget that cannot be met is refused here, not in the middle of training
-        self._scores = None
+        self.budget = self._budget_in_use() if budget is None else budget
+        self._next_allocation()  # refuses an impossible budget now, not in the middle of training
 
         self._gate_groups = gates_into_own_group(optimizer, self.gates, gate_lr)
         self.generator = as_generator(generator)
         self.history = History(self.ranks)
         self.steps = 0  # optimizer steps that `step` has seen
-        self._pending = 0  # those that it has not yet
+        self._pending = 0  # optimizer steps that `step` has not seen yet
         self._watch_optimizer()
 
     # ---- scores and allocations -----------------------------------------------------------------
 
     @property
     def gates(self) -> dict[str, nn.Parameter]:
+        """{module: gates, (r,)}: the parameters themselves."""
         return {name: layer.gate for name, layer in self._layers.items() if layer.gate is not None}
 
     @property
     def ranks(self) -> dict[str, int]:
+        """{module: present rank}"""
         return {name: layer.rank for name, layer in self._layers.items()}
 
-    def _measure(self) -> dict[str, Tensor]:
-        """The gates: (r,) per module."""
-        return {name: gate.detach().clone() for name, gate in self.gates.items()}
+    def score(self) -> dict[str, Tensor]:
+        """The gates: {module: (r,)}. Updates read the gates themselves, whatever is scored."""
+        return self.keep_scores(self.gates)
 
-    def _allocate_scored(self) -> Allocation:
-        self.score()
-        return self.allocate(
-            self.budget, unit=self.unit, min_rank=self.min_rank, max_rank=self.max_rank
+    def allocate(
+        self, budget: int, *, unit: Unit = "ranks", min_rank: Bound = 1, max_rank: Bound = None
+    ) -> Allocation:
+        """What an update would do with the scored gates and this budget. See `Allocator.allocate`;
+        `min_rank` is 1 by default, as for updates."""
+        return super().allocate(budget, unit=unit, min_rank=min_rank, max_rank=max_rank)
+
+    def ranks_from_scores(
+        self, scores: Mapping[str, Tensor], constraints: Constraints
+    ) -> tuple[Ranks, KeepMasks]:
+        ranks, keep = reassign(
+            {name: score.tolist() for name, score in scores.items()},
+            constraints.budget,
+            constraints.lower,
+            constraints.upper,
+            costs=constraints.budget_costs,
+            threshold=self._pruning_threshold(),
         )
+        return ranks, keep_masks(keep)
 
-    def _judge(
-        self,
-        scores: Mapping[str, list[float]],
-        budget: int,
-        costs: Mapping[str, int] | None,
-        lower: Mapping[str, int],
-        upper: Mapping[str, int],
-    ) -> tuple[dict[str, int], dict[str, list[bool]]]:
-        threshold = self.threshold
-        if threshold is None:
-            threshold = self.gate_lr * self.l1 if self.shrinkage == "subgradient" else 0.0
-        return reassign(scores, budget, costs=costs, lower=lower, upper=upper, threshold=threshold)
+    def _pruning_threshold(self) -> float:
+        if self.threshold is not None:
+            return self.threshold
+        return self.gate_lr * self.l1 if self.shrinkage == "subgradient" else 0.0
+
+    def _next_allocation(self) -> Allocation:
+        """What an update would do now."""
+        return self._allocation(self.gates, self.budget, self.unit, self.min_rank, self.max_rank)
+
+    def _budget_in_use(self) -> int:
+        """What the present ranks take, in `unit`."""
+        if self.unit == "ranks":
+            return sum(self.ranks.values())
+        return sum(x.rank * (x.in_features + x.out_features) for x in self._layers.values())
 
     # ---- training -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self) -> Update | None:
-        """Call after `optimizer.step()`: shrinks every gate that trains, once for each optimizer step since the last
-        call (if there was none, nothing happens), and at every interval moves ranks. Returns what an update did (see
-        `history`)."""
+        """Call after `optimizer.step()`: shrinks the gates, and moves ranks at every interval.
+
+        Every gate that trains is shrunk once for each optimizer step since the last call. If there
+        was no optimizer step, nothing happens.
+
+        Returns:
+            What an update did, if there was one. `history` records it too.
+        """
         taken, self._pending = self._pending, 0
         if taken == 0:
             return None
-        shrinking = taken if self.stop is None else max(0, min(taken, self.stop - self.steps))
+        before, self.steps = self.steps, self.steps + taken
+        self._shrink(taken if self.stop is None else max(0, min(taken, self.stop - before)))
+        return self._update() if self._has_update_between(before, self.steps) else None
+
+    def _shrink(self, times: int) -> None:
         trained: list[Tensor] = [gate for gate in self.gates.values() if gate.requires_grad]
         if trained:  # the user may freeze layers for a time
-            shrink(trained, shrinking * self.gate_lr * self.l1, self.shrinkage)
-        latest_due = (self.steps + taken) // self.interval * self.interval
-        due = (
-            latest_due > self.steps
-            and self.start <= latest_due
-            and (self.stop is None or latest_due <= self.stop)
-        )
-        self.steps += taken
-        return self._update() if due else None
+            shrink(trained, times * self.gate_lr * self.l1, self.shrinkage)
+
+    def _has_update_between(self, before: int, now: int) -> bool:
+        """Whether an update is due after one of the optimizer steps before + 1 … now."""
+        latest = now // self.interval * self.interval
+        in_window = self.start <= latest and (self.stop is None or latest <= self.stop)
+        return latest > before and in_window
 
     def _update(self) -> Update:
-        """Prune → reassign → resize."""
+        """Prune, reassign, resize and record."""
         before = self.ranks
-        allocation = self._allocate_scored()
-        done = resize(self.model, allocation, self.optimizer, generator=self.generator)
+        allocation = self._next_allocation()
+        resized = resize(self.model, allocation, self.optimizer, generator=self.generator)
         if self.reset_optimizer:
             self.optimizer.state.clear()
-        survivors = {name: int(change.keep.sum()) for name, change in done.items()}
-        update = Update(
-            step=self.steps,
-            ranks=allocation.ranks,
-            pruned={n: before[n] - kept for n, kept in survivors.items() if before[n] > kept},
-            given={
-                n: allocation.ranks[n] - kept
-                for n, kept in survivors.items()
-                if allocation.ranks[n] > kept
-            },
-            parameters=allocation.parameters,
-            state_reset=tuple(
-                f"{name}.{entry}" for name, change in done.items() for entry in change.state_reset
-            ),
-        )
+        update = _record(self.steps, before, allocation, resized)
         self.history.updates.append(update)
         return update
 
@@ -227,7 +280,8 @@ class L1RA(Allocator):
             optimizer.param_groups[i]["lr"] = self.gate_lr
 
     def _count_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        # A GradScaler calls fused optimizers even for a step that they are to skip, with this attribute set.
+        # A GradScaler calls fused optimizers even for a step that they are to skip, and tells them
+        # by this attribute.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not found_inf.item():
             self._pending += 1
@@ -235,10 +289,11 @@ class L1RA(Allocator):
     # ---- saving ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything of this object but the model and the optimizer, which have state_dicts of their own. To go on:
+        """Everything of this object but the model and the optimizer, which have their own.
 
-        wrap(model, ...) as at the beginning; resize(model, state["ranks"]); model.load_state_dict; make the optimizer,
-        L1RA and the scheduler as at the beginning, then load their states.
+        To go on: wrap(model, …) as at the beginning; resize(model, state["ranks"]);
+        model.load_state_dict(…); make the optimizer, L1RA and the scheduler as at the beginning;
+        then load their states.
         """
         return {
             "ranks": self.ranks,
@@ -250,60 +305,82 @@ class L1RA(Allocator):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a `state_dict()`, its options too. Raises ValueError, having changed nothing, if it is not one or
-        if the model has other ranks than it: resize(model, state["ranks"]) first."""
-        expected = {"ranks", "steps", "pending", "generator", "history", "options"}
-        if state.keys() != expected or state["options"].keys() != set(OPTIONS):
-            raise ValueError(
-                f"expected the state_dict() of an L1RA, with {sorted(expected)}; got {sorted(state)}"
-            )
-        if state["ranks"] != self.ranks:
-            wrong = [
-                n
-                for n in {**self.ranks, **state["ranks"]}
-                if self.ranks.get(n) != state["ranks"].get(n)
-            ]
-            raise ValueError(
-                f"the state was saved at other ranks than the model's (at {wrong[:3]}, for example): "
-                'resize(model, state["ranks"]), then load the states of model, optimizer and L1RA'
-            )
-        self.generator.set_state(
-            state["generator"].cpu()
-        )  # where torch.load(map_location="cuda") did not leave it
-        self.history = History.from_state_dict(state["history"])
-        self.steps, self._pending = state["steps"], state["pending"]
+        """Take over a `state_dict()`, its options too.
+
+        Raises (this object is left unchanged):
+            ValueError: `state` is not the state of an L1RA, or was saved at other ranks than the
+                model has: resize(model, state["ranks"]) first.
+        """
+        self._check_state(state)
+        history = History.from_state_dict(state["history"])
+        # Generators take their state from the CPU, and torch.load(map_location="cuda") moves it.
+        self.generator.set_state(state["generator"].cpu())
+        self.history = history
+        self.steps = state["steps"]
+        self._pending = state["pending"]
         for name in OPTIONS:
             setattr(self, name, state["options"][name])
+        if state["options"]["unit"] == "rank":  # what version 0.1 called it
+            self.unit = "ranks"
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        if state.keys() != set(STATE) or state["options"].keys() != set(OPTIONS):
+            raise ValueError(
+                f"expected the state_dict() of an L1RA, with {sorted(STATE)}; got {sorted(state)}"
+            )
+        ranks, saved = self.ranks, state["ranks"]
+        different = [name for name in {**ranks, **saved} if ranks.get(name) != saved.get(name)]
+        if different:
+            raise ValueError(
+                "the state was saved at other ranks than the model's (at "
+                f'{quoted_names(different)}): resize(model, state["ranks"]), then load the states '
+                "of model, optimizer and L1RA"
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         self._watch_optimizer()  # an optimizer's copy has no hooks
 
     def _check_options(self) -> None:
-        require(0 <= self.l1 < math.inf, "l1", self.l1, "a number of at least 0")
-        require(0 < self.gate_lr < math.inf, "gate_lr", self.gate_lr, "a positive number")
+        require(0 <= self.l1 < math.inf, "l1", self.l1, "a finite number of at least 0")
+        require(0 < self.gate_lr < math.inf, "gate_lr", self.gate_lr, "a finite positive number")
+        steps = "an integer number of steps, at least"
+        require(is_integer(self.interval, 1), "interval", self.interval, f"{steps} 1")
+        require(is_integer(self.start, 0), "start", self.start, f"{steps} 0")
         require(
-            is_integer(self.interval, 1),
-            "interval",
-            self.interval,
-            "an integer number of steps, at least 1",
-        )
-        require(
-            is_integer(self.start, 0), "start", self.start, "an integer number of steps, at least 0"
-        )
-        window = self.stop is None or is_integer(self.stop, self.start)
-        require(
-            window,
+            self.stop is None or is_integer(self.stop, self.start),
             "stop",
             self.stop,
-            f"None or an integer number of steps, at least start = {self.start}",
+            f"None or {steps} start = {self.start}",
         )
-        known = get_args(Shrinkage)
-        require(self.shrinkage in known, "shrinkage", self.shrinkage, f"one of {known}")
-        sensible = self.threshold is None or 0 <= self.threshold < 1
         require(
-            sensible,
+            self.shrinkage in get_args(Shrinkage),
+            "shrinkage",
+            self.shrinkage,
+            f"one of {get_args(Shrinkage)}",
+        )
+        require(
+            self.threshold is None or 0 <= self.threshold < 1,
             "threshold",
             self.threshold,
-            "None or at least 0 and below 1, where gates start",
+            "None, or at least 0 and below 1, where gates start",
         )
+        check_unit(self.unit)
+
+
+def _record(
+    step: int, before: Mapping[str, int], allocation: Allocation, resized: Mapping[str, Resized]
+) -> Update:
+    """What an update from the ranks `before` to `allocation` did, for the history."""
+    kept = {name: int(change.keep.sum()) for name, change in resized.items()}
+    after = allocation.ranks
+    return Update(
+        step=step,
+        ranks=after,
+        pruned={name: before[name] - n for name, n in kept.items() if before[name] > n},
+        given={name: after[name] - n for name, n in kept.items() if after[name] > n},
+        parameters=allocation.parameters,
+        state_reset=tuple(
+            f"{name}.{entry}" for name, change in resized.items() for entry in change.state_reset
+        ),
+    )

@@ -1,28 +1,40 @@
 """Sensitivity-LoRA (arXiv 2509.09119): ranks from the diagonal of a Hessian, before training.
 
-At a minimum the loss changes by dE ≈ ½ Σ h_ii δw_i² (Eq 7): a matrix with a large diagonal is sensitive, and gets more
-ranks. For each weight matrix w, h is its diagonal, N entries; σ and μ² are taken over all matrices.
+At a minimum the loss changes by dE ≈ ½ Σ h_ii δw_i² (Eq 7). So a matrix with a large diagonal is
+sensitive, and gets more ranks. For each weight matrix w, h is its diagonal with N entries; σ and μ
+are the standard deviation and the mean over all matrices.
 
-    code                    paper    meaning
-    trace                   S_g      Eq 8    tr(H) = Σ h_ii
-    topk_mean               S_topk   Eq 9    mean of the k largest h_ii, k = N/2
-    effective_rank          S_er     Eq 10   smallest k whose k largest h_ii reach a share α of Σ h_ii
-    weighted                β·S, γ·S Eq 11, 13   a metric times its own coefficient σ/μ²
-    local                   S_l      Eq 12   β1 S_topk + β2 S_er
-    theta                   θ        Eq 14   γ1 S_g + γ2 S_l
-    budget.proportional_ranks        Eq 15   r_w = θ_w / Σθ · R
+    code               paper        meaning
+    trace              S_g          Eq 8       tr(H) = Σ h_ii
+    topk_mean          S_topk       Eq 9       mean of the k largest h_ii, k = N/2
+    effective_rank     S_er         Eq 10      smallest k whose k largest reach a share α of Σ h_ii
+    weighted           β·S, γ·S     Eq 11, 13  a metric times its own coefficient σ/μ²
+    Metrics.local      S_l          Eq 12      β1 S_topk + β2 S_er
+    Metrics.theta      θ            Eq 14      γ1 S_g + γ2 S_l
+    proportional_ranks r_w          Eq 15      θ_w / Σθ · R (budget.py)
 
-N is d_out · d_in for a diagonal over the whole matrix. The input proxy, shared by all rows, counts once: N = d_in, as
-in the paper; so its traces and effective ranks are not on the scale of an exact diagonal's, nor need the ranks agree.
+Departures from the paper, and what it leaves open:
 
-Departures: which H is an argument (the paper: the input proxy, here the default). An exact diagonal can be negative:
-the local metrics clamp its entries at zero, the trace keeps their sign, and a negative θ counts as zero.
+- Which Hessian is an argument, `curvature`. The paper's own is the proxy of post-training
+  quantisation, the mean square of a layer's inputs, which is the default. Any function
+  (model, loss_fn, batches, targets) → {name: (d_out, d_in) or (d_in,)} will do.
+- N is d_out · d_in for a diagonal over the whole matrix. The input proxy, which all rows of a
+  matrix share, counts once: N = d_in, as in the paper. So traces and effective ranks of the two
+  kinds are on different scales, and the ranks can differ widely.
+- Padding is left out of the calibration statistics: see `curvature.input_second_moment`.
+- An exact diagonal can have negative entries. The local metrics count them as zero, the trace keeps
+  their sign, a negative θ counts as zero, and a mean trace that is not positive is an error.
+- If all metrics are equal, θ is 0/0. Here it is uniform.
+- Rounding is not stated in the paper: see `minirank.budget`.
+- Sampling errors are not stated in the paper: see stability.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -30,14 +42,25 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..checks import as_generator
+from ..checks import as_generator, quoted_names, require, require_batches, require_function
 from ..curvature.estimate import Estimate
 from ..curvature.input_moment import input_second_moment
 from ..layers.linear import linear_shape
 from ..layers.targets import Targets, linear_targets
+from ..layers.wrap import lora_layers
 from ..measure import LossFn
-from .allocation import Allocation, Allocator, Bound, Unit
-from .stability import Diagonals, Groups, Stability, stability
+from .allocation import Allocation, Unit
+from .allocator import ShareAllocator
+from .constraints import Bound
+from .stability import (
+    Diagonals,
+    Groups,
+    Stability,
+    interpolated_effective_rank,
+    resampled_stability,
+)
+
+# ---- Eqs 8–14 ----------------------------------------------------------------------------------
 
 
 def trace(h: Tensor) -> Tensor:
@@ -46,74 +69,119 @@ def trace(h: Tensor) -> Tensor:
 
 
 def topk_mean(h: Tensor, fraction: float = 0.5) -> Tensor:
-    """Eq 9, S_topk: the mean of the k = max(1, ⌊fraction · N⌋) largest entries, negative ones counting as 0. → ()."""
+    """Eq 9, S_topk: the mean of the k = max(1, ⌊fraction · N⌋) largest entries.
+
+    h: any shape; negative entries count as 0. → ().
+
+    >>> topk_mean(torch.tensor([1.0, 8.0, 2.0, 5.0]))  # (8 + 5) / 2
+    tensor(6.5000)
+    """
     k = max(1, math.floor(fraction * h.numel()))
     return h.flatten().clamp(min=0).topk(k).values.mean()
 
 
-def effective_rank(h: Tensor, share: float = 0.85, *, whole: bool = True) -> Tensor:
-    """Eq 10, S_er: the smallest k whose k largest entries sum to at least share · Σ h_ii, negative ones counting as 0.
-    A count, in h's dtype; 0 if nothing is positive. → (). whole=False: where the sum, drawn as a line, meets the
-    share, at most 1 below the count: what varies smoothly with h."""
-    largest = h.flatten().clamp(min=0).sort(descending=True).values
-    cumulative = largest.cumsum(0)
+def effective_rank(h: Tensor, share: float = 0.85) -> Tensor:
+    """Eq 10, S_er: the smallest k whose k largest entries sum to at least share · Σ h_ii.
+
+    h: any shape; negative entries count as 0. → (), a count in h's dtype; 0 if no entry is
+    positive. It is no rank of a matrix, and no entropy.
+
+    >>> effective_rank(torch.tensor([1.0, 8.0, 2.0, 5.0]))  # 8 + 5 < 0.85 · 16 ≤ 8 + 5 + 2
+    tensor(3.)
+    """
+    cumulative = h.flatten().clamp(min=0).sort(descending=True).values.cumsum(0)
     if cumulative[-1] <= 0:
         return h.new_zeros(())
-    before = (cumulative < share * cumulative[-1]).sum()  # k − 1
-    if whole:
-        return before.to(h.dtype) + 1
-    missing = share * cumulative[-1] - (cumulative[before - 1] if before else 0)
-    return before + (missing / largest[before]).clamp(1e-9, 1)
+    return (cumulative < share * cumulative[-1]).sum().to(h.dtype) + 1
 
 
 def weighted(metric: Tensor) -> Tensor:
-    """Eqs 11 and 13: a metric times its σ/μ² over all matrices, (n,) → (n,). σ is the population's; the sample's would
-    scale every θ alike. Computed as (σ/μ)(S/μ), which does not underflow; a metric equal everywhere gives 0."""
+    """Eqs 11 and 13: a metric times its coefficient σ/μ² over all matrices. (n,) → (n,).
+
+    σ is the population's; the sample's would scale every θ alike. The product is computed as
+    (σ/μ)(S/μ), which does not underflow. A metric that is equal everywhere gives 0.
+
+    >>> weighted(torch.tensor([1.0, 3.0]))  # σ = 1, μ = 2
+    tensor([0.2500, 0.7500])
+    """
     mean = metric.mean()
     if mean == 0 or (metric == metric[0]).all():
         return torch.zeros_like(metric)
     return metric.std(correction=0) / mean * (metric / mean)
 
 
-def matrix_metrics(
-    diagonals: Iterable[Tensor],
-    topk_fraction: float = 0.5,
-    effective_share: float = 0.85,
-    *,
-    whole: bool = True,
-) -> Tensor:
-    """S_g, S_topk and S_er (Eqs 8–10) of each diagonal: (3, n), float64. `whole`: see `effective_rank`."""
-    h = [diagonal.detach().double().cpu() for diagonal in diagonals]
-    S_g = torch.stack([trace(x) for x in h])
-    S_topk = torch.stack([topk_mean(x, topk_fraction) for x in h])
-    S_er = torch.stack([effective_rank(x, effective_share, whole=whole) for x in h])
-    return torch.stack([S_g, S_topk, S_er])
-
-
 class Metrics(NamedTuple):
-    """The metrics of all matrices, float64, each of shape (n,) in module order; `theta` is what `score` returns."""
+    """The metrics of all matrices, float64, each of shape (n,) in module order."""
 
-    trace: Tensor
-    topk_mean: Tensor
-    effective_rank: Tensor
-    local: Tensor
-    theta: Tensor
+    trace: Tensor  # S_g
+    topk_mean: Tensor  # S_topk
+    effective_rank: Tensor  # S_er
+    local: Tensor  # S_l
+    theta: Tensor  # θ, which `score` returns
 
 
-def sensitivity_metrics(of_matrices: Tensor) -> Metrics:
-    """Eqs 11–14 from `matrix_metrics`, (3, n). All metrics equal (θ = 0/0): uniform ones.
+def matrix_metrics(
+    diagonals: Iterable[Tensor], topk_fraction: float = 0.5, effective_share: float = 0.85
+) -> Tensor:
+    """S_g, S_topk and S_er (Eqs 8–10) of each diagonal: (3, n), float64, on the CPU."""
+    return _matrix_metrics(diagonals, topk_fraction, partial(effective_rank, share=effective_share))
 
-    Raises ValueError: the mean trace is not positive, so that σ/μ² says nothing.
+
+def sensitivity_metrics(metrics: Tensor) -> Metrics:
+    """Eqs 11–14 from the (3, n) of `matrix_metrics`. If all metrics are equal, θ = 0/0 is uniform.
+
+    Raises:
+        ValueError: the mean trace is not positive, so that σ/μ² says nothing.
     """
-    S_g, S_topk, S_er = of_matrices
+    S_g, S_topk, S_er = metrics
     if S_g.mean() <= 0:
         raise ValueError(
-            f"the mean Hessian trace over {len(S_g)} matrices is {S_g.mean():.3g}; Eq 7 needs a minimum: train "
-            "further, take more samples if it is an estimate, or use a curvature that is never negative: gauss_newton"
+            f"the mean Hessian trace over {len(S_g)} matrices is {S_g.mean():.3g}; Eq 7 needs a "
+            "minimum: train further, take more samples if it is an estimate, or use a curvature "
+            "that is never negative: gauss_newton"
         )
     S_l = weighted(S_topk) + weighted(S_er)  # Eqs 11, 12
     theta = (weighted(S_g) + weighted(S_l)).clamp(min=0)  # Eqs 13, 14
     return Metrics(S_g, S_topk, S_er, S_l, theta if theta.any() else torch.ones_like(theta))
+
+
+# ---- the same for metrics with sampling errors -------------------------------------------------
+
+
+def smooth_metrics(
+    diagonals: Iterable[Tensor], topk_fraction: float = 0.5, effective_share: float = 0.85
+) -> Tensor:
+    """`matrix_metrics` with the smooth form of Eq 10, for the jackknife: (3, n), float64."""
+    smooth = partial(interpolated_effective_rank, share=effective_share)
+    return _matrix_metrics(diagonals, topk_fraction, smooth)
+
+
+def theta_of_drawn(metrics: Tensor) -> Tensor:
+    """θ of smooth metrics that were drawn within their errors: (3n,) → (n,).
+
+    Rounding the smooth form of Eq 10 up gives its count. Local metrics cannot be negative, so drawn
+    ones are clamped. Where the drawn traces are far from a minimum, Eqs 13 and 14 say nothing of
+    their sum: then their positive parts count, or else nothing.
+    """
+    S_g, S_topk, S_er = metrics.view(3, -1)
+    if S_g.mean() <= 0:
+        S_g = S_g.clamp(min=0) if (S_g > 0).any() else torch.ones_like(S_g)
+    drawn = torch.stack([S_g, S_topk.clamp(min=0), S_er.ceil().clamp(min=0)])
+    return sensitivity_metrics(drawn).theta
+
+
+def _matrix_metrics(
+    diagonals: Iterable[Tensor], topk_fraction: float, local_rank: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Eqs 8–10 with `local_rank` for Eq 10: (3, n)."""
+    exact = [h.detach().double().cpu() for h in diagonals]
+    S_g = torch.stack([trace(h) for h in exact])
+    S_topk = torch.stack([topk_mean(h, topk_fraction) for h in exact])
+    S_er = torch.stack([local_rank(h) for h in exact])
+    return torch.stack([S_g, S_topk, S_er])
+
+
+# ---- the allocator -----------------------------------------------------------------------------
 
 
 class Curvature(Protocol):
@@ -124,27 +192,60 @@ class Curvature(Protocol):
     ) -> Mapping[str, Tensor]: ...
 
 
-class SensitivityLoRA(Allocator):
-    """Ranks before training: score() → {name: θ, shape ()}, then allocate(budget).
+class Calibration(NamedTuple):
+    """What one run over the batches measured."""
+
+    diagonals: Diagonals
+    metrics: Metrics
+    groups: Groups | None
+
+
+class SensitivityLoRA(ShareAllocator):
+    """Ranks before training, by the curvature of the loss.
 
     Args:
         model: with plain linear layers, pretrained; not changed.
         loss_fn: (model, batch) -> scalar mean loss.
-        batches: calibration data, iterated once by each `score()`.
+        batches: calibration data, iterated once by each `score()` or `settle()`.
         targets: see `linear_targets`.
-        curvature: a function (model, loss_fn, batches, targets) -> {name: (d_out, d_in) or (d_in,)}. Default: the
-            paper's input second moment, which runs forward passes only. Bind options with functools.partial. It may
-            only iterate over the batches, which it gets behind the progress bar.
-        topk_fraction: k/N in Eq 9 (the paper: 1/2; also tried 1/3).
-        effective_share: α in Eq 10 (the paper: 0.85; also tried 0.80).
-        groups: measure the batches in this many groups (up to twice as many, at least 4), so that `stability` and
-            `settle` can tell how sure the ranks are. Each must reach every target, and is held. None: all together.
+        curvature: (model, loss_fn, batches, targets) -> {name: (d_out, d_in) or (d_in,)}. Default:
+            the paper's input second moment, which runs forward passes only. Bind options with
+            functools.partial. The function may only iterate over the batches, since it gets them
+            behind the progress bar.
+        topk_fraction: k/N in Eq 9 (the paper: 1/2; it also tried 1/3).
+        effective_share: α in Eq 10 (the paper: 0.85; it also tried 0.80).
+        groups: measure the batches in this many groups (up to twice as many; at least 4), so that
+            `stability` and `settle` can tell how sure the ranks are. Each group must reach every
+            target. The measurements of all groups are held. None: all batches together.
         progress: show a bar over the batches.
 
-    After `score()`, `curvatures` holds the diagonals and `metrics` each matrix's S_g, S_topk, S_er, S_l and θ.
+    After `score()` or `settle()`, `curvatures` holds the diagonals, {name: (d_out, d_in) or
+    (d_in,)}, and `metrics` each matrix's S_g, S_topk, S_er, S_l and θ, {name: {metric: float}}. A
+    call that raises leaves these, the scores and `stability` as they were.
 
-    Raises ValueError: no target, an argument out of range; from `score()`, whatever the curvature raises, and a
-    curvature that lacks a target, is not finite or has a wrong shape.
+    Raises:
+        TypeError: an argument of the wrong kind; a single mapping as `batches`.
+        ValueError: no target, or an option out of its range.
+
+    Warns:
+        UserWarning: `targets` is None and the model has LoRA layers, which are then left out.
+
+    Source: Sensitivity-LoRA (arXiv 2509.09119), Eqs 8–15.
+
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    >>> batches = [torch.randn(32, 8) for _ in range(40)]
+    >>> allocator = SensitivityLoRA(
+    ...     model, lambda model, x: model(x).square().mean(), batches, groups=10, progress=False
+    ... )
+    >>> {name: round(float(theta), 2) for name, theta in allocator.score().items()}
+    {'0': 0.86, '2': 0.43}
+    >>> allocator.allocate(6).ranks
+    {'0': 4, '2': 2}
+    >>> allocator.stability(6).max_moved  # with other data of the same kind
+    0
+    >>> allocator.settle(6, max_moved=1).batches  # so many of the 40 are enough
+    10
     """
 
     method = "Sensitivity-LoRA"
@@ -164,141 +265,249 @@ class SensitivityLoRA(Allocator):
     ) -> None:
         super().__init__(model)
         for name, value in (("topk_fraction", topk_fraction), ("effective_share", effective_share)):
-            if not 0 < value <= 1:
-                raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
-        for name, function in (("loss_fn", loss_fn), ("curvature", curvature)):
-            if not callable(function):
-                raise TypeError(
-                    f"{name} must be a function, got {type(function).__name__}: {function!r:.60}"
-                )
-        if not isinstance(batches, Iterable):
-            raise TypeError(
-                f"batches must be an iterable of what loss_fn takes, got one {type(batches).__name__}"
-            )
+            require(0 < value <= 1, name, value, "above 0 and at most 1")
+        require_function("loss_fn", loss_fn)
+        require_function("curvature", curvature)
+        require_batches(batches)
         if groups is not None:
             Groups(groups)  # refuses too few before anything is measured
-        self.loss_fn, self.batches, self.curvature = loss_fn, batches, curvature
-        self.targets = linear_targets(model, targets)
-        self.topk_fraction, self.effective_share, self.progress = (
-            topk_fraction,
-            effective_share,
-            progress,
-        )
+        self.loss_fn = loss_fn
+        self.batches = batches
+        self.targets = _plain_targets(model, targets)
+        self.curvature = curvature
+        self.topk_fraction = topk_fraction
+        self.effective_share = effective_share
         self.groups = groups
-        self._measured: Groups | None = None
-        self._enough: Callable[[Groups], bool] | None = None  # asked by settle()
+        self.progress = progress
         self.curvatures: dict[str, Tensor] = {}
         self.metrics: dict[str, dict[str, float]] = {}
+        self._groups: Groups | None = None  # the measurements of the last run
 
-    def _measure(self) -> dict[str, Tensor]:
-        bar = tqdm(
-            self.batches, desc="calibration", unit="batch", disable=not self.progress, leave=False
-        )
-        measured = None
-        with bar:
+    def score(self) -> dict[str, Tensor]:
+        """Measure all batches, and keep the scores for `allocate`.
+
+        Returns:
+            {name: θ, shape (), float64}.
+
+        Raises:
+            ValueError: the curvature lacks a target, is not finite or has a wrong shape; the mean
+                trace is not positive; no batch; and whatever the curvature raises.
+        """
+        with self._progress_bar() as batches:
             if self.groups is None:
-                diagonals = self._curvature(bar)
+                calibration = self._calibration(self._diagonals(batches), None)
             else:
-                measured = self._by_group(bar, self.groups)
-                diagonals = measured.mean()
-        metrics = sensitivity_metrics(self._matrix_metrics(diagonals))
-        self._measured = measured
-        self.curvatures = dict(diagonals)
-        self.metrics = {
-            name: {key: float(values[i]) for key, values in metrics._asdict().items()}
-            for i, name in enumerate(self.targets)
-        }
-        return dict(zip(self.targets, metrics.theta.unbind(), strict=True))
-
-    def _by_group(self, batches: Iterable[Any], least: int) -> Groups:
-        found, stream = Groups(least), iter(batches)
-        while group := list(islice(stream, found.batches_per_group)):
-            found.add(self._curvature(group), len(group))
-            if len(found) == least and self._enough is not None and self._enough(found):
-                break
-        return found
-
-    def _curvature(self, batches: Iterable[Any]) -> Diagonals:
-        found = self.curvature(self.model, self.loss_fn, batches, list(self.targets))
-        diagonals = {name: self._checked(name, found.get(name)) for name in self.targets}
-        return found if isinstance(found, Estimate) else diagonals
-
-    def _matrix_metrics(self, diagonals: Diagonals, *, whole: bool = True) -> Tensor:
-        in_order = [diagonals[name] for name in self.targets]
-        return matrix_metrics(in_order, self.topk_fraction, self.effective_share, whole=whole)
+                groups = Groups(self.groups)
+                for _ in self._fill(groups, batches):
+                    pass
+                calibration = self._calibration(groups.mean(), groups)
+        return self._adopt(calibration)
 
     def stability(
         self,
         budget: int,
         *,
-        unit: Unit = "rank",
+        unit: Unit = "ranks",
         min_rank: Bound = 0,
         max_rank: Bound = None,
         confidence: float = 0.95,
         resamples: int = 300,
         generator: torch.Generator | int = 0,
     ) -> Stability:
-        """Which ranks of `allocate(budget)` would change within the sampling error of the scores? The error is that of
-        the batches as a sample of such data, random vectors included. (Of these alone: give the same batches often.)
+        """Which ranks of `allocate(budget)` would change within the sampling error of the scores?
 
-        Raises RuntimeError: no `groups`, or no `score`. ValueError: as for `allocate`."""
+        The error is that of the batches as a sample of such data, random vectors included. To
+        isolate Monte Carlo error, pass the same batches repeatedly.
+
+        Args:
+            budget, unit, min_rank, max_rank: as in `allocate`.
+            confidence: the share of resampled allocations that the answer holds for.
+            resamples: how many allocations are drawn within the errors.
+            generator: a torch.Generator or a seed, for the draws.
+
+        Raises:
+            RuntimeError: no `groups`, or `score` has not run.
+            ValueError: as `allocate`; less than 4 batches; an option out of its range.
+        """
         if self.groups is None:
             raise RuntimeError("stability needs scores by group: SensitivityLoRA(…, groups=10)")
-        if self._measured is None:
+        if self._groups is None:
             raise RuntimeError("stability needs scores: call score() first")
-
-        def theta(
-            metrics: Tensor,
-        ) -> Tensor:  # of drawn metrics: the local ones cannot be negative, and S_er counts
-            S_g, S_topk, S_er = metrics.view(3, -1)
-            if S_g.mean() <= 0:  # drawn far from a minimum, where Eqs 13 and 14 say nothing
-                S_g = S_g.clamp(min=0) if (S_g > 0).any() else torch.ones_like(S_g)
-            return sensitivity_metrics(
-                torch.stack([S_g, S_topk.clamp(min=0), S_er.ceil().clamp(min=0)])
-            ).theta
-
-        def divide(scores: Tensor) -> Allocation:
-            by_name = dict(zip(self.targets, scores.unbind(), strict=True))
-            return self._divide(by_name, budget, unit, min_rank, max_rank)
-
-        metrics, deviations = self._measured.jackknife(
-            lambda h: self._matrix_metrics(h, whole=False).flatten()
+        return self._stability_of(
+            self._groups,
+            budget=budget,
+            unit=unit,
+            min_rank=min_rank,
+            max_rank=max_rank,
+            confidence=confidence,
+            resamples=resamples,
+            generator=generator,
         )
-        sampling = (confidence, resamples, as_generator(generator), self._measured.batches)
-        return stability(theta, divide, metrics, deviations, *sampling)
 
-    def settle(self, budget: int, *, moved: int = 0, **options: Any) -> Stability:
-        """`score()`, but of no more batches than it takes until at most `moved` ranks of `allocate(budget)` would move
-        within the sampling error (asked at `groups` batches, and whenever they have doubled). With the batches at an
-        end, the result's own `moved` tells how far it came. Options and errors: see `stability`."""
+    def settle(
+        self,
+        budget: int,
+        *,
+        max_moved: int = 0,
+        unit: Unit = "ranks",
+        min_rank: Bound = 0,
+        max_rank: Bound = None,
+        confidence: float = 0.95,
+        resamples: int = 300,
+        generator: torch.Generator | int = 0,
+    ) -> Stability:
+        """`score()`, but with no more batches than it takes until the ranks are settled.
+
+        `stability` is asked at `groups` batches, and whenever their number has doubled. Measuring
+        ends when at most `max_moved` ranks would move within the sampling error, or with the
+        batches. In that case the result's own `max_moved` tells how far the ranks are settled.
+
+        Args:
+            max_moved: how many ranks may still move.
+            budget, unit, min_rank, max_rank, confidence, resamples, generator: as in `stability`.
+
+        Raises:
+            RuntimeError: no `groups`.
+            ValueError: as `score` and `stability`.
+        """
         if self.groups is None:
             raise RuntimeError("settle needs scores by group: SensitivityLoRA(…, groups=10)")
+        stability_of = partial(
+            self._stability_of,
+            budget=budget,
+            unit=unit,
+            min_rank=min_rank,
+            max_rank=max_rank,
+            confidence=confidence,
+            resamples=resamples,
+            generator=generator,
+        )
+        groups = Groups(self.groups)
+        settled = None
+        with self._progress_bar() as batches:
+            for _ in self._fill(groups, batches):
+                if len(groups) == groups.least:
+                    result = stability_of(groups)
+                    if result.max_moved <= max_moved:
+                        settled = result
+                        break
+        calibration = self._calibration(groups.mean(), groups)
+        if settled is None:
+            settled = stability_of(groups)
+        self._adopt(calibration)
+        return settled
 
-        def enough(found: Groups) -> bool:
-            self._measured = found
-            return self.stability(budget, **options).moved <= moved
+    def _progress_bar(self) -> Any:
+        """The batches behind a bar."""
+        return tqdm(
+            self.batches, desc="calibration", unit="batch", disable=not self.progress, leave=False
+        )
 
-        self._enough = enough
-        try:
-            self.score()
-        finally:
-            self._enough = None
-        return self.stability(budget, **options)
+    def _fill(self, groups: Groups, batches: Iterable[Any]) -> Iterator[None]:
+        """Measure the batches into `groups`, group by group, with a pause after each."""
+        stream = iter(batches)
+        while group := list(islice(stream, groups.batches_per_group)):
+            groups.add(self._diagonals(group), len(group))
+            yield
 
-    def _checked(self, name: str, diagonal: Tensor | None) -> Tensor:
-        shape = linear_shape(self.targets[name])
-        assert shape is not None  # linear_targets() selects by it
-        if diagonal is None:
-            raise ValueError(
-                f"the curvature returned nothing for {name!r}: expected one tensor per target"
-            )
-        if diagonal.shape not in (shape, shape[1:]):
-            raise ValueError(
-                f"the curvature of {name!r} has shape {tuple(diagonal.shape)}: expected (d_out, d_in) = {shape}, "
-                f"or (d_in,) = {shape[1:]} for a diagonal that all rows share"
-            )
-        if not torch.isfinite(diagonal).all():
-            raise ValueError(
-                f"the curvature of {name!r} is not finite: check the data, or the estimator"
-            )
-        return diagonal
+    def _diagonals(self, batches: Iterable[Any]) -> Diagonals:
+        """The curvature of these batches, checked. An `Estimate` stays one."""
+        estimate = self.curvature(self.model, self.loss_fn, batches, list(self.targets))
+        checked = {
+            name: _checked_diagonal(name, module, estimate.get(name))
+            for name, module in self.targets.items()
+        }
+        return estimate if isinstance(estimate, Estimate) else checked
+
+    def _calibration(self, diagonals: Diagonals, groups: Groups | None) -> Calibration:
+        metrics = matrix_metrics(
+            [diagonals[name] for name in self.targets], self.topk_fraction, self.effective_share
+        )
+        return Calibration(diagonals, sensitivity_metrics(metrics), groups)
+
+    def _adopt(self, calibration: Calibration) -> dict[str, Tensor]:
+        """Make a run's results the ones that this object answers from: all of them or, if anything
+        has raised before, none."""
+        metrics = calibration.metrics
+        self._groups = calibration.groups
+        self.curvatures = dict(calibration.diagonals)
+        self.metrics = {
+            name: {key: float(values[i]) for key, values in metrics._asdict().items()}
+            for i, name in enumerate(self.targets)
+        }
+        return self.keep_scores(dict(zip(self.targets, metrics.theta.unbind(), strict=True)))
+
+    def _stability_of(
+        self,
+        groups: Groups,
+        *,
+        budget: int,
+        unit: Unit,
+        min_rank: Bound,
+        max_rank: Bound,
+        confidence: float,
+        resamples: int,
+        generator: torch.Generator | int,
+    ) -> Stability:
+        """`stability`, of these measurements."""
+
+        def statistic(diagonals: Diagonals) -> Tensor:
+            in_order = [diagonals[name] for name in self.targets]
+            return smooth_metrics(in_order, self.topk_fraction, self.effective_share).flatten()
+
+        def divide(theta: Tensor) -> Allocation:
+            scores = dict(zip(self.targets, theta.unbind(), strict=True))
+            return self._allocation(scores, budget, unit, min_rank, max_rank)
+
+        return resampled_stability(
+            theta_of_drawn,
+            divide,
+            groups.jackknife(statistic),
+            confidence=confidence,
+            resamples=resamples,
+            generator=as_generator(generator),
+            batches=groups.batches,
+        )
+
+
+def _plain_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
+    """`linear_targets`, which leaves out layers that have an adapter: said here where nothing was
+    named."""
+    adapted = list(lora_layers(model)) if targets is None else []
+    if not adapted:
+        return linear_targets(model, targets)
+    advice = "score the plain model before wrap(), or unwrap(model) first"
+    try:
+        plain = linear_targets(model)
+    except ValueError as error:
+        raise ValueError(
+            f"every linear layer has an adapter ({quoted_names(adapted)}), and SensitivityLoRA "
+            f"scores plain layers: {advice}"
+        ) from error
+    warnings.warn(
+        f"SensitivityLoRA scores plain linear layers, so {quoted_names(adapted)} will get no rank "
+        f"here, having an adapter already. {advice.capitalize()}; or name targets=, if the other "
+        "layers alone are meant",
+        stacklevel=3,
+    )
+    return plain
+
+
+def _checked_diagonal(name: str, module: nn.Module, diagonal: Tensor | None) -> Tensor:
+    """Raise ValueError unless the diagonal is there, finite and of a right shape."""
+    shape = linear_shape(module)
+    assert shape is not None  # linear_targets() selects by it
+    if diagonal is None:
+        raise ValueError(
+            f"the curvature returned nothing for {name!r}: expected one tensor per target"
+        )
+    if diagonal.shape not in (shape, shape[1:]):
+        raise ValueError(
+            f"the curvature of {name!r} has shape {tuple(diagonal.shape)}: expected (d_out, d_in) "
+            f"= {shape}, or (d_in,) = {shape[1:]} for a diagonal that all rows share"
+        )
+    if not torch.isfinite(diagonal).all():
+        raise ValueError(
+            f"the curvature of {name!r} is not finite: check the data, or the estimator"
+        )
+    return diagonal

@@ -1,9 +1,13 @@
-"""How sure is an allocation? What it rests on has sampling errors; which ranks would change within them?
+"""How sure is an allocation? Its scores have sampling errors. Which ranks would change within them?
 
-Calibration batches are measured in groups. Leaving out each group in turn (the jackknife) tells how the metrics of the
-diagonals vary with the data, random vectors included; for groups of unequal weight this is the delete-a-group
-jackknife of Busing, Meijer and van der Leeden (1999). Metrics drawn anew within these errors, of all modules together,
-then go through the remaining equations to the scores and ranks that could as well have come out.
+Calibration batches are measured in groups. Leaving out each group in turn (the jackknife) tells how
+the metrics of the diagonals vary with the data, random vectors included. For groups of unequal
+weight this is the delete-a-group jackknife of Busing, Meijer and van der Leeden (1999). Metrics are
+then drawn anew within these errors, of all modules together, and go through the remaining equations
+to the scores and ranks that could as well have come out.
+
+The paper of Sensitivity-LoRA states no sampling errors: all of this is an addition. 95 % intervals
+of θ cover 95 % in simulation (the tests ask for 92 to 98).
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +29,52 @@ Diagonals = Mapping[str, Tensor]
 MIN_GROUPS = 4
 
 
+def interpolated_effective_rank(h: Tensor, share: float = 0.85) -> Tensor:
+    """Eq 10's effective rank, made smooth for the jackknife.
+
+    The sum of the k largest entries, drawn over k as a line, meets share · Σ h_ii at this k. Eq 10
+    counts whole entries, so it jumps: leaving out a group of batches changes it by 0 or by 1 or
+    more, and the jackknife takes such jumps for large errors. The interpolation varies smoothly
+    with h. It is at most 1 below the count, and rounding it up gives the count.
+
+    Args:
+        h: any shape; negative entries count as 0.
+
+    Returns:
+        shape (); 0 if no entry is positive.
+
+    >>> interpolated_effective_rank(torch.tensor([4.0, 4.0, 2.0]), share=0.6)  # 4 + ½ · 4 = 6
+    tensor(1.5000)
+    """
+    largest = h.flatten().clamp(min=0).sort(descending=True).values
+    cumulative = largest.cumsum(0)
+    if cumulative[-1] <= 0:
+        return h.new_zeros(())
+    full = (cumulative < share * cumulative[-1]).sum()  # entries that are needed in full
+    missing = share * cumulative[-1] - (cumulative[full - 1] if full else 0)
+    return full + (missing / largest[full]).clamp(1e-9, 1)
+
+
+class Jackknife(NamedTuple):
+    """A statistic of the data, and how it varies."""
+
+    value: Tensor  # (n,), of all batches
+    deviations: Tensor  # D, (groups, n): Dᵀ D is the covariance of `value`
+
+
+class Group(NamedTuple):
+    """The measurement of some consecutive batches."""
+
+    weights: Mapping[str, float]
+    means: Diagonals
+
+
 class Groups:
-    """Measurements of consecutive groups of batches. When there are 2 · `least`, neighbours are joined to `least`, and
-    later groups take in twice as many batches: so a stream of any length is held as `least` to 2 · `least` groups."""
+    """Measurements of consecutive groups of batches, as many as `least` to 2 · `least`.
+
+    When there are 2 · `least` groups, neighbours are joined to `least`, and later groups take in
+    twice as many batches. So a stream of any length is held in that many groups.
+    """
 
     def __init__(self, least: int) -> None:
         if least < MIN_GROUPS:
@@ -35,166 +82,216 @@ class Groups:
                 f"groups must be at least {MIN_GROUPS}, to tell how they vary, got {least!r}"
             )
         self.least = least
-        self.batches_per_group = 1
+        self.batches_per_group = 1  # for the next group
         self.batches = 0
-        self._groups: list[tuple[dict[str, float], Diagonals]] = []  # (weights, means)
+        self._groups: list[Group] = []
 
     def __len__(self) -> int:
         return len(self._groups)
 
     def add(self, diagonals: Diagonals, batches: int) -> None:
-        """An estimate's own weights count; anything else counts by its number of batches."""
+        """Add the measurement of the next `batches` batches. An `Estimate` counts by its own
+        weights, anything else by its number of batches."""
         self.batches += batches
-        weights = (
-            diagonals.weights
-            if isinstance(diagonals, Estimate)
-            else dict.fromkeys(diagonals, float(batches))
-        )
-        self._groups.append((weights, diagonals))
+        if isinstance(diagonals, Estimate):
+            weights = diagonals.weights
+        else:
+            weights = dict.fromkeys(diagonals, float(batches))
+        self._groups.append(Group(weights, diagonals))
         if len(self) == 2 * self.least:
             pairs = zip(self._groups[::2], self._groups[1::2], strict=True)
             self._groups = [_joined(a, b) for a, b in pairs]
             self.batches_per_group *= 2
 
     def mean(self) -> dict[str, Tensor]:
+        """The weighted mean over all groups."""
         if not self._groups:
             raise ValueError(NO_BATCH)
-        return dict(functools.reduce(_joined, self._groups)[1])
+        return dict(functools.reduce(_joined, self._groups).means)
 
-    def jackknife(self, statistic: Callable[[Diagonals], Tensor]) -> tuple[Tensor, Tensor]:
-        """(statistic of the mean, (n,), and deviations D, (groups, n)): Dᵀ D is its covariance. It must be smooth: a
-        count that jumps makes errors too large."""
+    def jackknife(self, statistic: Callable[[Diagonals], Tensor]) -> Jackknife:
+        """The statistic of the mean, and its deviations over the groups.
+
+        Args:
+            statistic: diagonals → (n,). It must be smooth: of a count that jumps, the errors come
+                out too large.
+
+        Raises:
+            ValueError: there are less than 4 groups.
+        """
         if len(self) < MIN_GROUPS:
             raise ValueError(
-                f"{len(self)} batches are too few to tell how scores vary: give at least {MIN_GROUPS}"
+                f"{len(self)} batches are too few to tell how scores vary: "
+                f"give at least {MIN_GROUPS}"
             )
-        whole = self.mean()
-        total = {name: sum(weights[name] for weights, _ in self._groups) for name in whole}
-        value = statistic(whole)
-        pseudo, ratio = [], []
-        for weights, means in self._groups:
-            share = {name: weights[name] / total[name] for name in whole}
+        mean = self.mean()
+        total = {name: sum(group.weights[name] for group in self._groups) for name in mean}
+        value = statistic(mean)
+        pseudovalues, inverse_shares = [], []
+        for group in self._groups:
+            share = {name: group.weights[name] / total[name] for name in mean}
             rest = {
-                name: (mean - share[name] * means[name]) / (1 - share[name])
-                for name, mean in whole.items()
+                name: (mean[name] - share[name] * group.means[name]) / (1 - share[name])
+                for name in mean
             }
-            h = 1 / (sum(share.values()) / len(share))
-            ratio.append(h)
-            pseudo.append(h * value - (h - 1) * statistic(rest))
-        center = torch.stack(pseudo).mean(0)
-        spread = [
-            (p - center) / math.sqrt(len(self) * (h - 1))
-            for p, h in zip(pseudo, ratio, strict=True)
+            h = 1 / (sum(share.values()) / len(share))  # Busing and others' h_j
+            inverse_shares.append(h)
+            pseudovalues.append(h * value - (h - 1) * statistic(rest))
+        center = torch.stack(pseudovalues).mean(0)
+        deviations = [
+            (pseudovalue - center) / math.sqrt(len(self) * (h - 1))
+            for pseudovalue, h in zip(pseudovalues, inverse_shares, strict=True)
         ]
-        return value, torch.stack(spread)
+        return Jackknife(value, torch.stack(deviations))
 
 
-def _joined(
-    a: tuple[dict[str, float], Diagonals], b: tuple[dict[str, float], Diagonals]
-) -> tuple[dict[str, float], Diagonals]:
-    weights = {name: weight + b[0][name] for name, weight in a[0].items()}
-    means = {
-        name: mean + (b[1][name] - mean) * (b[0][name] / weights[name] if weights[name] else 0.0)
-        for name, mean in a[1].items()
-    }
-    return weights, means
+def _joined(a: Group, b: Group) -> Group:
+    """One group of both: weights are summed, means are averaged by weight."""
+    weights = {name: weight + b.weights[name] for name, weight in a.weights.items()}
+    means = {}
+    for name, mean in a.means.items():
+        share = b.weights[name] / weights[name] if weights[name] else 0.0
+        means[name] = mean + (b.means[name] - mean) * share
+    return Group(weights, means)
 
 
 def resample(value: Tensor, deviations: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Values within their errors, (count, n): multivariate Student t about `value`, with groups − 1 degrees of freedom
-    and the covariance Dᵀ D as its scale, which a covariance from few groups calls for."""
+    """Values drawn within their errors.
+
+    They follow the multivariate Student t about `value` with groups − 1 degrees of freedom and the
+    scale Dᵀ D, as a covariance from few groups calls for.
+
+    Args:
+        value, deviations: a `Jackknife`, (n,) and (groups, n).
+
+    Returns:
+        (count, n), float64
+    """
     groups = len(deviations)
-    normal = torch.randn(
-        count, groups, generator=generator, dtype=torch.float64, device=generator.device
-    ).cpu()
-    chi = torch.randn(
-        count, groups - 1, generator=generator, dtype=torch.float64, device=generator.device
-    ).cpu()
-    widening = ((groups - 1) / chi.square().sum(1, keepdim=True)).sqrt()
+
+    def standard_normal(columns: int) -> Tensor:
+        return torch.randn(
+            count, columns, generator=generator, dtype=torch.float64, device=generator.device
+        ).cpu()
+
+    normal = standard_normal(groups)
+    chi_squared = standard_normal(groups - 1).square().sum(1, keepdim=True)
+    widening = ((groups - 1) / chi_squared).sqrt()
     return value + widening * (normal @ deviations)
 
 
 @dataclass(frozen=True)
 class Stability:
-    """What the sampling error leaves open in an allocation: print it.
+    """What the sampling error leaves open in an allocation. Print it.
 
-    A module's interval of ranks (and of scores) holds those of a share `confidence` of the resampled allocations; each
-    module's by itself, not all of them at once. `moved`: in that share of them, at most so many ranks differ from the
-    allocation. `same`: the share in which none does.
+    Args:
+        allocation: the allocation in question.
+        confidence: the share of the resampled allocations that the intervals and `max_moved` hold.
+        intervals: {module: (lowest, highest) rank}. Each module's interval holds for that module
+            by itself, not for all modules at once.
+        score_intervals: {module: (lowest, highest) score}.
+        max_moved: in a share `confidence` of the resampled allocations, at most so many ranks are
+            in other modules than in `allocation`.
+        same: the share of the resampled allocations that equal `allocation`.
+        groups: groups of batches that the errors rest on.
+        batches: batches in these groups.
     """
 
     allocation: Allocation
     confidence: float
-    intervals: Mapping[str, tuple[int, int]]  # of ranks
+    intervals: Mapping[str, tuple[int, int]]
     score_intervals: Mapping[str, tuple[float, float]]
-    moved: int
+    max_moved: int
     same: float
     groups: int
     batches: int
 
     @property
     def open(self) -> dict[str, tuple[int, int]]:
-        """The modules whose rank would change within the sampling error, and the ranks between which."""
+        """The modules whose rank would change within the sampling error, with their intervals."""
         return {
             name: interval for name, interval in self.intervals.items() if interval[0] < interval[1]
         }
 
     def __str__(self) -> str:
         ranks = self.allocation.ranks
-        moved = f"at most {self.moved}" if self.moved else "none"
+        moved = f"at most {self.max_moved}" if self.max_moved else "none"
         lines = [
-            f"{self.allocation.method}, {self.allocation.total_rank} ranks: with {self.confidence:.0%} confidence "
-            f"{moved} of them would move",
-            f"with other data of this kind (from {self.batches} batches); {len(self.open)} of {len(ranks)} modules are "
-            f"open, {self.same:.0%} of resampled allocations are the same",
+            f"{self.allocation.method}, {self.allocation.total_rank} ranks: with "
+            f"{self.confidence:.0%} confidence {moved} of them would move",
+            f"with other data of this kind (from {self.batches} batches); {len(self.open)} of "
+            f"{len(ranks)} modules are open, {self.same:.0%} of resampled allocations are the same",
         ]
         width = max((len(name) for name in self.open), default=0)
         lines += [
-            f"  {name:<{width}}  rank {ranks[name]}, from {lo} to {hi}"
-            for name, (lo, hi) in self.open.items()
+            f"  {name:<{width}}  rank {ranks[name]}, from {low} to {high}"
+            for name, (low, high) in self.open.items()
         ]
         return "\n".join(lines)
 
 
-def stability(
+def resampled_stability(
     score: Callable[[Tensor], Tensor],
     divide: Callable[[Tensor], Allocation],
-    metrics: Tensor,
-    deviations: Tensor,
+    metrics: Jackknife,
+    *,
     confidence: float,
     resamples: int,
     generator: torch.Generator,
     batches: int,
 ) -> Stability:
-    """`metrics` and `deviations` are those of `Groups.jackknife`; score(metrics) gives one score per module, in the
-    order of divide(scores).ranks."""
+    """Which ranks change when the metrics are drawn anew within their errors.
+
+    Args:
+        score: metrics (n,) → one score per module, in the order of divide(scores).ranks.
+        divide: scores → Allocation.
+        batches: for the report.
+
+    Raises:
+        ValueError: `confidence` or `resamples` is out of its range, or whatever `divide` raises.
+    """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be above 0 and below 1 (0.95: 95 %), got {confidence!r}")
     if resamples < 2:
         raise ValueError(f"resamples must be at least 2, got {resamples}")
-    allocation = divide(score(metrics))
-    names = list(allocation.ranks)
-    scores = torch.stack(
-        [score(drawn) for drawn in resample(metrics, deviations, resamples, generator)]
-    )
+    allocation = divide(score(metrics.value))
+    drawn = resample(metrics.value, metrics.deviations, resamples, generator)
+    scores = torch.stack([score(one) for one in drawn])
     ranks = torch.tensor(
         [list(divide(one).ranks.values()) for one in scores], dtype=torch.float64
-    )  # (resamples, n)
-    change = ranks - torch.tensor(list(allocation.ranks.values()), dtype=torch.float64)
-    moved = torch.maximum(change.clamp(min=0).sum(1), (-change).clamp(min=0).sum(1))
-
-    def intervals(values: Tensor) -> dict[str, tuple[Any, Any]]:
-        low = values.quantile((1 - confidence) / 2, dim=0, interpolation="lower").tolist()
-        high = values.quantile((1 + confidence) / 2, dim=0, interpolation="higher").tolist()
-        return dict(zip(names, zip(low, high, strict=True), strict=True))
-
+    )  # (resamples, modules)
+    moved = _moved_ranks(ranks, allocation)
+    names = list(allocation.ranks)
     return Stability(
         allocation,
         confidence,
-        {name: (int(low), int(high)) for name, (low, high) in intervals(ranks).items()},
-        intervals(scores),
+        {
+            name: (int(low), int(high))
+            for name, (low, high) in _intervals(names, ranks, confidence).items()
+        },
+        _intervals(names, scores, confidence),
         int(moved.quantile(confidence, interpolation="higher")),
         float((moved == 0).double().mean()),
-        len(deviations),
+        len(metrics.deviations),
         batches,
     )
+
+
+def _moved_ranks(ranks: Tensor, allocation: Allocation) -> Tensor:
+    """How many ranks are in other modules than in `allocation`.
+
+    ranks: (resamples, modules) → (resamples,). With a budget in parameters, the sums can differ.
+    Then the larger of gains and losses counts.
+    """
+    change = ranks - torch.tensor(list(allocation.ranks.values()), dtype=torch.float64)
+    return torch.maximum(change.clamp(min=0).sum(1), (-change).clamp(min=0).sum(1))
+
+
+def _intervals(names: list[str], values: Tensor, confidence: float) -> dict[str, tuple[Any, Any]]:
+    """{module: (low, high)}: they hold a share `confidence` of the module's values.
+
+    values: (resamples, modules).
+    """
+    low = values.quantile((1 - confidence) / 2, dim=0, interpolation="lower").tolist()
+    high = values.quantile((1 + confidence) / 2, dim=0, interpolation="higher").tolist()
+    return dict(zip(names, zip(low, high, strict=True), strict=True))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..allocators.allocation import Allocation, Allocator
+from ..allocators.allocation import Allocation
+from ..allocators.allocator import Allocator
 from ..layers.targets import layer_shape, modules_by_name
 from .model_state import unchanged
 
@@ -55,17 +56,19 @@ def check_allocator(allocator: Allocator) -> None:
         limits[name] = min(shape) if score.ndim == 0 or allocator.grows else len(score)
     with unchanged(model):
         for budget in sorted({0, 1, len(limits), sum(limits.values()) // 2, sum(limits.values())}):
-            _check_ranks(allocator.allocate(budget), limits, allocator.grows)
+            _check_ranks(allocator.allocate(budget, min_rank=0), limits, allocator.grows)
             capped = {name: -(-limit // 2) for name, limit in limits.items()}
             if budget <= sum(capped.values()):
-                _check_ranks(allocator.allocate(budget, max_rank=capped), capped, allocator.grows)
-        costs = allocator.allocate(0).costs
+                allocation = allocator.allocate(budget, min_rank=0, max_rank=capped)
+                _check_ranks(allocation, capped, allocator.grows)
+        costs = allocator.allocate(0, min_rank=0).costs
         for share in (0.0, 0.31, 0.77, 1.0):
             budget = int(share * sum(limit * costs[name] for name, limit in limits.items()))
-            _check_ranks(allocator.allocate(budget, unit="parameters"), limits, allocator.grows)
+            allocation = allocator.allocate(budget, unit="parameters", min_rank=0)
+            _check_ranks(allocation, limits, allocator.grows)
         for budget in (-1, sum(limits.values()) + 1):
             try:
-                allocator.allocate(budget)
+                allocator.allocate(budget, min_rank=0)
             except ValueError:
                 continue
             raise AssertionError(

@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from minirank import Allocation, Allocator, UniformRanks, lora_layers, resize, wrap
+from minirank import (
+    Allocation,
+    RankScoreAllocator,
+    ShareAllocator,
+    UniformRanks,
+    lora_layers,
+    resize,
+    wrap,
+)
 from minirank.allocators.table import arrange
 
 
@@ -18,8 +26,8 @@ def mlp():
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
 
 
-class Shares(Allocator):
-    """Scores given by hand: () shares or (r,) per-rank scores."""
+class ByHand:
+    """Scores given by hand."""
 
     method = "by hand"
 
@@ -27,14 +35,22 @@ class Shares(Allocator):
         super().__init__(model)
         self.scores = scores
 
-    def _measure(self):
-        return {
-            name: torch.tensor(score, dtype=torch.float64) for name, score in self.scores.items()
-        }
+    def score(self):
+        return self.keep_scores(
+            {name: torch.tensor(score, dtype=torch.float64) for name, score in self.scores.items()}
+        )
 
 
-def scored(model, scores):
-    allocator = Shares(model, scores)
+class Shares(ByHand, ShareAllocator):
+    """() for each module"""
+
+
+class RankScores(ByHand, RankScoreAllocator):
+    """(r,) for each module"""
+
+
+def scored(model, scores, kind=Shares):
+    allocator = kind(model, scores)
     allocator.score()
     return allocator
 
@@ -49,7 +65,7 @@ def test_allocate_before_score_says_so():
 
 def test_ranks_and_costs_follow_the_shares():
     allocation = scored(mlp(), {"0": 3.0, "2": 1.0}).allocate(4)
-    assert allocation == Allocation({"0": 3, "2": 1}, {"0": 14, "2": 12}, 4, "rank", "by hand")
+    assert allocation == Allocation({"0": 3, "2": 1}, {"0": 14, "2": 12}, 4, "ranks", "by hand")
     assert allocation.total_rank == 4
     assert allocation.parameters == 3 * 14 + 12
 
@@ -84,7 +100,7 @@ def test_bounds_for_all_or_by_name():
         ({"budget": 11}, "above the 10 that all modules"),
         ({"budget": 3, "min_rank": 2}, "below the 4 that min_rank takes"),
         ({"budget": -1}, "below the 0"),
-        ({"budget": 4, "unit": "ranks"}, "unit must be 'rank' or 'parameters', got 'ranks'"),
+        ({"budget": 4, "unit": "rank"}, "unit must be 'ranks' or 'parameters', got 'rank'"),
         ({"budget": 4, "min_rank": -1}, "min_rank must be integers of at least 0"),
         ({"budget": 4, "max_rank": 1.5}, "max_rank must be integers"),
         ({"budget": 4, "min_rank": {"1": 1}}, r"min_rank names \['1'\], which were not scored"),
@@ -101,7 +117,7 @@ def test_what_cannot_be_met_is_an_error_that_says_why(arguments, match):
 def test_scores_per_rank_give_masks():
     model = mlp()
     wrap(model, {"0": 3, "2": 2})
-    allocation = scored(model, {"0": [0.1, 5.0, 0.2], "2": [0.3, 0.0]}).allocate(3)
+    allocation = scored(model, {"0": [0.1, 5.0, 0.2], "2": [0.3, 0.0]}, RankScores).allocate(3)
     assert allocation.ranks == {"0": 2, "2": 1}
     assert {name: mask.tolist() for name, mask in allocation.keep.items()} == {
         "0": [False, True, True],
@@ -115,7 +131,7 @@ def test_scores_per_rank_give_masks():
 def test_scores_per_rank_go_stale_when_ranks_change():
     model = mlp()
     wrap(model, {"0": 3, "2": 2})
-    allocator = scored(model, {"0": [0.1, 5.0, 0.2], "2": [0.3, 0.0]})
+    allocator = scored(model, {"0": [0.1, 5.0, 0.2], "2": [0.3, 0.0]}, RankScores)
     resize(model, allocator.allocate(4))
     with pytest.raises(RuntimeError, match="stale: '2' was resized"):
         allocator.allocate(4)
@@ -171,7 +187,7 @@ RANKS = {
 
 
 def allocation():
-    return Allocation(RANKS, dict.fromkeys(RANKS, 10), 18, "rank", "some method")
+    return Allocation(RANKS, dict.fromkeys(RANKS, 10), 18, "ranks", "some method")
 
 
 def test_the_record_is_frozen_and_pickles():

@@ -1,4 +1,5 @@
-"""L1RA's step(): when it shrinks, when it updates, whose learning rate is constant, and what is refused."""
+"""L1RA's step(): when it shrinks, when it updates, whose learning rate is constant, and what is
+refused."""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ def equal(a, b):
 
 
 def test_the_proximal_step_minimises_its_objective():
-    """clamp(c - t, 0, 1) is the minimiser of ½(z - c)² + t |z| over [0, 1]: found again on a fine grid."""
+    """clamp(c - t, 0, 1) is the minimiser of ½(z - c)² + t |z| over [0, 1]: found again on a fine
+    grid."""
     c = torch.linspace(-0.5, 1.5, 41, dtype=torch.float64)
     z = torch.linspace(0, 1, 2001, dtype=torch.float64)
     for t in (0.0, 0.05, 0.3, 2.0):
@@ -268,7 +270,8 @@ def test_bounds_hold_and_a_budget_is_reached_by_the_first_update():
     options = {"interval": 1, "l1": 0.0}
     bounds = {"min_rank": 2, "max_rank": {"body.conv": 3, "like": 5}}
     model, _, optimizer, l1ra = made(torch.optim.SGD, **options, **bounds, budget=14)
-    # "blocks.0.0" is lifted to 2; the other three go to "body.up", "blocks.0.0" and "like", whose gates are equal.
+    # "blocks.0.0" is lifted to 2; the other three go to "body.up", "blocks.0.0" and "like", whose
+    # gates are equal.
     assert still_step(model, optimizer, l1ra).ranks == {
         "body.up": 3,
         "body.conv": 3,
@@ -461,7 +464,7 @@ def test_a_scheduler_made_before_is_refused():
         ({"threshold": 1.0}, "threshold"),
         ({"threshold": -0.1}, "threshold"),
         ({"shrinkage": "lasso"}, "shrinkage"),
-        ({"unit": "ranks"}, "unit"),
+        ({"unit": "rank"}, "unit"),
         ({"budget": 3}, "below the 4 that min_rank"),
         ({"budget": 99}, "above"),
         ({"max_rank": 2}, "above"),

@@ -1,4 +1,5 @@
-"""L1RA's invariants at every step of trainings, over random gate patterns, across saving, and where ranks should go."""
+"""L1RA's invariants at every step of trainings, over random gate patterns, across saving, and where
+ranks should go."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def bound(bounds, name, default):
 
 
 def checked(resize_itself, output, seen):
-    """resize(), with the function and the optimizer's state compared across it. `seen` counts what was compared."""
+    """resize(), with the function and the optimizer's state compared across it. `seen` counts what
+    was compared."""
 
     def wrapper(model, allocation, optimizer, **options):
         layers = lora_layers(model)
@@ -141,7 +143,7 @@ def gates(layers):
     return {name: layer.gate for name, layer in layers.items()}
 
 
-@pytest.mark.parametrize("unit", ["rank", "parameters"])
+@pytest.mark.parametrize("unit", ["ranks", "parameters"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_invariants_hold_at_every_step_of_a_training(name, unit, monkeypatch):
     _, model, _ = wrapped(ranks=RANKS, gate=1.0, trainable=["emb"])
@@ -174,8 +176,8 @@ def test_the_invariants_hold_at_every_step_of_a_training(name, unit, monkeypatch
 
 @st.composite
 def gated_chains(draw):
-    """A chain of linear layers whose weights and factors are small whole numbers, so that sums are exact in any order,
-    and gates of 0, ½ or 1."""
+    """A chain of linear layers whose weights and factors are small whole numbers, so that sums are
+    exact in any order, and gates of 0, ½ or 1."""
     widths = draw(st.lists(st.integers(1, 6), min_size=2, max_size=5))
     shapes = list(itertools.pairwise(widths))
     model = nn.Sequential(*(nn.Linear(*shape) for shape in shapes)).double()
@@ -197,7 +199,7 @@ def gated_chains(draw):
 @given(case=gated_chains(), data=st.data())
 def test_random_gates_move_ranks_and_not_the_function(case, data):
     model, layers, width = case
-    unit = data.draw(st.sampled_from(["rank", "parameters"]), label="unit")
+    unit = data.draw(st.sampled_from(["ranks", "parameters"]), label="unit")
     optimizer = torch.optim.Adam(trainable(model), 1e-30)
     costs = {
         n: x.in_features + x.out_features if unit == "parameters" else 1 for n, x in layers.items()
@@ -383,7 +385,8 @@ def flat(run):
 
 
 def test_a_state_may_have_been_loaded_onto_an_accelerator():
-    """torch.load(map_location="cuda") moves every tensor, but generators take their state from the CPU only."""
+    """torch.load(map_location="cuda") moves every tensor, but generators take their state from the
+    CPU only."""
 
     class Elsewhere:
         def __init__(self, tensor):
@@ -437,7 +440,8 @@ def test_states_that_do_not_fit_are_refused_and_change_nothing():
 
 
 def test_ranks_go_where_they_are_needed(monkeypatch):
-    """Three layers that need 1, 6 and 2 ranks start with 3 each. All ten seeds of the example find them."""
+    """Three layers that need 1, 6 and 2 ranks start with 3 each. All ten seeds of the example find
+    them."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
     import l1ra_planted
 

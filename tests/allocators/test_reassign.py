@@ -1,4 +1,5 @@
-"""reassign.py: L1RA's rule against a simulation written from its words, and what must hold whatever the gates."""
+"""reassign.py: L1RA's rule against a simulation written from its words, and what must hold whatever
+the gates."""
 
 from __future__ import annotations
 
@@ -113,7 +114,8 @@ def test_against_the_simulation_and_the_invariants(case):
 
 
 def test_the_papers_rule():
-    """Two ranks fall; they go to the modules that lost none, the one whose smallest gate is larger first."""
+    """Two ranks fall; they go to the modules that lost none, the one whose smallest gate is larger
+    first."""
     gates = {"loses": [0.9, 0.0, 0.8, 0.0], "second": [0.7, 0.6], "first": [0.8, 0.65]}
     result = run(gates)
     assert result.ranks == {"loses": 2, "second": 3, "first": 3}

@@ -1,4 +1,5 @@
-"""sensitivity.py: each equation against an independent NumPy transcription of the paper, then the allocator."""
+"""sensitivity.py: each equation against an independent NumPy transcription of the paper, then the
+allocator."""
 
 from __future__ import annotations
 

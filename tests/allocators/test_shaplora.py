@@ -1,4 +1,5 @@
-"""shaplora.py: Eqs 6–10 against plain loops, the facts that follow from them, and the ranks that they give."""
+"""shaplora.py: Eqs 6–10 against plain loops, the facts that follow from them, and the ranks that
+they give."""
 
 from __future__ import annotations
 
@@ -13,14 +14,16 @@ from helpers.shaplora_cases import PLAYERS, RANKS, SCALING, data, flat, loss_fn,
 from torch import nn
 
 from minirank import ShapLoRA, lora_layers, resize, wrap
-from minirank.allocators.shaplora import ipt, mean_gradient, san
+from minirank.allocators.coalitions import mean_gradient
+from minirank.allocators.shaplora import ipt, san
 from minirank.shapley import coalition_masks, exact_shapley_values
 
 # ---- the equations ------------------------------------------------------------------------------
 
 
 def oracle(model, batches, masks):
-    """Eqs 6–10 a second time: the network written out, one loss over all samples, loops over every entry."""
+    """Eqs 6–10 a second time: the network written out, one loss over all samples, loops over every
+    entry."""
     x, y = (torch.cat(part) for part in zip(*batches, strict=True))
     norm = model.norm
     san_of_coalition = []
@@ -161,7 +164,8 @@ def test_the_batch_size_does_not_matter(sizes):
 
 
 def test_a_mean_over_words_takes_their_number_as_weight():
-    """Three samples of 1, 2 and 3 words: the loss is a mean over words, so samples alone are the wrong weight."""
+    """Three samples of 1, 2 and 3 words: the loss is a mean over words, so samples alone are the
+    wrong weight."""
 
     def loss(model, batch):
         x, y, words = batch
@@ -291,7 +295,8 @@ def test_lower_precision(dtype):
 
 
 def test_gradients_of_half_precision_add_up_in_float32():
-    """A thousand batches with a gradient of 1 and one of 0.5 each: bfloat16 would stop adding at 256."""
+    """A thousand batches with a gradient of 1 and one of 0.5 each: bfloat16 would stop adding at
+    256."""
     model = nn.Linear(1, 1)
     w = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
     (gradient,) = mean_gradient(
@@ -357,8 +362,8 @@ def test_a_model_can_be_pruned_in_place_too():
 
 
 def test_ranks_that_learned_nothing_go_first():
-    """Three layers with four ranks each regress onto changes of rank 1, 4 and 0: the third layer's ranks, which had
-    nothing to learn, all fall before any other."""
+    """Three layers with four ranks each regress onto changes of rank 1, 4 and 0: the third layer's
+    ranks, which had nothing to learn, all fall before any other."""
     layers = nn.ModuleList(nn.Linear(10, 10, bias=False).requires_grad_(False) for _ in range(3))
     generator = torch.Generator().manual_seed(0)
     targets = []
@@ -385,10 +390,13 @@ def test_ranks_that_learned_nothing_go_first():
 
 
 def test_what_the_sensitivity_sees_and_what_it_does_not():
-    """Two ranks of layer 0 share one direction, half of it each; those of layer 1 have one of their own. All are at the
-    minimum of L = Σ ‖ΔW - T‖². The Shapley values of -L are 1/2 for the first two and 1 for the others. But a rank with
-    a direction of its own meets no gradient there, whoever else is on: sensitivity 0. A shared one does as soon as
-    the other is off: |λ ∂L/∂λ| = 1/2, and as a mean over two entries 1/4 each for P and Q, hence 1."""
+    """Two ranks of layer 0 share one direction, half of it each; those of layer 1 have one of their
+    own. All are at the minimum of L = Σ ‖ΔW - T‖². The Shapley values of -L are 1/2 for the first
+    two and 1 for the others. But a rank with
+    a direction of its own meets no gradient there, whoever else is on: sensitivity 0. A shared one
+        does as soon as
+    the other is off: |λ ∂L/∂λ| = 1/2, and as a mean over two entries 1/4 each for P and Q, hence
+        1."""
     layers = nn.ModuleList(nn.Linear(2, 2, bias=False).double() for _ in range(2))
     eye = torch.eye(2, dtype=torch.float64)
     targets = [torch.diag(eye[0]), eye]

@@ -1,4 +1,5 @@
-"""ShapLoRA where torch sets traps: gradients that stop half-way, autocast's cache, default devices."""
+"""ShapLoRA where torch sets traps: gradients that stop half-way, autocast's cache, default
+devices."""
 
 from __future__ import annotations
 
@@ -88,7 +89,8 @@ def test_an_evaluation_in_the_same_autocast_block_does_not_matter(context):
 
 @pytest.mark.parametrize("coalitions", [0, 18])
 def test_the_default_device_does_not_matter(coalitions):
-    """The meta device stands for an accelerator: nothing can be computed on it, so that one slip would show."""
+    """The meta device stands for an accelerator: nothing can be computed on it, so that one slip
+    would show."""
     expected, allocator = scored(coalitions=coalitions)
     model, batches = trained(), data()
     with torch.device("meta"):

@@ -83,7 +83,8 @@ def test_scores_do_not_alias_the_allocators_own():
 
 
 def two_stages(first_stage):
-    """The workflow as the README has it; `first_stage` trains the trial copy in its own way. None: no first stage."""
+    """The workflow as the README has it; `first_stage` trains the trial copy in its own way. None:
+    no first stage."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Net().double()
@@ -243,7 +244,7 @@ OTHER = trained().eval()  # whose own parameters give the loss a graph
         ({"batch_weight": lambda batch: 0}, "weigh nothing"),
         (
             {"batch_weight": lambda batch: -1.0},
-            r"batch_weight\(batch\) must be a number of at least 0, got -1.0",
+            r"batch_weight\(batch\) must be a finite number of at least 0, got -1.0",
         ),
         ({"batch_weight": lambda batch: math.nan}, r"batch_weight\(batch\) must be"),
         ({"batch_weight": lambda batch: math.inf}, r"batch_weight\(batch\) must be"),

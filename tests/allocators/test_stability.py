@@ -1,4 +1,5 @@
-"""stability.py: the jackknife where it has a closed form, coverage by simulation, and what SensitivityLoRA reports."""
+"""stability.py: the jackknife where it has a closed form, coverage by simulation, and what
+SensitivityLoRA reports."""
 
 from __future__ import annotations
 
@@ -14,8 +15,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minirank import Allocation, SensitivityLoRA, curvature, testing
-from minirank.allocators.sensitivity import effective_rank, matrix_metrics, sensitivity_metrics
-from minirank.allocators.stability import Groups, resample, stability
+from minirank.allocators.sensitivity import (
+    effective_rank,
+    matrix_metrics,
+    sensitivity_metrics,
+    smooth_metrics,
+)
+from minirank.allocators.stability import (
+    Groups,
+    Jackknife,
+    interpolated_effective_rank,
+    resample,
+    resampled_stability,
+)
 from minirank.curvature.estimate import Estimate
 
 
@@ -43,7 +55,8 @@ def test_of_a_plain_mean_the_jackknife_gives_the_textbook_error():
 
 
 def test_unequal_groups_follow_busing_and_others():
-    """Their estimator written out: mean 1/g Σ (θ̃_j − θ_J)² / (h_j − 1) with θ̃_j = h_j θ − (h_j − 1) θ_(−j)."""
+    """Their estimator written out: mean 1/g Σ (θ̃_j − θ_J)² / (h_j − 1) with θ̃_j = h_j θ − (h_j −
+    1) θ_(−j)."""
     xs, ws = (
         torch.tensor([1.0, 4.0, 6.0, 9.0], dtype=torch.float64),
         torch.tensor([1.0, 2.0, 2.0, 5.0]),
@@ -96,13 +109,14 @@ def test_what_is_no_estimate_weighs_by_its_batches():
 
 
 def test_95_percent_intervals_of_theta_cover_92_to_98_percent():
-    """θ of Eqs 8–14 for six matrices, whose groups of batches vary together and apart; 10 to 19 groups of them."""
+    """θ of Eqs 8–14 for six matrices, whose groups of batches vary together and apart; 10 to 19
+    groups of them."""
     n, generator = 6, seeded(0)
     truth = torch.rand(n, 12, generator=generator, dtype=torch.float64)
     truth *= torch.logspace(-0.5, 0.5, n, dtype=torch.float64)[:, None]
 
     def metrics(h):
-        return matrix_metrics([h[str(i)] for i in range(n)], whole=False).flatten()
+        return smooth_metrics([h[str(i)] for i in range(n)]).flatten()
 
     def theta(metrics):
         """Eqs 11–14 of many draws at once: (draws, 3n) → (draws, n)"""
@@ -152,10 +166,10 @@ def test_resampled_scores_have_the_stated_spread():
 @given(st.lists(st.floats(-1, 5), min_size=1, max_size=40), st.floats(0.05, 1))
 def test_the_smooth_effective_rank_rounds_up_to_the_count(entries, share):
     h = torch.tensor(entries, dtype=torch.float64)
-    smooth = effective_rank(h, share, whole=False)
+    smooth = interpolated_effective_rank(h, share)
     assert smooth.ceil() == effective_rank(h, share)
     if smooth:
-        nudged = effective_rank(h * (1 + 1e-9 * torch.arange(len(h))), share, whole=False)
+        nudged = interpolated_effective_rank(h * (1 + 1e-9 * torch.arange(len(h))), share)
         assert abs(float(nudged - smooth)) < 1e-4
 
 
@@ -177,18 +191,13 @@ def report(score, spread, **options):
         "batches": 7,
         **options,
     }
-    return stability(
-        torch.exp,
-        largest_gets_all,
-        torch.tensor(score, dtype=torch.float64),
-        deviations,
-        **arguments,
-    )
+    metrics = Jackknife(torch.tensor(score, dtype=torch.float64), deviations)
+    return resampled_stability(torch.exp, largest_gets_all, metrics, **arguments)
 
 
 def test_a_clear_lead_is_settled_and_a_tie_is_open():
     settled = report([1.0, 5.0], 0.01)
-    assert (settled.moved, settled.same, settled.open) == (0, 1.0, {})
+    assert (settled.max_moved, settled.same, settled.open) == (0, 1.0, {})
     assert "none of them would move" in str(settled)
     low, high = settled.score_intervals[
         "b"
@@ -197,17 +206,18 @@ def test_a_clear_lead_is_settled_and_a_tie_is_open():
     assert math.log(high) == pytest.approx(5 + 0.0213, abs=0.003)
     tie = report([5.0, 5.001], 1.0)
     assert tie.open == {"a": (0, 3), "b": (0, 3)}
-    assert tie.moved == 3
+    assert tie.max_moved == 3
     assert 0.4 < tie.same < 0.6
     assert "b  rank 3, from 0 to 3" in str(tie)
 
 
 def test_confidence_decides_what_counts_as_open():
-    """Score differences have a standard error of √2: b loses in a share of P(t₄ < −2/√2) ≈ 11 % of resamples."""
+    """Score differences have a standard error of √2: b loses in a share of P(t₄ < −2/√2) ≈ 11 % of
+    resamples."""
     assert report([3.0, 5.0], 1.0, confidence=0.5).open == {}
-    assert report([3.0, 5.0], 1.0, confidence=0.5).moved == 0
+    assert report([3.0, 5.0], 1.0, confidence=0.5).max_moved == 0
     assert set(report([3.0, 5.0], 1.0, confidence=0.95).open) == {"a", "b"}
-    assert report([3.0, 5.0], 1.0, confidence=0.95).moved == 3
+    assert report([3.0, 5.0], 1.0, confidence=0.95).max_moved == 3
 
 
 @pytest.mark.parametrize("confidence", [0.0, 1.0, 95])
@@ -268,7 +278,7 @@ def test_more_data_settles_more():
     few.score(), many.score()
     first, last = few.stability(12), many.stability(12)
     assert width(last) < 0.5 * width(first)
-    assert last.moved <= first.moved
+    assert last.max_moved <= first.max_moved
     assert last.allocation.ranks == many.allocate(12).ranks
     assert 10 <= last.groups < 20
     assert (first.batches, last.batches) == (20, 320)
@@ -281,8 +291,9 @@ def test_more_data_settles_more():
 
 
 def test_ranks_of_new_data_lie_in_the_intervals_as_often_as_stated():
-    """Of 40 independent calibrations, intervals of 95 % per module hold the ranks that 4,000 batches give: at least
-    90 % of the 120 times (a lower bound, since whole ranks make intervals wider than asked)."""
+    """Of 40 independent calibrations, intervals of 95 % per module hold the ranks that 4,000
+    batches give: at least 90 % of the 120 times (a lower bound, since whole ranks make intervals
+        wider than asked)."""
     model, batches = model_and_batches(4000, seed=9)
     settled = allocator(model, batches)
     settled.score()
@@ -306,8 +317,8 @@ def test_settle_takes_no_more_batches_than_it_needs():
             yield batch
 
     one = allocator(model, counted(), groups=10)
-    result = one.settle(12, moved=1)
-    assert result.moved <= 1
+    result = one.settle(12, max_moved=1)
+    assert result.max_moved <= 1
     assert 10 <= len(taken) < 2000
     assert one.allocate(12).ranks == result.allocation.ranks
     again = allocator(model, batches[: len(taken)], groups=10)
@@ -322,8 +333,8 @@ def test_settle_stops_where_it_was_told_to():
     taken = {}
     for moved in (0, 2):
         one = allocator(model, batches, groups=4)
-        taken[moved] = one.settle(60, moved=moved)
-        assert taken[moved].moved <= moved
+        taken[moved] = one.settle(60, max_moved=moved)
+        assert taken[moved].max_moved <= moved
         groups_after = one.score() and one.stability(60).groups
         whole = allocator(model, batches, groups=4)
         whole.score()
@@ -335,7 +346,7 @@ def test_settle_stops_where_it_was_told_to():
 def test_settle_at_the_end_of_the_batches_says_how_far_it_came():
     model, batches = model_and_batches(12)
     result = allocator(model, batches, groups=10).settle(40, confidence=0.999)
-    assert result.moved > 0
+    assert result.max_moved > 0
     assert result.groups == 12
 
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from minirank import (
     L1RA,
-    Allocator,
     LoRALinear,
+    RankScoreAllocator,
     SensitivityLoRA,
     ShapLoRA,
     UniformRanks,
@@ -39,15 +39,17 @@ def batches():
     return [torch.randn(n, 5, generator=generator) for n in (4, 6)]
 
 
-class RankScores(Allocator):
+class RankScores(RankScoreAllocator):
     """One score per existing rank, as L1RA and ShapLoRA give."""
 
-    def _measure(self):
-        return {
-            name: torch.arange(m.rank) * 1.0
-            for name, m in self.model.named_modules()
-            if isinstance(m, LoRALinear)
-        }
+    def score(self):
+        return self.keep_scores(
+            {
+                name: torch.arange(m.rank) * 1.0
+                for name, m in self.model.named_modules()
+                if isinstance(m, LoRALinear)
+            }
+        )
 
 
 def wrapped():
@@ -98,20 +100,20 @@ def test_scoring_twice_gives_the_same(make):
 
 def broken_allocators():
     class ChangesTheModel(UniformRanks):
-        def _measure(self):
+        def score(self):
             with torch.no_grad():
                 self.model.up.weight[0, 0] += 1
-            return super()._measure()
+            return super().score()
 
     class LeavesEvalMode(UniformRanks):
-        def _measure(self):
+        def score(self):
             self.model.eval()
-            return super()._measure()
+            return super().score()
 
     class DrawsFromTheGlobalGenerator(UniformRanks):
-        def _measure(self):
+        def score(self):
             torch.rand(1)
-            return super()._measure()
+            return super().score()
 
     class LosesARank(UniformRanks):
         def allocate(self, budget, **options):
@@ -119,12 +121,13 @@ def broken_allocators():
 
     class NeedsNoScores(UniformRanks):
         def allocate(self, budget, **options):
-            self._scores = self._measure()
+            self.score()
             return super().allocate(budget, **options)
 
     class GivesNaN(UniformRanks):
-        def _measure(self):
-            return {name: score * float("nan") for name, score in super()._measure().items()}
+        def score(self):
+            scores = super().score()
+            return self.keep_scores({name: score * float("nan") for name, score in scores.items()})
 
     class KeepsMoreThanItGives(RankScores):
         grows = True
@@ -132,13 +135,13 @@ def broken_allocators():
         def __init__(self, model):
             super().__init__(wrapped())
 
-        def _judge(self, scores, *args):
-            ranks, _ = super()._judge(scores, *args)
-            return ranks, {name: [True] * len(values) for name, values in scores.items()}
+        def ranks_from_scores(self, scores, constraints):
+            ranks, _ = super().ranks_from_scores(scores, constraints)
+            return ranks, {name: torch.ones(len(s), dtype=torch.bool) for name, s in scores.items()}
 
     class ForgetsAMask(KeepsMoreThanItGives):
-        def _judge(self, scores, *args):
-            ranks, keep = RankScores._judge(self, scores, *args)
+        def ranks_from_scores(self, scores, constraints):
+            ranks, keep = RankScores.ranks_from_scores(self, scores, constraints)
             return ranks, {"up": keep["up"]}
 
     return [

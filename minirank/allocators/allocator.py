@@ -1,0 +1,233 @@
+"""`Allocator`: score() measures a model, and allocate(budget) divides a budget by the scores.
+
+An allocator of your own is a class with one method, `score`. Choose the base by what you score:
+
+- `ShareAllocator`: one number per module, its share of the budget.
+- `RankScoreAllocator`: one number for each existing rank of the LoRA layers; the best are kept.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from minirank import linear_targets, testing
+    >>> class LargestWeights(ShareAllocator):
+    ...     method = "largest weights"
+    ...     def score(self):
+    ...         layers = linear_targets(self.model)
+    ...         return self.keep_scores({n: m.weight.norm() for n, m in layers.items()})
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    >>> _ = [nn.init.constant_(layer.weight, 1.0) for layer in model]
+    >>> allocator = LargestWeights(model)
+    >>> testing.check_allocator(LargestWeights(model))  # does it keep the rules?
+    >>> allocator.score()  # √16 and √8
+    {'0': tensor(4.), '1': tensor(2.8284)}
+    >>> allocator.allocate(5).ranks
+    {'0': 3, '1': 2}
+
+For another rule than these two, derive from `Allocator` and write `ranks_from_scores` as well.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..budget import best_ranks, proportional_ranks
+from ..layers.lora import LoRALinear
+from ..layers.targets import modules_by_name
+from .allocation import Allocation, Unit
+from .constraints import Bound, Constraints, constraints_for
+
+Ranks = dict[str, int]  # {module: rank}
+KeepMasks = dict[str, Tensor]  # {module: bool (r,), true for the present ranks that survive}
+
+
+class Allocator(ABC):
+    """score() measures and never changes the model; allocate(budget) divides and never touches it.
+
+    Args:
+        model: the model to measure.
+    """
+
+    method: ClassVar[str] = "Allocator"  # its name in an Allocation
+    grows: ClassVar[bool] = True  # whether a module can get more ranks than it has now
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._scores: dict[str, Tensor] | None = None
+
+    @abstractmethod
+    def score(self) -> dict[str, Tensor]:
+        """Measure the model. The scores are returned, and kept for `allocate`.
+
+        An implementation ends with `return self.keep_scores(scores)`.
+
+        Returns:
+            {module: score}. Higher means more ranks, or ranks that are kept rather than others.
+        """
+
+    @abstractmethod
+    def ranks_from_scores(
+        self, scores: Mapping[str, Tensor], constraints: Constraints
+    ) -> tuple[Ranks, KeepMasks | None]:
+        """How this method's scores become ranks. Reads no state that `score` sets.
+
+        Args:
+            scores: as `score` returns them, float64, on the CPU.
+
+        Returns:
+            The ranks, and which of the present ranks survive if the method judges these.
+        """
+
+    def keep_scores(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Keep a copy of the scores for `allocate`, and return another."""
+        self._scores = {name: score.detach().clone() for name, score in scores.items()}
+        return {name: score.clone() for name, score in self._scores.items()}
+
+    def allocate(
+        self, budget: int, *, unit: Unit = "ranks", min_rank: Bound = 0, max_rank: Bound = None
+    ) -> Allocation:
+        """Divide `budget` by the last scores.
+
+        Args:
+            budget: with unit="ranks", the total rank, which is met exactly. With
+                unit="parameters", trainable parameters Σ r · (d_out + d_in): these are not
+                exceeded, and no further rank fits into what is left.
+            min_rank, max_rank: one bound for all modules, or {module: bound} for some of them; the
+                others have the bounds 0 and none. No rank exceeds min(d_out, d_in).
+
+        Raises:
+            RuntimeError: `score` has not run, or the scores are stale because the ranks or modules
+                have changed since.
+            ValueError: the bounds make the budget impossible, a name or the unit is unknown, or
+                scores are not finite.
+        """
+        if self._scores is None:
+            raise RuntimeError(f"{type(self).__name__}.allocate needs scores: call score() first")
+        return self._allocation(self._scores, budget, unit, min_rank, max_rank)
+
+    def _allocation(
+        self,
+        scores: Mapping[str, Tensor],
+        budget: int,
+        unit: Unit,
+        min_rank: Bound,
+        max_rank: Bound,
+    ) -> Allocation:
+        """Divide `budget` by these scores, whatever `score` has kept."""
+        constraints = constraints_for(self.model, scores, budget, unit, min_rank, max_rank)
+        exact = {name: score.detach().double().cpu() for name, score in scores.items()}
+        ranks, keep = self.ranks_from_scores(exact, constraints)
+        return Allocation(ranks, constraints.costs, budget, unit, self.method, keep)
+
+
+class ShareAllocator(Allocator):
+    """Scores are shares of the budget, one for each module: ranks are proportional to them.
+
+    `score` returns {module: tensor of shape ()}, finite and not negative; only ratios matter. See
+    `minirank.budget.proportional_ranks`.
+    """
+
+    def ranks_from_scores(
+        self, scores: Mapping[str, Tensor], constraints: Constraints
+    ) -> tuple[Ranks, None]:
+        for name, score in scores.items():
+            if score.ndim != 0:
+                raise ValueError(
+                    f"the score of {name!r} has shape {tuple(score.shape)}: expected one share, "
+                    "(); for one score per existing rank, derive from RankScoreAllocator"
+                )
+        shares = {name: float(score) for name, score in scores.items()}
+        return proportional_ranks(
+            shares,
+            constraints.budget,
+            costs=constraints.budget_costs,
+            lower=constraints.lower,
+            upper=constraints.upper,
+        ), None
+
+
+class RankScoreAllocator(Allocator):
+    """Scores judge the existing ranks of LoRA layers, one by one: those with the best are kept.
+
+    `score` returns {module: tensor of shape (r,)}, finite, of any sign. See
+    `minirank.budget.best_ranks`. The scores belong to the ranks that were there: when a layer is
+    resized they are stale.
+    """
+
+    grows = False
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        # resize() gives a layer new parameters, so the same parameter means the same ranks. The
+        # references are weak, so that parameters which the model has dropped are freed.
+        self._scored_factors: dict[str, weakref.ref[nn.Parameter]] = {}
+
+    def keep_scores(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Keep a copy of the scores for `allocate`, and which ranks they belong to; return another.
+
+        Raises:
+            ValueError: a score that is not of shape (r,) for a LoRA layer of rank r.
+        """
+        factors = {}
+        modules = modules_by_name(self.model)
+        for name, score in scores.items():
+            layer = modules.get(name)
+            if not isinstance(layer, LoRALinear):
+                raise ValueError(f"expected scores of LoRA layers, and {name!r} is none: wrap it")
+            if score.shape != (layer.rank,):
+                raise ValueError(
+                    f"the score of {name!r} has shape {tuple(score.shape)}: expected one score per "
+                    f"existing rank, ({layer.rank},)"
+                )
+            factors[name] = weakref.ref(layer.lora_A)
+        kept = super().keep_scores(scores)
+        self._scored_factors = factors
+        return kept
+
+    def allocate(
+        self, budget: int, *, unit: Unit = "ranks", min_rank: Bound = 0, max_rank: Bound = None
+    ) -> Allocation:
+        self._require_fresh_scores()
+        return super().allocate(budget, unit=unit, min_rank=min_rank, max_rank=max_rank)
+
+    def _require_fresh_scores(self) -> None:
+        """Raise RuntimeError if a layer has other ranks than those that were scored."""
+        modules = modules_by_name(self.model)
+        for name, factor in self._scored_factors.items():
+            layer = modules.get(name)
+            if not isinstance(layer, LoRALinear) or layer.lora_A is not factor():
+                raise RuntimeError(
+                    f"the scores are stale: {name!r} was resized or taken out since score(); "
+                    "call score() again"
+                )
+
+    def ranks_from_scores(
+        self, scores: Mapping[str, Tensor], constraints: Constraints
+    ) -> tuple[Ranks, KeepMasks]:
+        keep = best_ranks(
+            {name: score.tolist() for name, score in scores.items()},
+            constraints.budget,
+            costs=constraints.budget_costs,
+            lower=constraints.lower,
+            upper=constraints.upper,
+        )
+        return {name: sum(mask) for name, mask in keep.items()}, keep_masks(keep)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which weak references do not survive."""
+        factors = {name: factor() for name, factor in self._scored_factors.items()}
+        return {**self.__dict__, "_scored_factors": factors}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        factors = state["_scored_factors"].items()
+        references = {name: weakref.ref(factor) for name, factor in factors if factor is not None}
+        self.__dict__.update(state, _scored_factors=references)
+
+
+def keep_masks(keep: Mapping[str, list[bool]]) -> KeepMasks:
+    """{module: bool per rank} as tensors on the CPU, whatever the default device."""
+    return {name: torch.tensor(mask, dtype=torch.bool, device="cpu") for name, mask in keep.items()}
