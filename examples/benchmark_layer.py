@@ -71,7 +71,7 @@ def main() -> None:
         wrap(
             model,
             allocator.allocate(arguments.rank * arguments.layers),
-            alpha=SCALING * arguments.rank,
+            scaling=SCALING,
         )
         return model
 

@@ -56,9 +56,7 @@ def main() -> None:
     model = build_model(0, len(data.tags)).eval()
     uniform = UniformRanks(model, ["encoder.*"])
     uniform.score()
-    layers = wrap(
-        model, uniform.allocate(36 * 4), alpha=2, reference_rank=1, gate=0.0, trainable=["head"]
-    )
+    layers = wrap(model, uniform.allocate(36 * 4), scaling=2.0, gate=0.0, trainable=["head"])
     for layer in layers.values():  # as if trained
         nn.init.constant_(layer.get_parameter("gate"), 0.1)
     sentences = data.dev[:: len(data.dev) // options.sentences][: options.sentences]

@@ -171,9 +171,7 @@ def shaplora(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
     twice = UniformRanks(trial, options.targets)
     twice.score()
     ranks = twice.allocate(2 * options.budget, unit=options.unit)  # type: ignore[arg-type]
-    wrap(
-        trial, ranks, alpha=SCALING, reference_rank=1, gate=0.0, trainable=["head"], generator=seed
-    )
+    wrap(trial, ranks, scaling=SCALING, gate=0.0, trainable=["head"], generator=seed)
     optimizer = make_optimizer(trial, gate_lr=options.first_gate_lr)
     train(trial, data.train, steps=options.steps, seed=seed, optimizer=optimizer)
     validation = list(batches(spread(data.dev, options.sentences), 24, device=options.device))
@@ -210,7 +208,7 @@ def allocate_then_train(
     allocator.score()
     allocation = allocator.allocate(options.budget, unit=options.unit)  # type: ignore[arg-type]  # argparse checks it
     seconds = time.perf_counter() - start
-    wrap(model, allocation, alpha=SCALING, reference_rank=1, trainable=["head"], generator=seed)
+    wrap(model, allocation, scaling=SCALING, trainable=["head"], generator=seed)
     return Trained(allocation, seconds, train(model, data.train, steps=options.steps, seed=seed))
 
 

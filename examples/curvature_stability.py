@@ -88,7 +88,7 @@ def tau(a: Measured, b: Measured) -> dict[str, float]:
 def fine_tune(model: Tagger, examples: list[Example], steps: int, seed: int) -> None:
     """LoRA of rank 2 everywhere, as in compare.py, merged: plain layers again, at W + ΔW."""
     ranks = dict.fromkeys(linear_targets(model, TARGETS), 2)
-    wrap(model, ranks, alpha=2.0, reference_rank=1, trainable=["head"], generator=seed)
+    wrap(model, ranks, scaling=2.0, trainable=["head"], generator=seed)
     train(model, examples, steps=steps, seed=seed, progress=False)
     merge(model)
     unwrap(model)

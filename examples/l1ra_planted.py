@@ -52,9 +52,7 @@ def train(
     """Train on the planted problem of this seed: (the L1RA object, the squared error left, 9 at the start)."""
     layers, targets, generator = planted_problem(seed)
     start = sum(PLANTED) // len(PLANTED)
-    wrap(
-        layers, {str(i): start for i in range(len(PLANTED))}, gate=1.0, trainable=[], generator=seed
-    )
+    wrap(layers, {str(i): start for i in range(len(PLANTED))}, gate=1.0, generator=seed)
     trained = [parameter for parameter in layers.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=weight_decay)
     l1ra = L1RA(

@@ -89,8 +89,7 @@ def trained(task: Problem, ranks: dict[str, int], training: str, steps: int, see
         ranks,
         gate=1.0 if by_l1ra else 0.0,
         alpha=1,
-        reference_rank=1,
-        trainable=[],
+        reference_rank=1,  # of a gated start too: L1RA's A is drawn from N(0, 1)
         generator=seed,
     )
     parameters = [p for p in model.parameters() if p.requires_grad]

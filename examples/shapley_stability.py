@@ -46,7 +46,7 @@ def main() -> None:
     model = build_model(0, len(data.tags))
     uniform = UniformRanks(model, ["encoder.*"])
     uniform.score()
-    wrap(model, uniform.allocate(36 * 4), alpha=2, reference_rank=1, gate=0.0, trainable=["head"])
+    wrap(model, uniform.allocate(36 * 4), scaling=2.0, gate=0.0, trainable=["head"])
     train(model, data.train, steps=options.steps, seed=0)
     dev = evaluate(model, data.dev)
     print(

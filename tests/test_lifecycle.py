@@ -106,7 +106,11 @@ def test_a_whole_life_leaves_the_base_bit_for_bit(tmp_path_factory, model_and_wi
     aliases = {name: data.draw(st.sampled_from(all_names(model)[name])) for name in ranks}
     gate = data.draw(st.sampled_from([None, 1.0, 0.0]), label="gate")
     layers = wrap(
-        model, {aliases[name]: rank for name, rank in ranks.items()}, gate=gate, alpha=2.0
+        model,
+        {aliases[name]: rank for name, rank in ranks.items()},
+        gate=gate,
+        alpha=2.0,
+        trainable=None,
     )
     assert {name: layer.rank for name, layer in layers.items()} == {
         n: r for n, r in ranks.items() if r

@@ -72,7 +72,7 @@
     deepcopy and pickle                             test_mechanisms: test_copies_are_equal_and_independent
     rank 0 and rank = min(d_in, d_out)              test_lora: test_rank_zero_is_the_base, test_every_rank_up_to_...
     shrink then grow keeps function and moments     test_shrinking_and_growing_back_keeps_the_function_and_the_moments
-    requires_grad of untouched parameters           test_wrap: test_only_the_wrapped_weights_are_frozen
+    requires_grad of untouched parameters           test_wrap: test_with_none_only_the_wrapped_weights_...
     meta-device models load                         test_a_model_from_the_meta_device_is_adapted_once_it_is_loaded
 
 A test named test_peft_... or test_pytorch_... shows that the fault is there, so that the list stays honest: where one
@@ -306,7 +306,7 @@ def test_the_trained_function_is_not_rescaled_when_ranks_change():
 def test_only_adapter_parameters_train_and_every_one_does(gate):
     _, model, _ = wrapped(ranks={"body.up": 2, "head": 3}, gate=None)
     unwrap(model)
-    layers = wrap(model, {"body.up": 2, "head": 3}, gate=gate, trainable=[])
+    layers = wrap(model, {"body.up": 2, "head": 3}, gate=gate)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     for _ in range(3):

@@ -112,7 +112,7 @@ def gauss_newton(family):
 
 def l1ra(family):
     model = family()
-    wrap(model, dict.fromkeys(family.names, 2), gate=1.0, trainable=[])
+    wrap(model, dict.fromkeys(family.names, 2), gate=1.0)
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     moving = L1RA(model, optimizer, l1=0.5, gate_lr=0.5, interval=2)
     train(model, 4, optimizer, moving.step)
@@ -124,7 +124,7 @@ def l1ra(family):
 
 def shaplora(family):
     model = family()
-    wrap(model, dict.fromkeys(family.names, 3), gate=0.0, trainable=[])
+    wrap(model, dict.fromkeys(family.names, 3), gate=0.0)
     train(model)
     return ShapLoRA(
         model, loss_fn, batches(model), coalitions=18, batch_weight=words, progress=False
@@ -218,7 +218,7 @@ def test_bfloat16_models_run_and_their_adapters_come_back(family, tmp_path):
     make = lambda: family().to(torch.bfloat16)  # noqa: E731
     for dtype in (None, torch.float32):
         model = make()
-        layers = wrap(model, dict.fromkeys(family.names, 2), dtype=dtype, trainable=[])
+        layers = wrap(model, dict.fromkeys(family.names, 2), dtype=dtype)
         train(model)
         assert {p.dtype for x in layers.values() for p in x.parameters(recurse=False)} == {
             dtype or torch.bfloat16
@@ -355,7 +355,7 @@ def test_merging_and_taking_out_leave_what_they_should(family):
     unwrap(model)
     assert model.state_dict().keys() == original.keys()
     assert all(same_bits(value, original[key]) for key, value in model.state_dict().items())
-    assert [n for n, p in model.named_parameters() if p.requires_grad] == [  # of `trainable=[]`
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [  # of `trainable=()`
         f"{name}.{key}"
         for name in lora_layers(adapted(family))
         for key, _ in plain.get_submodule(name).named_parameters()
@@ -366,7 +366,7 @@ def test_merging_and_taking_out_leave_what_they_should(family):
 def test_merging_a_tied_head_is_refused_and_an_untied_one_is_merged(family):
     for tied in (True, False):
         model = family(tie_word_embeddings=tied)
-        randomize(wrap(model, {"lm_head": 2}, alpha=1, trainable=[]))
+        randomize(wrap(model, {"lm_head": 2}, alpha=1))
         before = logits(model)
         if tied:
             state = snapshot(model)
@@ -508,7 +508,7 @@ def test_another_family_is_scored_trained_saved_and_read_by_the_real_peft(kind, 
     )
     allocator.score()
     allocation = allocator.allocate(2 * len(allocator.targets))
-    layers = wrap(model, allocation, trainable=[])
+    layers = wrap(model, allocation)
     assert same_bits(logits(model), logits(plain))
     train(model, 1, torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=0.1))
     assert all(layer.lora_B.any() for layer in layers.values())

@@ -35,6 +35,24 @@ def select_ranks(value: Tensor, dim: int, keep: Tensor) -> Tensor:
     return value.index_select(dim, keep.nonzero().flatten().to(value.device))
 
 
+def check_scaling(
+    scaling: float | None,
+    alpha: float | None,
+    reference_rank: float | None,
+    rank_stabilized: bool,
+) -> None:
+    """Raise ValueError unless the numbers are finite and positive and fix the scaling in one way only."""
+    numbers = {"scaling": scaling, "alpha": alpha, "reference_rank": reference_rank}
+    for name, number in numbers.items():
+        expected = "a finite positive number"
+        require(number is None or 0 < number < math.inf, name, number, expected)
+    if scaling is not None and (alpha is not None or reference_rank is not None or rank_stabilized):
+        raise ValueError(
+            f"scaling={scaling!r} is the whole scale of the update: give either scaling, or alpha, "
+            "reference_rank and rank_stabilized, from which it is computed"
+        )
+
+
 class LoRALinear(nn.Module):
     """A linear module with a low-rank update beside it. It holds `base` itself, whose dtype, device, hooks and
     identity survive, and freezes it. The function is exactly the base's when the layer is new.
@@ -45,6 +63,7 @@ class LoRALinear(nn.Module):
         alpha: numerator of the scaling. None: the reference rank, so that the plain scaling is 1.
         reference_rank: r_ref in the scaling. None: `rank`.
         rank_stabilized: scaling = alpha / sqrt(r_ref) instead of alpha / r_ref.
+        scaling: s itself, in place of `alpha`, `reference_rank` and `rank_stabilized`.
         gate: None: no gate; A uniform in ±1/sqrt(d_in), B = 0, as in LoRA.
             0 < gate ≤ 1: trained gates from that value; A ~ N(0, 1/r_ref²), B = 0 (L1RA starts from 1).
             0.0: trained gates from 0; A and B ~ N(0, 0.02²) (ShapLoRA; the deviation is AdaLoRA's).
@@ -69,6 +88,7 @@ class LoRALinear(nn.Module):
         alpha: float | None = None,
         reference_rank: float | None = None,
         rank_stabilized: bool = False,
+        scaling: float | None = None,
         gate: float | None = None,
         dropout: float = 0.0,
         dtype: torch.dtype | None = None,
@@ -92,8 +112,7 @@ class LoRALinear(nn.Module):
             rank,
             f"an integer from 0 to min(d_in, d_out) = {min(shape)}",
         )
-        for key, number in (("alpha", alpha), ("reference_rank", reference_rank)):
-            require(number is None or 0 < number < math.inf, key, number, "a positive number")
+        check_scaling(scaling, alpha, reference_rank, rank_stabilized)
         require(
             gate is None or 0 <= gate <= 1,
             "gate",
@@ -103,10 +122,13 @@ class LoRALinear(nn.Module):
         require(0 <= dropout < 1, "dropout", dropout, "at least 0 and below 1")
         require(dtype is None or dtype.is_floating_point, "dtype", dtype, "a floating-point type")
         self.reference_rank = float(reference_rank if reference_rank is not None else max(rank, 1))
-        self.alpha = float(alpha if alpha is not None else self.reference_rank)
-        self.scaling = self.alpha / (
-            math.sqrt(self.reference_rank) if rank_stabilized else self.reference_rank
-        )
+        if scaling is not None:
+            self.alpha, self.scaling = scaling * self.reference_rank, float(scaling)
+        else:
+            self.alpha = float(alpha if alpha is not None else self.reference_rank)
+            self.scaling = self.alpha / (
+                math.sqrt(self.reference_rank) if rank_stabilized else self.reference_rank
+            )
         self.initial_gate = gate
         self.dropout = float(dropout)
         self.enabled = True  # False: the base function, the adapter being kept

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from ..checks import as_generator, is_integer
 from .linear import applies_weight, linear_shape
-from .lora import LoRALinear
+from .lora import LoRALinear, check_scaling
 from .targets import first_names, matching_modules, no_match, walk
 
 
@@ -46,25 +46,28 @@ def wrap(
     alpha: float | None = None,
     reference_rank: float | None = None,
     rank_stabilized: bool = False,
+    scaling: float | None = None,
     gate: float | None = None,
     dropout: float = 0.0,
     dtype: torch.dtype | None = None,
-    trainable: str | Sequence[str] | None = None,
+    trainable: str | Sequence[str] | None = (),
     generator: torch.Generator | int = 0,
 ) -> dict[str, LoRALinear]:
     """Put a LoRALinear around each named linear layer; the model computes the same function as before.
 
     Args:
         ranks: an Allocation, or {name: rank}. Rank 0 leaves the plain module. Any name of a shared module will do.
-        alpha, rank_stabilized, gate, dropout, dtype: see `LoRALinear`; the same for every layer.
-        reference_rank: fixes the scaling of every layer. None: the average rank asked for in this call, zeros
-            included. Give it, with alpha, where several calls must agree, or a model into which a state_dict is loaded:
-            that holds A, B and gates, not the scaling (save_adapter's file holds both).
-        trainable: None: the wrapped layers' own weights are frozen and every other `requires_grad` is left alone:
-            embeddings, norms and layers of rank 0 go on training if they did. Names or globs of modules, an empty
-            list for none: the adapters and the other parameters of these modules train, everything else in the
-            model is frozen, and stays so after `unwrap`.
+        scaling: s in y = W x + b + s · B (gate ⊙ A x), the same for every layer.
+        alpha, reference_rank, rank_stabilized: the other way to fix s: alpha / reference_rank, or
+            alpha / sqrt(reference_rank) if `rank_stabilized`. The default reference rank is the average rank asked
+            for in this call, zeros included; the default alpha makes the plain scaling 1.
+        gate, dropout, dtype: see `LoRALinear`; the same for every layer.
+        trainable: names or globs of modules that train beside the adapters, such as a new head. Everything else in
+            the model is frozen. None leaves every parameter outside the wrapped layers as it is.
         generator: a torch.Generator or a seed, for the new parameters.
+
+    A later call on the same model adds to what trains: the adapters and modules of earlier calls go on training, and
+    what is frozen stays frozen. The weights inside a LoRA layer are frozen in any case.
 
     Returns: the new layers by name. Changes: these slots of their parents, and `requires_grad` as said.
 
@@ -75,18 +78,29 @@ def wrap(
     wanted = resolve_ranks(model, plain_ranks(ranks))
     if not any(wanted.values()):
         raise ValueError("every rank is 0: there is nothing to wrap")
+    check_scaling(scaling, alpha, reference_rank, rank_stabilized)
     if reference_rank is None:
         reference_rank = sum(wanted.values()) / len(wanted)
-    make = partial(
-        LoRALinear,
-        alpha=alpha,
-        reference_rank=reference_rank,
-        rank_stabilized=rank_stabilized,
-        gate=gate,
-        dropout=dropout,
-        dtype=dtype,
-        generator=as_generator(generator),
-    )
+    if scaling is not None:
+        alpha = scaling * reference_rank
+    generator = as_generator(generator)
+
+    def make(module: nn.Module, rank: int) -> LoRALinear:
+        layer = LoRALinear(
+            module,
+            rank,
+            alpha=alpha,
+            reference_rank=reference_rank,
+            rank_stabilized=rank_stabilized,
+            gate=gate,
+            dropout=dropout,
+            dtype=dtype,
+            generator=generator,
+        )
+        if scaling is not None:
+            layer.scaling = float(scaling)  # without the rounding of alpha / reference_rank
+        return layer
+
     return insert_layers(
         model,
         {name: partial(make, rank=rank) for name, rank in wanted.items() if rank > 0},
@@ -103,29 +117,28 @@ def insert_layers(
     `wrap`. If anything raises, the model is as it was."""
     modules = dict(walk(model))
     adapted = {id(p) for name in make for p in modules[name].parameters()}
-    chosen = None if trainable is None else _parameters_of(model, trainable, adapted)
+    named = set() if trainable is None else _parameters_of(model, trainable, adapted)
+    earlier = lora_layers(model)
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     layers: dict[str, LoRALinear] = {}
     try:
         for name, make_layer in make.items():
             layers[name] = make_layer(modules[name])
-        if chosen is not None:
-            every = [
-                *lora_layers(model).values(),
-                *layers.values(),
-            ]  # an earlier call's adapters keep training
-            chosen |= {
-                id(parameter) for layer in every for parameter in layer.parameters(recurse=False)
-            }
-            chosen -= {id(parameter) for layer in every for parameter in layer.base.parameters()}
-            for parameter in model.parameters():
-                parameter.requires_grad_(id(parameter) in chosen)
+        bases = [layer.base for layer in [*earlier.values(), *layers.values()]]
+        frozen = {id(parameter) for base in bases for parameter in base.parameters()}
+        trained = named - frozen
+        for parameter in model.parameters():
+            # Set as an attribute: a lazy parameter without values has no requires_grad_().
+            if id(parameter) in trained:
+                parameter.requires_grad = True
+            elif trainable is not None and not earlier:
+                parameter.requires_grad = False
         _replace(model, {id(layer.base): layer for layer in layers.values()})
         return layers
     except BaseException:
         _replace(model, {id(layer): layer.base for layer in layers.values()})
         for parameter, requires_grad in before:
-            parameter.requires_grad_(requires_grad)
+            parameter.requires_grad = requires_grad
         raise
 
 
@@ -202,8 +215,9 @@ def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
 
 def unwrap(model: nn.Module) -> list[str]:
     """Take every LoRA layer out: the original modules are back in their places, under their old parameter names and
-    with the `requires_grad` their parameters had. Layers that are not merged lose their adapter; of those that are
-    merged the plain module keeps W + ΔW. Returns the names of the layers taken out."""
+    with the `requires_grad` that their parameters had when the layer was made. Layers that are not merged lose their adapter; of those that are
+    merged the plain module keeps W + ΔW. What `wrap` froze elsewhere in the model stays frozen:
+    `model.requires_grad_(True)` thaws it. Returns the names of the layers taken out."""
     layers = lora_layers(model)
     if model in layers.values():
         raise TypeError("the model itself is a LoRALinear: take its .base")

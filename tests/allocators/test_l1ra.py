@@ -19,7 +19,7 @@ RANKS = {"body.up": 2, "body.conv": 3, "blocks.0.0": 1, "like": 4}
 
 def gated(ranks=RANKS, **options):
     """The zoo with gates of 1 and trained factors."""
-    _, model, layers = wrapped(ranks=ranks, gate=1.0, trainable=[], **options)
+    _, model, layers = wrapped(ranks=ranks, gate=1.0, **options)
     set_gates(layers, {name: [1.0] * layer.rank for name, layer in layers.items()})
     return model, layers
 

@@ -55,7 +55,7 @@ def test_only_the_adapters_take_gradients_inside():
         return loss_fn(model, batch)
 
     model = trained()
-    assert model.norm.weight.requires_grad
+    model.norm.requires_grad_(True)
     scored(model, loss=looking, coalitions=18)
     assert set.union(*seen) == {
         f"{name}.{part}" for name in RANKS for part in ("lora_A", "lora_B", "gate")
@@ -89,14 +89,12 @@ def two_stages(first_stage):
         model = Net().double()
     if first_stage is not None:
         trial = copy.deepcopy(model)
-        wrap(trial, RANKS, gate=0.0, trainable=[])
+        wrap(trial, RANKS, gate=0.0)
         first_stage(trial)
         shaplora = ShapLoRA(trial, loss_fn, data((5,), seed=9), coalitions=18, progress=False)
         shaplora.score()
         shaplora.allocate(4)
-    wrap(
-        model, {"up": 1, "mid": 2, "down": 1}, trainable=[]
-    )  # the same ranks, whatever the first stage found
+    wrap(model, {"up": 1, "mid": 2, "down": 1})  # the same ranks, whatever the first stage found
     train(model, steps=5, lr=0.1)
     return model
 

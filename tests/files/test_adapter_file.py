@@ -71,7 +71,6 @@ def test_a_loaded_adapter_is_the_saved_one_bit_for_bit(path, dtype, gate):
         "alpha": 3.0,
         "dropout": 0.25,
         "rank_stabilized": True,
-        "trainable": [],
         "generator": 7,
     }
     _, model, layers = wrapped(dtype, **options)
@@ -95,7 +94,7 @@ def test_layers_may_differ_in_everything(path):
     model = zoo(torch.bfloat16)
     wrap(model, {"body.up": 2}, alpha=3, gate=1.0, dtype=torch.float32)
     wrap(model, {"body.conv": 3, "head": 2}, alpha=5, reference_rank=4, dropout=0.5)
-    wrap(model, {"blocks.0.0": 2, "blocks.1.0": 1}, gate=0.0, trainable=[])
+    wrap(model, {"blocks.0.0": 2, "blocks.1.0": 1}, gate=0.0)
     layers = lora_layers(model)
     randomize(layers)
     resize(model, {"head": 0, "blocks.1.0": 5})
@@ -110,7 +109,7 @@ def test_layers_may_differ_in_everything(path):
 
 def test_an_adapter_without_ranks_can_be_loaded_and_grow(path):
     model = zoo()
-    wrap(model, {"like": 2}, trainable=[])
+    wrap(model, {"like": 2})
     resize(model, {"like": 0})
     save_adapter(model, path)
     fresh = zoo()
@@ -122,7 +121,7 @@ def test_an_adapter_without_ranks_can_be_loaded_and_grow(path):
 
 @pytest.mark.parametrize("gate", [None, 1.0, 0.0])
 def test_training_and_resizing_go_on_as_if_nothing_had_happened(path, gate):
-    _, model, _ = wrapped(gate=gate, alpha=3.0, trainable=[])
+    _, model, _ = wrapped(gate=gate, alpha=3.0)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=0.01)
 
@@ -159,9 +158,7 @@ def test_l1ra_goes_on_from_the_file_in_the_middle_of_its_course(path):
             l1ra.step()
 
     model = zoo()
-    layers = wrap(
-        model, {"body.up": 3, "like": 3, "blocks.1.0": 3}, gate=1.0, trainable=[], generator=5
-    )
+    layers = wrap(model, {"body.up": 3, "like": 3, "blocks.1.0": 3}, gate=1.0, generator=5)
     layers["like"].gate.data[1] = 0.01  # which will fall at once; its rank goes to another layer
     optimizer, l1ra = course(model)
     steps(model, optimizer, l1ra, 9)
@@ -181,7 +178,7 @@ def test_l1ra_goes_on_from_the_file_in_the_middle_of_its_course(path):
 
 
 def test_shaplora_scores_the_same_from_the_file(path):
-    _, model, _ = wrapped(gate=0.0, trainable=[])
+    _, model, _ = wrapped(gate=0.0)
     save_adapter(model, path)
     fresh = zoo()
     load_adapter(fresh, path)
@@ -210,7 +207,7 @@ def test_names_may_be_other_names_of_the_same_modules(path):
         return nn.ModuleDict(dict.fromkeys(order, linear))
 
     one = model("ab")
-    wrap(one, {"a": 2}, trainable=[])
+    wrap(one, {"a": 2})
     save_adapter(one, path)
     other = model("ba")
     assert list(load_adapter(other, path)) == ["b"]
@@ -225,7 +222,7 @@ def test_layers_come_in_the_order_of_the_model(path):
         return nn.ModuleDict({name: linears[name] for name in order})
 
     one = model("abc")
-    wrap(one, {"a": 1, "b": 2, "c": 3}, trainable=[])
+    wrap(one, {"a": 1, "b": 2, "c": 3})
     save_adapter(one, path)
     loaded = load_adapter(model("cab"), path)
     assert {name: layer.rank for name, layer in loaded.items()} == {"c": 3, "a": 1, "b": 2}
@@ -233,7 +230,7 @@ def test_layers_come_in_the_order_of_the_model(path):
 
 
 def test_loading_in_inference_mode_gives_layers_that_can_train(path):
-    _, model, _ = wrapped(trainable=[])
+    _, model, _ = wrapped()
     save_adapter(model, path)
     fresh = zoo()
     with torch.inference_mode():
@@ -244,7 +241,7 @@ def test_loading_in_inference_mode_gives_layers_that_can_train(path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_saved_on_a_gpu_loads_on_the_cpu_and_back(path):
-    _, model, layers = wrapped(torch.float32, trainable=[])
+    _, model, layers = wrapped(torch.float32)
     save_adapter(model.cuda(), path)
     assert_same_layers(
         load_adapter(zoo(torch.float32), path),
@@ -263,7 +260,7 @@ def test_the_file_says_where_its_ranks_came_from(path):
     uniform = UniformRanks(model)
     uniform.score()
     allocation = uniform.allocate(9)
-    wrap(model, allocation, trainable=[])
+    wrap(model, allocation)
     save_adapter(model, path, allocation=allocation)
     read = read_adapter(path)
     assert (read.method, read.budget, read.unit) == ("uniform", 9, "rank")
@@ -385,7 +382,7 @@ def not_finite():
 
 
 def on_meta():
-    return wrapped(trainable=[])[1].to("meta")
+    return wrapped()[1].to("meta")
 
 
 REFUSED = {
@@ -411,7 +408,7 @@ def test_a_refused_save_leaves_the_old_file_and_the_model(path, message):
 
 
 def test_modules_that_do_not_exist_are_refused_with_a_hint(path):
-    _, model, _ = wrapped(trainable=[])
+    _, model, _ = wrapped()
     with pytest.raises(ValueError, match="modules='haed' matches no module: did you mean 'head'"):
         save_adapter(model, path, modules=["haed"])
     assert not path.exists()
@@ -422,7 +419,7 @@ def test_modules_that_do_not_exist_are_refused_with_a_hint(path):
 
 @pytest.fixture
 def saved(path):
-    _, model, _ = wrapped(gate=1.0, trainable=[])
+    _, model, _ = wrapped(gate=1.0)
     save_adapter(model, path, modules="body.norm")
     return path
 
@@ -547,7 +544,7 @@ def test_a_safetensors_file_of_another_program_is_refused(path):
 @given(data=st.data())
 def test_a_file_cut_off_anywhere_is_refused(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("cut") / "file"
-    save_adapter(wrapped(gate=1.0, trainable=[])[1], path)
+    save_adapter(wrapped(gate=1.0)[1], path)
     content = path.read_bytes()
     path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
     refuse(path, "not a whole safetensors file")
@@ -557,7 +554,7 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path_factory, data):
 @given(data=st.data())
 def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("flip") / "file"
-    _, model, layers = wrapped(gate=1.0, trainable=[])
+    _, model, layers = wrapped(gate=1.0)
     save_adapter(model, path)
     content = bytearray(path.read_bytes())
     place = data.draw(st.integers(0, len(content) - 1))
@@ -627,7 +624,7 @@ def test_a_part_of_the_model_is_refused_with_a_hint(saved):
 
 def test_two_adapters_for_what_is_now_one_module_are_refused(path):
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
-    wrap(model, {"a": 2, "b": 2}, trainable=[])
+    wrap(model, {"a": 2, "b": 2})
     save_adapter(model, path)
     one = nn.Linear(4, 4)
     refuse(

@@ -62,7 +62,7 @@ def assert_all_or_nothing(call, every):
 
 
 def test_an_interrupted_load_leaves_the_model(path):
-    _, model, _ = wrapped(trainable=[], ranks={"like": 2, "body.up": 1})
+    _, model, _ = wrapped(ranks={"like": 2, "body.up": 1})
     save_adapter(model, path, modules="body.norm")
     assert_all_or_nothing(
         lambda model: load_adapter(model, path, trainable=["body.norm"]), every=11
@@ -89,7 +89,7 @@ class Body(nn.Module):
 
 def saved_body(path, **buffers):
     model = Body(**buffers)
-    wrap(model, {"linear": 2}, trainable=[])
+    wrap(model, {"linear": 2})
     save_adapter(model, path, modules="head")
 
 
@@ -148,7 +148,7 @@ def test_a_model_made_in_inference_mode_gets_its_values(path):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_default_device_does_not_matter(path, dtype):
-    _, model, layers = wrapped(trainable=[])
+    _, model, layers = wrapped()
     fresh = zoo(dtype)
     with torch.device("meta"):
         save_adapter(model, path, modules="body.norm")
@@ -180,7 +180,7 @@ class Frozen(nn.Module):
 @pytest.mark.parametrize("kind", [Masked, Frozen])
 def test_a_base_that_differs_in_a_buffer_is_another_base(path, kind):
     model = nn.Sequential(kind(2))
-    wrap(model, {"0": 2}, trainable=[])
+    wrap(model, {"0": 2})
     save_adapter(model, path)
     with pytest.raises(ValueError, match="'0': not the base weights"):
         load_adapter(nn.Sequential(kind(3)), path)
@@ -194,7 +194,7 @@ def test_each_pattern_is_compiled_once(tmp_path, monkeypatch):
     """re keeps 512 patterns: beyond that, trying all of them on all layers would compile each anew, every time."""
     count = 600
     model, plain = (nn.ModuleList(nn.Linear(2, 2) for _ in range(count)) for _ in range(2))
-    wrap(model, {str(i): 1 for i in range(count)}, trainable=[])
+    wrap(model, {str(i): 1 for i in range(count)})
     export_peft(model, tmp_path)
     compiler = re._compiler if hasattr(re, "_compiler") else re.sre_compile
     compile, compiled = compiler.compile, []
@@ -205,7 +205,7 @@ def test_each_pattern_is_compiled_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change", [{"alpha_pattern": {}, "lora_alpha": 10**400}, None])
 def test_a_configuration_beyond_all_numbers_is_refused(tmp_path, change):
-    export_peft(wrapped(trainable=[], ranks={"like": 2})[1], tmp_path)
+    export_peft(wrapped(ranks={"like": 2})[1], tmp_path)
     config = tmp_path / "adapter_config.json"
     config.write_text(
         "[" * 100_000 if change is None else json.dumps(json.loads(config.read_text()) | change)

@@ -118,7 +118,7 @@ def test_a_whole_transformer(tmp_path, head):
 
 def test_peft_loads_a_model_with_embedding_norm_and_tied_head(tmp_path):
     """No look-alike of nn.Linear, which PEFT does not adapt, and no module in two places."""
-    plain, model, _ = wrapped(ranks={"body.up": 2, "blocks.1.0": 3, "head": 4}, trainable=[])
+    plain, model, _ = wrapped(ranks={"body.up": 2, "blocks.1.0": 3, "head": 4})
     export_peft(model, tmp_path)
     torch.testing.assert_close(
         in_peft(plain, tmp_path)(TOKENS), model(TOKENS), rtol=1e-12, atol=1e-12

@@ -101,7 +101,7 @@ class SharedParent(nn.Module):
 def test_a_module_in_two_places_is_refused_because_peft_adapts_one(tmp_path):
     plain = made(TwoPlaces)
     model = copy.deepcopy(plain)
-    randomize(wrap(model, {"first": 2}, trainable=[]))
+    randomize(wrap(model, {"first": 2}))
     refused(model, tmp_path, "'first', 'second' are one module, of which PEFT adapts 'first' only")
     with torch.random.fork_rng():
         theirs = peft.get_peft_model(
@@ -124,7 +124,7 @@ def test_a_module_in_two_places_is_refused_because_peft_adapts_one(tmp_path):
 def test_a_module_in_a_parent_that_is_shared_has_one_place_and_is_exported(tmp_path):
     plain, x = made(SharedParent), inputs(3, 6)
     model = copy.deepcopy(plain)
-    randomize(wrap(model, {"second.0": 2}, trainable=[]))
+    randomize(wrap(model, {"second.0": 2}))
     export_peft(model, tmp_path)
     torch.testing.assert_close(in_peft(plain, tmp_path)(x), model(x), rtol=1e-12, atol=1e-12)
     back = copy.deepcopy(plain)
@@ -144,7 +144,7 @@ class Attention(nn.Module):
 def test_an_attention_output_is_refused_because_peft_ignores_its_adapter(tmp_path):
     plain, x = made(Attention), inputs(2, 3, 6)
     model = copy.deepcopy(plain)
-    randomize(wrap(model, {"attention.out_proj": 2}, trainable=[]))
+    randomize(wrap(model, {"attention.out_proj": 2}))
     refused(model, tmp_path, "'attention.out_proj': nn.MultiheadAttention reads its weight")
     config = peft.LoraConfig(target_modules=["out_proj"], r=2, init_lora_weights=False)
     with torch.random.fork_rng():
@@ -164,7 +164,7 @@ def test_the_fast_path_of_an_encoder_layer_leaves_pefts_adapter_out_and_export_w
             nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
         ).eval()
     model, x = copy.deepcopy(plain), inputs(2, 3, 8, dtype=torch.float32)
-    randomize(wrap(model, {"0.linear1": 3}, trainable=[]))
+    randomize(wrap(model, {"0.linear1": 3}))
     with pytest.warns(UserWarning, match=r"'0' in PEFT.*set_fastpath_enabled\(False\)") as caught:
         export_peft(model, tmp_path)
     assert caught[0].filename == __file__

@@ -152,7 +152,7 @@ for folder in ("p", "q"):
     model = nn.Sequential(nn.Linear(4, 3))
     if folder == "p":
         state = model.state_dict()
-        minirank.wrap(model, {"0": 2}, gate=0.0, trainable=[])
+        minirank.wrap(model, {"0": 2}, gate=0.0)
         y = model(torch.ones(1, 4))
         minirank.save_adapter(model, "a")
         minirank.export_peft(model, "p")

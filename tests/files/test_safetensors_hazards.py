@@ -71,7 +71,7 @@ def test_if_one_of_two_files_cannot_be_replaced_the_other_is_the_old_one(
 
 
 def test_a_name_that_the_format_has_for_itself_is_refused(path):
-    model = wrapped(trainable=[])[1]
+    model = wrapped()[1]
     model.register_buffer("__metadata__", torch.ones(2))
     with pytest.raises(ValueError, match="'__metadata__' is what safetensors calls its metadata"):
         save_adapter(model, path, modules="*")
@@ -87,14 +87,14 @@ def test_a_header_that_safetensors_would_not_read_is_not_written(monkeypatch):
 
 def test_a_name_that_is_no_unicode_is_refused(tmp_path):
     model = nn.ModuleDict({"\ud800": nn.Linear(4, 4)})
-    wrap(model, {"\ud800": 2}, trainable=[])
+    wrap(model, {"\ud800": 2})
     with pytest.raises(ValueError, match="surrogates not allowed"):
         export_peft(model, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 
 
 def test_a_number_that_json_lacks_is_refused(tmp_path):
-    _, model, layers = wrapped(trainable=[], ranks={"like": 2})
+    _, model, layers = wrapped(ranks={"like": 2})
     layers["like"].scaling = 1e308
     with pytest.raises(ValueError, match="not JSON compliant"):
         export_peft(model, tmp_path / "folder")

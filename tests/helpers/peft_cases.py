@@ -62,7 +62,7 @@ def gpt2(dtype=torch.float64):
 def trained(model, calls):
     """`model` wrapped in several calls of `wrap`, the adapters as if trained."""
     for ranks, options in calls:
-        randomize(wrap(model, ranks, **{"trainable": [], **options}))
+        randomize(wrap(model, ranks, **options))
     return model
 
 

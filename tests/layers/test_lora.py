@@ -138,6 +138,16 @@ def test_scaling_is_alpha_over_the_reference_rank_or_its_root():
     assert LoRALinear(base, 0, alpha=2).scaling == 2
 
 
+def test_scaling_can_be_given_itself():
+    lora = LoRALinear(nn.Linear(8, 8), 4, scaling=0.3)
+    assert (lora.scaling, lora.reference_rank) == (0.3, 4)
+    assert lora.alpha == pytest.approx(1.2, rel=1e-15)
+    assert LoRALinear(nn.Linear(8, 8), 0, scaling=2).scaling == 2
+    for other in ({"alpha": 1.0}, {"reference_rank": 4}, {"rank_stabilized": True}):
+        with pytest.raises(ValueError, match="give either scaling, or alpha"):
+            LoRALinear(nn.Linear(8, 8), 4, scaling=0.3, **other)
+
+
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize(
     "base", [nn.Linear(5, 7), Conv1DLike(7, 5), LinearLike(5, 7)], ids=lambda m: type(m).__name__
@@ -256,6 +266,9 @@ def test_a_seed_gives_the_same_values_in_every_dtype():
         ({"rank": True}, "rank must be"),
         ({"alpha": 0}, "alpha"),
         ({"alpha": math.nan}, "alpha"),
+        ({"scaling": 0}, "scaling must be a finite positive number"),
+        ({"scaling": math.inf}, "scaling"),
+        ({"scaling": math.nan}, "scaling"),
         ({"reference_rank": -2}, "reference_rank"),
         ({"reference_rank": math.inf}, "reference_rank"),
         ({"gate": 1.5}, "gate"),

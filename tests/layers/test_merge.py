@@ -26,7 +26,7 @@ def test_unwrap_restores_modules_bits_and_flags():
     model = zoo()
     model.like.weight.requires_grad_(False)
     before, keys = snapshot(model), list(model.state_dict())
-    randomize(wrap(model, RANKS, gate=1.0))
+    randomize(wrap(model, RANKS, gate=1.0, trainable=None))
     merge(model, untie=True)
     unmerge(model)
     assert unwrap(model) == [name for name in ZOO_LINEAR if name in RANKS]
@@ -42,7 +42,7 @@ def test_unwrap_makes_a_weight_trainable_again_that_two_layers_share(calls):
     model[2].requires_grad_(False)
     before = snapshot(model)
     for ranks in [{"0": 1, "1": 1, "2": 1}] if calls == 1 else [{"0": 1}, {"1": 1, "2": 1}]:
-        wrap(model, ranks)
+        wrap(model, ranks, trainable=None)
     model[2].requires_grad_(True)
     unwrap(model)
     assert_unchanged(model, before)
@@ -157,7 +157,7 @@ def test_the_functions_take_a_single_layer_as_the_model():
 
 
 def test_unwrapping_a_merged_model_leaves_a_plain_one_with_the_sum():
-    plain, model, layers = wrapped()
+    plain, model, layers = wrapped(trainable=None)
     expected = with_deltas_by_hand(plain, layers)
     merge(model, untie=True)
     unwrap(model)

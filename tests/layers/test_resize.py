@@ -107,7 +107,7 @@ def test_equal_contributions_keep_the_earlier_ranks():
 
 
 def test_rank_zero_is_the_base_function_and_grows_again():
-    model, layers, optimizer = in_training(trainable=[])
+    model, layers, optimizer = in_training()
     resize(model, dict.fromkeys(RANKS, 0), optimizer)
     assert torch.equal(model(TOKENS), zoo()(TOKENS))
     assert layers["head"].lora_A.shape == (0, 6)

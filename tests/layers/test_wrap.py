@@ -60,14 +60,14 @@ def test_only_the_named_slots_change_and_the_bases_are_the_original_modules():
     assert model.head.base.weight is model.emb.weight
 
 
-def test_only_the_wrapped_weights_are_frozen():
+def test_with_none_only_the_wrapped_weights_are_frozen():
     model = zoo()
     model.body["up"].bias.requires_grad_(False)
     model.like.weight.requires_grad_(False)
     before = {name: p.requires_grad for name, p in zoo().named_parameters()} | {
         "like.weight": False
     }
-    wrap(model, {"body.up": 1, "head": 1})
+    wrap(model, {"body.up": 1, "head": 1}, trainable=None)
     frozen = {"body.up.weight", "body.up.bias", "emb.weight", "head.weight"}
     for name, parameter in model.named_parameters():
         plain_name = name.replace(".base.", ".")
@@ -82,7 +82,7 @@ def test_only_the_wrapped_weights_are_frozen():
 @pytest.mark.parametrize(
     ("trainable", "expected"),
     [
-        ([], set()),
+        ((), set()),
         ("body.norm", {"body.norm.weight", "body.norm.bias"}),
         (["*norm", "like"], {"body.norm.weight", "body.norm.bias", "like.weight"}),
         ("blocks.1.0", {"blocks.1.0.weight", "blocks.1.0.bias"}),
@@ -110,6 +110,55 @@ def test_trainable_names_what_trains_beside_the_adapters(trainable, expected):
         assert parameter.requires_grad == (
             ".base." not in name and name not in ("emb.weight", "table")
         ), name
+
+
+def names_that_train(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def adapter_names(*modules):
+    return {f"{module}.{part}" for module in modules for part in ("lora_A", "lora_B")}
+
+
+def test_only_the_adapters_train_unless_more_is_named():
+    model = zoo()
+    wrap(model, {"body.up": 1, "head": 1, "like": 0})
+    assert names_that_train(model) == adapter_names("body.up", "head")
+
+
+def test_a_later_call_adds_to_what_trains_and_freezes_only_the_weights_that_it_wraps():
+    model = zoo()
+    wrap(model, {"body.up": 1, "body.conv": 1}, trainable="body.norm")
+    norm = {"body.norm.weight", "body.norm.bias"}
+    assert names_that_train(model) == norm | adapter_names("body.up", "body.conv")
+    model.body["up"].lora_A.requires_grad_(False)  # by hand
+    wrap(model, {"blocks.1.0": 1})
+    expected = norm | adapter_names("body.up", "body.conv", "blocks.1.0") - {"body.up.lora_A"}
+    assert names_that_train(model) == expected
+    wrap(model, {"head": 1}, trainable=["like", "body.up"])
+    expected |= {"like.weight", "body.up.lora_A"} | adapter_names("head")
+    assert names_that_train(model) == expected
+    wrap(model, {"like": 1})  # trained as a plain layer until now
+    assert names_that_train(model) == expected - {"like.weight"} | adapter_names("like")
+
+
+def test_freezing_does_not_need_the_values_of_lazy_parameters():
+    model = nn.ModuleDict({"q": nn.Linear(3, 3), "lazy": nn.LazyLinear(2)})
+    wrap(model, {"q": 1})
+    assert names_that_train(model) == adapter_names("q")
+    model["lazy"](torch.ones(1, 4))
+    assert names_that_train(model) == adapter_names("q")
+
+
+def test_scaling_is_given_whole_and_is_the_same_in_every_layer():
+    layers = wrapped(scaling=0.3, gate=1.0)[2]
+    assert {layer.scaling for layer in layers.values()} == {0.3}  # exactly
+    # The gated start of A depends on the reference rank, which is the average as without scaling.
+    assert {layer.reference_rank for layer in layers.values()} == {16 / 5}
+    alphas = [layer.alpha for layer in layers.values()]
+    assert alphas == pytest.approx([0.3 * 16 / 5] * 5, rel=1e-15)
+    x = wrap(zoo(), RANKS, scaling=2.0, gate=1.0)["head"].lora_A
+    assert torch.equal(x, wrap(zoo(), RANKS, alpha=6.4, gate=1.0)["head"].lora_A)
 
 
 def test_options_reach_every_layer_and_the_reference_rank_is_the_average():
@@ -185,6 +234,8 @@ BAD = {
         r"contains 'full\.inner'",
     ),
     "bad alpha": ({"body.up": 1}, {"alpha": -1.0}, "alpha"),
+    "bad scaling": ({"body.up": 1}, {"scaling": 0.0}, "scaling must be a finite positive number"),
+    "scaling and alpha": ({"body.up": 1}, {"scaling": 2.0, "alpha": 1}, "either scaling, or alpha"),
     "bad gate": ({"body.up": 1}, {"gate": 2.0}, "gate"),
     "bad dropout": ({"body.up": 1}, {"dropout": 1.0}, "dropout"),
     "bad dtype": ({"body.up": 1}, {"dtype": torch.int32}, "dtype"),
@@ -228,7 +279,7 @@ def test_an_exception_halfway_changes_nothing(error, monkeypatch):
     model = zoo()
     before = snapshot(model)
     with pytest.raises(error):
-        wrap(model, RANKS, trainable=[])
+        wrap(model, RANKS)
     assert_unchanged(model, before)
 
 
