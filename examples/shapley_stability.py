@@ -52,10 +52,16 @@ def main() -> None:
     parser.add_argument(
         "--most", type=int, default=900, help="coalitions scored on the few sentences (default 900)"
     )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        help="use only so many development sentences, to see that the script runs",
+    )
     parser.add_argument("--out", help="write the figures to this JSON file")
     options = parser.parse_args()
 
     data = load_data()
+    data = data._replace(dev=data.dev[: options.limit])
     model = build_model(0, len(data.tags))
     uniform = UniformRanks(model, ["encoder.*"])
     uniform.score()
