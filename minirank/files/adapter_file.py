@@ -1,8 +1,6 @@
-"""One adapter in one safetensors file: save_adapter, load_adapter.
+"""One adapter in one safetensors file: save_adapter, load_adapter, read_adapter.
 
-The file holds A, B and gates under `<module>.lora_A`, …, as they are, and in its metadata (key "minirank", JSON) the
-rest of what makes the function: scaling, start values of gates, dropout; a fingerprint of the base weights beside each
-adapter; what chose the ranks; and a checksum of all tensors.
+What the file holds, and what is refused, stands in the folder's docstring.
 """
 
 from __future__ import annotations
@@ -10,68 +8,108 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from ..allocators.allocation import Allocation
 from ..allocators.table import draw_table
 from ..checks import quoted_names
 from ..layers.lora import RANK_DIM, LoRALinear
-from ..layers.targets import first_names, matching_modules, walk
+from ..layers.targets import first_names, modules_by_name
 from ..layers.wrap import insert_layers
-from .base_fingerprint import fingerprint, same_base
-from .safetensors_file import (
-    checksum,
-    read_safetensors,
-    safetensors_bytes,
-    tensor_bytes,
-    write_files,
+from .base_fingerprint import base_fingerprint, same_base
+from .other_tensors import (
+    converted_values,
+    copy_value,
+    parameters_named,
+    tensors_of_modules,
+    tensors_that_train,
+    trainable_parameters,
 )
-from .saved_layer import SavedLayer, match_modules, savable_layers, warn_of_losses
+from .safetensors_file import checksum, read_safetensors, safetensors_bytes, write_files
+from .saved_layer import SavedLayer, find_modules, savable_layers, warn_of_losses
 
-FORMAT = 1  # of the metadata; a reader refuses a higher one
-FIELDS = (
-    "rank",
-    "shape",
-    "alpha",
-    "reference_rank",
-    "scaling",
-    "gate",
-    "dropout",
-    "enabled",
-    "base",
-)
+FORMAT = 2  # of the metadata; a reader refuses a higher one. 1: minirank 0.1, without "trainable"
+LAYER_FIELDS = {  # key of a layer's record: attribute of SavedLayer
+    "rank": "rank",
+    "shape": "shape",
+    "alpha": "alpha",
+    "reference_rank": "reference_rank",
+    "scaling": "scaling",
+    "gate": "initial_gate",
+    "dropout": "dropout",
+    "enabled": "enabled",
+    "base": "base_fingerprint",
+}
+
+
+class AsSaved(Enum):
+    """The default of `load_adapter`'s argument `trainable`."""
+
+    AS_SAVED = "as saved"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+AS_SAVED = AsSaved.AS_SAVED
 
 
 @dataclass(frozen=True, repr=False)
 class SavedAdapter:
-    """What a file holds; prints as a table of ranks."""
+    """What a file of `save_adapter` holds. It prints as a table of ranks."""
 
     layers: Mapping[str, SavedLayer]
-    others: Mapping[
-        str, Tensor
-    ]  # parameters and buffers of other modules, by their names in the plain model
-    method: str = ""  # which chose the ranks, for this budget
+    # Parameters and buffers of other modules, by their names in the plain model.
+    other_tensors: Mapping[str, Tensor]
+    # The names of the parameters beside the adapters that required a gradient.
+    trainable: tuple[str, ...] = ()
+    # Where the ranks came from, if the allocation was given.
+    method: str = ""
     budget: int | None = None
-    unit: str = "rank"
+    unit: str = "ranks"
 
     @property
     def ranks(self) -> dict[str, int]:
+        """{name: rank} of every layer."""
         return {name: layer.rank for name, layer in self.layers.items()}
 
     def __str__(self) -> str:
-        unit = "ranks" if self.unit == "rank" else self.unit
-        budget = "" if self.budget is None else f" (budget {self.budget:,} {unit})"
+        budget = "" if self.budget is None else f" (budget {self.budget:,} {self.unit})"
         total = f"{self.method or 'adapter'}: {sum(self.ranks.values()):,} ranks{budget}"
-        besides = f"\nbesides: {', '.join(self.others)}" if self.others else ""
-        return f"{total}\n{draw_table(self.ranks)}{besides}"
+        lines = [total, draw_table(self.ranks)]
+        if self.other_tensors:
+            entries = sum(tensor.numel() for tensor in self.other_tensors.values())
+            lines.append(
+                f"beside the adapters: {_counted(len(self.other_tensors), 'tensor')} with "
+                f"{entries:,} entries ({_listed(self.other_tensors)})"
+            )
+        if self.trainable:
+            lines.append(
+                f"trains beside them: {_counted(len(self.trainable), 'parameter')} "
+                f"({_listed(self.trainable)})"
+            )
+        return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _listed(names: Sequence[str] | Mapping[str, object]) -> str:
+    """The first six names."""
+    shown = ", ".join(list(names)[:6])
+    return f"{shown} and {len(names) - 6:,} more" if len(names) > 6 else shown
+
+
+# ---- saving -------------------------------------------------------------------------------------
 
 
 def save_adapter(
@@ -79,51 +117,105 @@ def save_adapter(
     path: str | PathLike[str],
     *,
     allocation: Allocation | None = None,
-    modules: str | Sequence[str] = (),
+    modules: str | Sequence[str] | None = None,
 ) -> None:
-    """Write the LoRA layers of `model` to one safetensors file, bit for bit, the old file being replaced at once.
+    """Write the LoRA layers of `model`, and what trains beside them, to one safetensors file.
+
+    The file holds every number bit for bit. An old file of that name is replaced in one step, when
+    the new one is complete. The file also says which parameters require a gradient.
 
     Args:
         path: of the file, in an existing folder.
-        allocation: where the ranks came from; its method, budget and unit are written down.
-        modules: names or globs of other modules whose parameters and buffers go into the file: a head that was trained.
+        allocation: where the ranks came from. Its method, budget and unit are written down.
+        modules: what goes into the file beside the adapters.
+            None: what trains. Of a module whose parameters all require a gradient (a head), these
+            are its parameters and persistent buffers; elsewhere, the single parameters that require
+            a gradient. After wrap(…, trainable=None) that can be nearly the whole model: every
+            module without an adapter whose parameters nobody froze. `read_adapter` prints how much
+            it is.
+            Names or globs: these modules, whole, whether they train or not. (): the adapters alone.
 
-    Warns (UserWarning) of parameters that require a gradient and are not in the file: if they trained, they are lost.
+    A frozen module can change too: a BatchNorm in training mode updates its buffers. Name it in
+    `modules`, or keep it in evaluation mode.
 
-    Raises ValueError: no LoRA layer, one that is merged or not finite, ranks that are not the allocation's, a name
-    that matches nothing. OSError: from the file system. The old file is still there then.
+    Warns:
+        UserWarning: parameters require a gradient and are not in the file. If they trained, they
+            are lost.
+
+    Raises:
+        ValueError: there is no LoRA layer, or one that is merged or not finite; the ranks are not
+            those of the allocation; a name matches nothing. The old file is left as it was.
+        OSError: from the file system. The old file is left as it was.
+
+    >>> import tempfile, torch
+    >>> from minirank import read_adapter, save_adapter, wrap
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    >>> layers = wrap(model, {"0": 2}, trainable=["1"])  # and then train it
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_adapter(model, f"{folder}/adapter.safetensors")
+    ...     list(read_adapter(f"{folder}/adapter.safetensors").other_tensors)
+    ['1.weight', '1.bias']
     """
     layers = savable_layers(model)
-    others = _others(model, [modules] if isinstance(modules, str) else modules)
-    saved = {name: SavedLayer.of(layer, fingerprint(layer.base)) for name, layer in layers.items()}
-    for name, one in saved.items():
-        one.check(name)
-    if allocation is not None:
-        given = {
-            first_names(model).get(name, name): rank
-            for name, rank in allocation.ranks.items()
-            if rank > 0
-        }
-        if given != {name: layer.rank for name, layer in layers.items() if layer.rank}:
-            raise ValueError(
-                "the model's ranks are not those of the allocation: leave it out, or pass "
-                "dataclasses.replace(allocation, ranks=…) with the ranks that the layers have now"
-            )
-    warn_of_losses(model, others)
-    tensors = {
-        f"{name}.{key}": value for name, one in saved.items() for key, value in one.tensors.items()
-    } | others
-    record = {
-        "format": FORMAT,
-        "method": allocation.method if allocation else "",
-        "budget": allocation.budget if allocation else None,
-        "unit": allocation.unit if allocation else "rank",
-        "layers": {name: {key: getattr(one, key) for key in FIELDS} for name, one in saved.items()},
-        "others": list(others),
+    if modules is None:
+        others = tensors_that_train(model)
+    else:
+        others = tensors_of_modules(model, [modules] if isinstance(modules, str) else modules)
+    saved = {
+        name: SavedLayer.from_layer(layer, base_fingerprint(layer.base))
+        for name, layer in layers.items()
     }
-    text = json.dumps(record)
-    metadata = {"minirank": text, "checksum": checksum(tensors, text)}
+    for name, layer in saved.items():
+        layer.check(name)
+    if allocation is not None:
+        _check_allocation(model, saved, allocation)
+    warn_of_losses(
+        model,
+        others,
+        "Name their modules in save_adapter(…, modules=[…]), or freeze them before training, as "
+        "wrap(…, trainable=[…]) does",
+    )
+    tensors = _named_tensors(saved) | others
+    record = json.dumps(
+        {
+            "format": FORMAT,
+            "method": allocation.method if allocation else "",
+            "budget": allocation.budget if allocation else None,
+            "unit": allocation.unit if allocation else "ranks",
+            "layers": {name: _record_of(layer) for name, layer in saved.items()},
+            "others": list(others),
+            "trainable": trainable_parameters(model),
+        }
+    )
+    metadata = {"minirank": record, "checksum": checksum(tensors, record)}
     write_files({Path(path): safetensors_bytes(tensors, metadata)})
+
+
+def _named_tensors(layers: Mapping[str, SavedLayer]) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": tensor
+        for name, layer in layers.items()
+        for key, tensor in layer.tensors.items()
+    }
+
+
+def _record_of(layer: SavedLayer) -> dict[str, Any]:
+    return {key: getattr(layer, attribute) for key, attribute in LAYER_FIELDS.items()}
+
+
+def _check_allocation(
+    model: nn.Module, layers: Mapping[str, SavedLayer], allocation: Allocation
+) -> None:
+    first = first_names(model)
+    allocated = {first.get(name, name): rank for name, rank in allocation.ranks.items() if rank > 0}
+    if allocated != {name: layer.rank for name, layer in layers.items() if layer.rank > 0}:
+        raise ValueError(
+            "the model's ranks are not those of the allocation: leave it out, or pass "
+            "dataclasses.replace(allocation, ranks=…) with the ranks that the layers have now"
+        )
+
+
+# ---- loading ------------------------------------------------------------------------------------
 
 
 @torch.inference_mode(False)  # parameters made in inference mode could not train
@@ -132,72 +224,115 @@ def load_adapter(
     path: str | PathLike[str],
     *,
     other_base: bool = False,
-    trainable: str | Sequence[str] | None = None,
+    trainable: str | Sequence[str] | AsSaved | None = AS_SAVED,
 ) -> dict[str, LoRALinear]:
-    """Wrap the plain `model` with the layers of a file that `save_adapter` wrote, on the devices of its modules. They
-    are as they were when saved, bit for bit, and can be trained, resized and merged.
+    """Wrap the plain `model` with the layers of a file that `save_adapter` wrote.
+
+    The layers are as they were when saved, bit for bit, on the devices of their modules. They can
+    be trained, resized and merged. Other tensors of the file are copied into the model, in the
+    model's own types.
 
     Args:
-        other_base: accept other base weights than those the adapter was trained beside. A model in another
-            floating-point type is no other base: it is compared as far as the coarser type tells.
-        trainable: as in `wrap`.
+        other_base: accept other base weights than those that the adapter was trained beside. (The
+            same model in another floating-point type is no other base. It is compared as closely
+            as the coarser type allows.)
+        trainable: what trains beside the adapters. AS_SAVED, the default: the parameters that did
+            when the file was written, and everything else is frozen. Otherwise as in `wrap`: names
+            or globs of modules; () for the adapters alone; None to leave all other `requires_grad`
+            as they are. The adapters themselves always train, even if they were frozen when saved.
 
-    Returns: the layers by name. Modules that the file holds besides get its values, in their own dtype.
+    Returns: the layers by name.
 
-    Raises FileNotFoundError; ValueError: a file that is cut off, damaged, foreign, or of a newer format; modules that
-    the model lacks, has with other shapes, or that have an adapter already; other base weights (or buffers beside
-    them); values that the model's types cannot hold. Nothing has changed then.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is cut off, damaged, foreign, or of a newer format; the model lacks a
+            module, has it with another shape, or with an adapter already; the base weights (or
+            buffers beside them) are others; the model's types cannot hold the values. The model is
+            left unchanged.
+
+    >>> import copy, tempfile, torch
+    >>> from minirank import load_adapter, save_adapter, wrap
+    >>> plain = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    >>> trained, again = copy.deepcopy(plain), copy.deepcopy(plain)
+    >>> layers = wrap(trained, {"0": 2}, trainable=["1"])  # and then train it
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_adapter(trained, f"{folder}/adapter.safetensors")
+    ...     layers = load_adapter(again, f"{folder}/adapter.safetensors")
+    >>> [name for name, parameter in again.named_parameters() if parameter.requires_grad]
+    ['0.lora_A', '0.lora_B', '1.weight', '1.bias']
     """
     adapter = read_adapter(path)
-    modules = dict(walk(model))
-    names = match_modules(model, {name: layer.shape for name, layer in adapter.layers.items()})
-    changed = [
-        name
-        for name, layer in adapter.layers.items()
-        if layer.base is not None and not same_base(modules[name], layer.base)
-    ]
-    if changed and not other_base:
-        raise ValueError(
-            f"{quoted_names(changed)}: not the base weights that the adapter was trained beside. Load that model, or pass "
-            "other_base=True if this one is meant"
-        )
-    others = _places(model, adapter.others)
-    before = [place.detach().clone() for place, _ in others]
+    names = find_modules(model, {name: layer.shape for name, layer in adapter.layers.items()})
+    if not other_base:
+        _check_base(model, adapter.layers)
+    values = converted_values(model, adapter.other_tensors)
+    parameters = parameters_named(model, adapter.trainable) if trainable is AS_SAVED else []
+    builders = {first: adapter.layers[name].build_around for name, first in names.items()}
+    old_values = [tensor.detach().clone() for tensor, _ in values]
     copied: list[Tensor] = []
     try:
-        for place, value in others:
-            _copy(place, value)
-            copied.append(place)
-        return insert_layers(
-            model, {first: adapter.layers[name].around for name, first in names.items()}, trainable
-        )
+        for tensor, value in values:
+            copy_value(tensor, value)
+            copied.append(tensor)
+        if isinstance(trainable, AsSaved):
+            return insert_layers(model, builders, (), parameters)
+        return insert_layers(model, builders, trainable)
     except BaseException:
-        for place, value in zip(copied, before, strict=False):
-            _copy(place, value)
+        for tensor, old_value in zip(copied, old_values, strict=False):
+            copy_value(tensor, old_value)
         raise
 
 
+def _check_base(model: nn.Module, layers: Mapping[str, SavedLayer]) -> None:
+    modules = modules_by_name(model)
+    changed = [
+        name
+        for name, layer in layers.items()
+        if layer.base_fingerprint is not None
+        and not same_base(modules[name], layer.base_fingerprint)
+    ]
+    if changed:
+        raise ValueError(
+            f"{quoted_names(changed)}: not the base weights that the adapter was trained beside. "
+            "Load that model, or pass other_base=True if this one is meant"
+        )
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
 def read_adapter(path: str | PathLike[str]) -> SavedAdapter:
-    """What the file holds, checked as far as that goes without the model. Raises as `load_adapter`."""
+    """What a file of `save_adapter` holds, checked as far as that goes without the model.
+
+    Print it to see the ranks, what the file holds beside the adapters, and what trained.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is cut off, damaged, foreign, or of a newer format.
+
+    >>> import tempfile, torch
+    >>> from minirank import read_adapter, save_adapter, wrap
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    >>> layers = wrap(model, {"0": 2}, trainable=["1"])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_adapter(model, f"{folder}/adapter.safetensors")
+    ...     print(read_adapter(f"{folder}/adapter.safetensors"))
+    adapter: 2 ranks
+                   sum
+    0    2 ████      2
+    sum  2           2
+    beside the adapters: 2 tensors with 10 entries (1.weight, 1.bias)
+    trains beside them: 2 parameters (1.weight, 1.bias)
+    """
     tensors, metadata = read_safetensors(Path(path))
     text = metadata.get("minirank")
     if text is None:
         raise ValueError(
-            f"{str(path)!r} was not written by save_adapter (for PEFT's folders there is import_peft)"
+            f"{str(path)!r} was not written by save_adapter (for PEFT's folders there is "
+            "import_peft)"
         )
     try:
-        record = json.loads(text)
-        if record["format"] > FORMAT:
-            raise ValueError(
-                f"format {record['format']}, while this version reads up to {FORMAT}: update minirank"
-            )
-        if metadata.get("checksum") != checksum(tensors, text):
-            raise ValueError("wrong checksum: damaged, or changed by another program")
-        others = {name: tensors.pop(name) for name in record["others"]}
-        layers = {name: _layer(tensors, name, fields) for name, fields in record["layers"].items()}
-        adapter = SavedAdapter(layers, others, record["method"], record["budget"], record["unit"])
-        if tensors:
-            raise ValueError(f"the tensors {quoted_names(list(tensors))} belong to no layer")
+        return _adapter_from(tensors, text, metadata.get("checksum"))
     except (
         ValueError,
         TypeError,
@@ -206,78 +341,54 @@ def read_adapter(path: str | PathLike[str]) -> SavedAdapter:
         OverflowError,
         RecursionError,
     ) as error:
-        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{str(path)!r} cannot be used: {what}") from error
-    return adapter
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{str(path)!r} cannot be used: {reason}") from error
 
 
-def _layer(tensors: dict[str, Tensor], name: str, fields: Mapping[str, Any]) -> SavedLayer:
-    """The layer of this name, checked; its tensors are taken out of `tensors`."""
-    own = {key: tensors.pop(f"{name}.{key}") for key in RANK_DIM if f"{name}.{key}" in tensors}
-    numbers = {key: fields[key] for key in FIELDS if key not in ("rank", "shape")}
-    layer = SavedLayer(own, **numbers)
-    layer.check(name)
-    if [layer.rank, list(layer.shape)] != [fields["rank"], fields["shape"]]:
+def _adapter_from(
+    tensors: dict[str, Tensor], text: str, expected_checksum: str | None
+) -> SavedAdapter:
+    """The adapter of a file's tensors, which are taken out of `tensors`, and its record."""
+    record = json.loads(text)
+    if record["format"] > FORMAT:
         raise ValueError(
-            f"{name!r} has rank {layer.rank} and shape {layer.shape}, announced {fields}"
+            f"format {record['format']}, while this version reads up to {FORMAT}: update minirank"
+        )
+    if checksum(tensors, text) != expected_checksum:
+        raise ValueError("wrong checksum: damaged, or changed by another program")
+    if record["format"] == 1:
+        record = _upgraded(record)
+    others = {name: tensors.pop(name) for name in record["others"]}
+    layers = {name: _take_layer(tensors, name, it) for name, it in record["layers"].items()}
+    if tensors:
+        raise ValueError(f"the tensors {quoted_names(list(tensors))} belong to no layer")
+    return SavedAdapter(
+        layers,
+        others,
+        tuple(record["trainable"]),
+        record["method"],
+        record["budget"],
+        "ranks" if record["unit"] == "rank" else record["unit"],  # the word of minirank 0.1
+    )
+
+
+def _upgraded(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of format 1 as one of format 2: the modules that the file holds train."""
+    return {**record, "trainable": record["others"]}
+
+
+def _take_layer(tensors: dict[str, Tensor], name: str, record: Mapping[str, Any]) -> SavedLayer:
+    """The layer of this name, checked. Its tensors are taken out of `tensors`."""
+    own = {key: tensors.pop(f"{name}.{key}") for key in RANK_DIM if f"{name}.{key}" in tensors}
+    fields = {
+        attribute: record[key]
+        for key, attribute in LAYER_FIELDS.items()
+        if key not in ("rank", "shape")
+    }
+    layer = SavedLayer(own, **fields)
+    layer.check(name)
+    if [layer.rank, list(layer.shape)] != [record["rank"], record["shape"]]:
+        raise ValueError(
+            f"{name!r} has rank {layer.rank} and shape {layer.shape}, announced {record}"
         )
     return layer
-
-
-def _others(model: nn.Module, patterns: Sequence[str]) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of the modules that the patterns name, LoRA layers left out."""
-    found: dict[int, tuple[str, Tensor]] = {}  # each once, under its first name
-    for pattern in patterns:
-        for prefix, chosen in matching_modules(model, pattern, "modules").items():
-            for name, module in walk(chosen, prefix):
-                if isinstance(module, LoRALinear):
-                    continue
-                for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-                    if tensor is not None and key not in module._non_persistent_buffers_set:
-                        found.setdefault(
-                            id(tensor), (f"{name}.{key}" if name else key, tensor.detach())
-                        )
-    return dict(found.values())
-
-
-def _places(model: nn.Module, others: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """[(tensor of the model, what it gets, in its own dtype)]. Raises ValueError if it cannot hold the file's value."""
-    plain = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-    places: dict[int, tuple[str, Tensor, Tensor]] = {}
-    for name, value in others.items():
-        there = plain.get(name)
-        if there is None or is_lazy(there) or there.is_meta:
-            what = (
-                "none"
-                if there is None
-                else "one without values (lazy, or on the meta device): load its weights"
-            )
-            raise ValueError(
-                f"the file holds {name!r}, of shape {tuple(value.shape)}; the model has {what}"
-            )
-        floating = there.is_floating_point() and value.is_floating_point()
-        if there.shape != value.shape or not (floating or there.dtype == value.dtype):
-            raise ValueError(
-                f"the file holds {name!r}, {value.dtype} of shape {tuple(value.shape)}; the model has {there.dtype} of "
-                f"shape {tuple(there.shape)}"
-            )
-        new = value.to(there.dtype)
-        if floating and bool((value.isfinite() & ~new.double().isfinite()).any()):
-            raise ValueError(
-                f"the file's {name!r} overflows {there.dtype}, the model's type: convert it to a wider one"
-            )
-        first, _, known = places.setdefault(id(there), (name, there, new))
-        if known is not new and tensor_bytes(known) != tensor_bytes(new):
-            raise ValueError(
-                f"{first!r} and {name!r} are one tensor of the model, which the file has two values for"
-            )
-    return [(there, new) for _, there, new in places.values()]
-
-
-def _copy(place: Tensor, value: Tensor) -> None:
-    """What was made in inference mode can be written to only there."""
-    with torch.inference_mode(place.is_inference()), torch.no_grad():
-        place.copy_(value)

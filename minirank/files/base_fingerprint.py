@@ -10,61 +10,66 @@ from torch import Tensor, nn
 
 from .safetensors_file import checksum
 
-SAMPLES = 16
+SAMPLES = 16  # entries of each tensor, for comparison across types
 
 
-def fingerprint(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """{parameter or buffer: its dtype, the SHA-256 of its entries, 16 of them}, in types that JSON has."""
+def base_fingerprint(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """What tells a base module from another one, in types that JSON has.
+
+    {name of a parameter or buffer: {"dtype", "sha256" of its entries, 16 of the "entries"}}
+    """
     return {
         name: {
-            "dtype": _name(tensor.dtype),
+            "dtype": _dtype_name(tensor.dtype),
             "sha256": checksum({"": tensor}),
-            "entries": _entries(tensor).tolist(),
+            "entries": _sampled_entries(tensor).tolist(),
         }
-        for name, tensor in _tensors(module).items()
+        for name, tensor in _all_tensors(module).items()
     }
 
 
-def same_base(module: nn.Module, known: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether the parameters and buffers of `module` are the ones that `fingerprint` saw: bit for bit in the same type,
-    else by the 16 entries, as well as the coarser of the two types tells."""
-    tensors = _tensors(module)
-    return tensors.keys() == known.keys() and all(
-        _same(tensor, known[name]) for name, tensor in tensors.items()
+def same_base(module: nn.Module, fingerprint: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether `module` has the parameters and buffers whose `base_fingerprint` is given.
+
+    In the same type they must be equal bit for bit. In another floating-point type the sampled
+    entries are compared, as closely as the coarser of the two types allows.
+    """
+    tensors = _all_tensors(module)
+    return tensors.keys() == fingerprint.keys() and all(
+        _same_tensor(tensor, fingerprint[name]) for name, tensor in tensors.items()
     )
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """What its function depends on: masks and frozen weights may be buffers."""
+def _all_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, and buffers, which may be masks or frozen weights."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _same(tensor: Tensor, known: Mapping[str, Any]) -> bool:
-    if _name(tensor.dtype) == known["dtype"]:
-        return bool(checksum({"": tensor}) == known["sha256"])
-    other = getattr(torch, known["dtype"])
-    if not (tensor.is_floating_point() and other.is_floating_point):
+def _same_tensor(tensor: Tensor, fingerprint: Mapping[str, Any]) -> bool:
+    if _dtype_name(tensor.dtype) == fingerprint["dtype"]:
+        return bool(checksum({"": tensor}) == fingerprint["sha256"])
+    saved_dtype = getattr(torch, fingerprint["dtype"])
+    if not (tensor.is_floating_point() and saved_dtype.is_floating_point):
         return False
-    coarse = max(torch.finfo(tensor.dtype), torch.finfo(other), key=lambda info: info.eps)
-    entries, expected = (
-        _entries(tensor),
-        torch.tensor(known["entries"], dtype=torch.float64, device="cpu"),
-    )
-    # The second tolerance is the spacing of numbers near zero.
+    precisions = torch.finfo(tensor.dtype), torch.finfo(saved_dtype)
+    coarser = max(precisions, key=lambda precision: precision.eps)
+    saved_entries = torch.tensor(fingerprint["entries"], dtype=torch.float64, device="cpu")
     return torch.allclose(
-        entries, expected, rtol=coarse.eps, atol=coarse.tiny * coarse.eps, equal_nan=True
+        _sampled_entries(tensor),
+        saved_entries,
+        rtol=coarser.eps,
+        atol=coarser.tiny * coarser.eps,  # the spacing of numbers near zero
+        equal_nan=True,
     )
 
 
-def _entries(tensor: Tensor) -> Tensor:
+def _sampled_entries(tensor: Tensor) -> Tensor:
     """Up to 16 entries, evenly spread: float64, on the CPU."""
     flat = tensor.detach().reshape(-1)
-    count = min(SAMPLES, len(flat))
-    places = torch.linspace(
-        0, max(len(flat) - 1, 0), count, dtype=torch.float64, device="cpu"
-    ).long()
-    return flat[places.to(flat.device)].double().cpu()
+    count, last = min(SAMPLES, len(flat)), max(len(flat) - 1, 0)
+    indices = torch.linspace(0, last, count, dtype=torch.float64, device="cpu").long()
+    return flat[indices.to(flat.device)].double().cpu()
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

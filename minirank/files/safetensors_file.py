@@ -1,4 +1,9 @@
-"""Files on disk: safetensors, written whole or not at all, and read with errors that say what is wrong."""
+"""The safetensors format, and files that are written whole or not at all.
+
+The file: the length of the header (8 bytes), the header (JSON: names, types, shapes, offsets, and
+text under "__metadata__"), the entries of the tensors. It is written here by hand, since
+safetensors.torch.save needs numpy.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,29 +33,31 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-LONGEST_HEADER = 100_000_000  # bytes; safetensors reads no longer one
+LONGEST_HEADER = 100_000_000  # bytes; safetensors refuses to read a longer one
+
+
+# ---- tensors as bytes ---------------------------------------------------------------------------
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
-    """The entries of `tensor`, of any device, in row-major order. Raises ValueError if they are not in its memory: one
-    that wraps others (DTensor) would give what happens to lie there."""
-    if (
-        tensor.is_meta
-        or tensor.layout != torch.strided
-        or hasattr(type(tensor), "__tensor_flatten__")
-    ):
+    """The entries of a tensor of any device, in row-major order.
+
+    Raises ValueError if the tensor's own memory does not hold its values (meta, sparse, DTensor).
+    """
+    is_wrapper = hasattr(type(tensor), "__tensor_flatten__")  # DTensor: its memory holds anything
+    if tensor.is_meta or tensor.layout != torch.strided or is_wrapper:
         raise ValueError(
-            f"a {type(tensor).__name__} on {tensor.device}, {tensor.layout}, where an ordinary tensor with values is "
-            "expected: gather what is distributed, load what is on the meta device"
+            f"a {type(tensor).__name__} on {tensor.device}, {tensor.layout}, where an ordinary "
+            "tensor with values is expected: gather what is distributed, load what is on the meta "
+            "device"
         )
-    whole = (
-        tensor.detach().cpu().contiguous().resolve_conj().resolve_neg()
-    )  # as torch.conj() may leave them
-    return ctypes.string_at(whole.data_ptr(), whole.nbytes)
+    # torch.conj() and others give views whose memory holds another sign.
+    plain = tensor.detach().cpu().contiguous().resolve_conj().resolve_neg()
+    return ctypes.string_at(plain.data_ptr(), plain.nbytes)
 
 
 def checksum(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """SHA-256 of the text and of names, types, shapes and entries of the tensors, whatever their order."""
+    """SHA-256 of the text and of the tensors' names, types, shapes and entries, in any order."""
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -58,30 +66,15 @@ def checksum(tensors: Mapping[str, Tensor], text: str = "") -> str:
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file: the length of its header in 8 bytes, the header in JSON, the tensors' entries.
-
-    By hand, since safetensors.torch.save needs numpy. Wider types come first, so that every tensor is aligned.
-    """
+    """The content of a safetensors file. Raises ValueError for what the format cannot hold."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
-    content: list[bytes] = []
+    contents: list[bytes] = []
     end = 0
-    for name, tensor in sorted(
-        tensors.items(), key=lambda item: (-item[1].element_size(), item[0])
-    ):
-        if name in header:
-            raise ValueError(
-                f"{name!r} is what safetensors calls its metadata, no name for a tensor: rename it"
-            )
-        if tensor.dtype not in DTYPES:
-            raise ValueError(
-                f"{name!r} is {tensor.dtype}, which cannot be saved: expected one of {list(DTYPES)}"
-            )
-        if tensor.is_meta:
-            raise ValueError(
-                f"{name!r} is on the meta device and has no values to save: load the model's weights"
-            )
-        content.append(tensor_bytes(tensor))
-        start, end = end, end + len(content[-1])
+    for name in _aligned_order(tensors):
+        tensor = tensors[name]
+        _check_savable(name, tensor)
+        contents.append(tensor_bytes(tensor))
+        start, end = end, end + len(contents[-1])
         header[name] = {
             "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -91,75 +84,146 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     text += b" " * (-len(text) % 8)
     if len(text) > LONGEST_HEADER:
         raise ValueError(
-            f"{len(text):,} bytes of names and metadata, a file holds {LONGEST_HEADER:,}: save fewer layers"
+            f"{len(text):,} bytes of names and metadata, a file holds {LONGEST_HEADER:,}: save "
+            "fewer layers"
         )
-    return b"".join([len(text).to_bytes(8, "little"), text, *content])
+    return b"".join([len(text).to_bytes(8, "little"), text, *contents])
+
+
+def _aligned_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names, wider types first, so that every tensor starts at a multiple of its width."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def _check_savable(name: str, tensor: Tensor) -> None:
+    if name == "__metadata__":
+        raise ValueError(
+            f"{name!r} is what safetensors calls its metadata, no name for a tensor: rename it"
+        )
+    if tensor.dtype not in DTYPES:
+        raise ValueError(
+            f"{name!r} is {tensor.dtype}, which cannot be saved: expected one of {list(DTYPES)}"
+        )
+    if tensor.is_meta:
+        raise ValueError(
+            f"{name!r} is on the meta device and has no values to save: load the model's weights"
+        )
+
+
+# ---- reading ------------------------------------------------------------------------------------
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors on the CPU, metadata). Raises FileNotFoundError; ValueError if it is no whole safetensors file."""
+    """(tensors on the CPU, metadata).
+
+    Raises FileNotFoundError; ValueError if it is no whole safetensors file.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}")
-    content = path.read_bytes()  # at once: by the next look, another file may be there
+    # All at once: when it is opened a second time, another file may stand there.
+    content = path.read_bytes()
     try:
         entries = sorted(deserialize(content))  # type: ignore[no-untyped-call]
     except (SafetensorError, MemoryError, OverflowError) as error:
         raise ValueError(
-            f"{str(path)!r} is not a whole safetensors file ({error}): it was cut off or damaged, or is something else"
+            f"{str(path)!r} is not a whole safetensors file ({error}): it was cut off or damaged, "
+            "or is something else"
         ) from error
     for name, entry in entries:
         if entry["dtype"] not in DTYPES.values():
-            expected = ", ".join(DTYPES.values())
             raise ValueError(
-                f"{str(path)!r} holds {name!r} as {entry['dtype']}, expected one of {expected}"
+                f"{str(path)!r} holds {name!r} as {entry['dtype']}, expected one of "
+                f"{', '.join(DTYPES.values())}"
             )
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return {name: _tensor(**entry) for name, entry in entries}, header.get("__metadata__") or {}
+    tensors = {name: _tensor_from_bytes(**entry) for name, entry in entries}
+    return tensors, header.get("__metadata__") or {}
 
 
-def _tensor(dtype: str, shape: list[int], data: bytearray) -> Tensor:
-    known = {code: of for of, code in DTYPES.items()}[dtype]
-    if not data:  # which frombuffer refuses
-        return torch.empty(shape, dtype=known, device="cpu")
-    return torch.frombuffer(data, dtype=known).reshape(shape)
+def _tensor_from_bytes(dtype: str, shape: list[int], data: bytearray) -> Tensor:
+    torch_dtype = {code: key for key, code in DTYPES.items()}[dtype]
+    if not data:  # frombuffer refuses an empty buffer
+        return torch.empty(shape, dtype=torch_dtype, device="cpu")
+    return torch.frombuffer(data, dtype=torch_dtype).reshape(shape)
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Replacement:
+    """One file on its way to its place."""
+
+    target: Path
+    part: Path  # the new content, beside the target; gone once it has replaced the target
+    backup: Path | None = None  # a copy of what the target was
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:
-    """Write all of them, in their folders, which must exist. Each appears under its name when all are on the disk, so
-    that a crash or a full disk leaves the old ones whole; if one cannot, the others' old ones are put back."""
-    parts: dict[Path, Path] = {}  # what is being written: what it will replace
-    old: dict[Path, Path] = {}  # the same: a copy of what it replaces
+    """Write all files or none, into folders that exist.
+
+    A file appears under its name only when all of them are on the disk. So a crash or a full disk
+    leaves the old files whole. If one file cannot be replaced, the others get their old content
+    back.
+
+    Raises OSError, with the path.
+    """
+    replacements: list[_Replacement] = []
     try:
         for path, content in files.items():
-            target = Path(os.path.realpath(path))  # of a link: the file it points to
-            if target.is_dir():
-                raise IsADirectoryError(f"{str(path)!r} is a folder: expected the name of a file")
-            if target.exists() and not target.is_file():  # a pipe or a device, which would be gone
-                raise FileExistsError(
-                    f"{str(path)!r} is no ordinary file: expected one, or a new name"
-                )
-            if not target.parent.is_dir():
-                raise FileNotFoundError(
-                    f"there is no folder {str(target.parent)!r} to write {target.name!r} in"
-                )
+            target = _checked_target(path)
             part = target.with_name(f".{uuid.uuid4().hex}.part")
-            parts[part] = target
-            with open(part, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for part, target in list(parts.items())[:-1]:
-            if target.exists():
-                old[part] = part.with_suffix(".old")
-                shutil.copyfile(target, old[part])
-        for part, target in parts.items():
-            os.replace(part, target)
-    except BaseException:
-        if any(part.exists() for part in parts):
-            for part, copy in old.items():
-                if not part.exists():
-                    os.replace(copy, parts[part])
-        raise
+            replacements.append(_Replacement(target, part))
+            _write_to_disk(part, content)
+        _replace_all(replacements)
     finally:
-        for path in [*parts, *old.values()]:
-            path.unlink(missing_ok=True)
+        for replacement in replacements:
+            replacement.part.unlink(missing_ok=True)
+            if replacement.backup is not None:
+                replacement.backup.unlink(missing_ok=True)
+
+
+def _checked_target(path: Path) -> Path:
+    """The file to replace: `path`, or what the link at `path` points to."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder: expected the name of a file")
+    if target.exists() and not target.is_file():  # replacing a pipe or a device would remove it
+        raise FileExistsError(f"{str(path)!r} is no ordinary file: expected one, or a new name")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {str(target.parent)!r} to write {target.name!r} in"
+        )
+    return target
+
+
+def _write_to_disk(path: Path, content: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace_all(replacements: list[_Replacement]) -> None:
+    """Put every new file into its place; if one cannot be, put the old ones back."""
+    for replacement in replacements[:-1]:  # after the last one, nothing is left that could fail
+        if replacement.target.exists():
+            replacement.backup = replacement.part.with_suffix(".old")
+            shutil.copyfile(replacement.target, replacement.backup)
+    try:
+        for replacement in replacements:
+            os.replace(replacement.part, replacement.target)
+    except BaseException:
+        if any(replacement.part.exists() for replacement in replacements):
+            _put_back(replacements)
+        raise
+
+
+def _put_back(replacements: list[_Replacement]) -> None:
+    for replacement in replacements:
+        if replacement.part.exists():  # its target was not replaced
+            continue
+        if replacement.backup is not None:
+            os.replace(replacement.backup, replacement.target)
+        else:
+            replacement.target.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What every file format shares: a LoRA layer apart from its base, and the checks on the way to a file and back."""
+"""A LoRA layer without its base, which every file format shares, and the checks around it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..checks import quoted_names
 from ..layers.lora import RANK_DIM, LoRALinear
-from ..layers.targets import close_names, first_names, layer_shape, walk
+from ..layers.targets import did_you_mean, first_names, layer_shape, modules_by_name
 from ..layers.wrap import lora_layers, resolve_ranks
 
 
@@ -22,29 +22,30 @@ from ..layers.wrap import lora_layers, resolve_ranks
 class SavedLayer:
     """A LoRA layer without its base."""
 
-    tensors: Mapping[
-        str, Tensor
-    ]  # lora_A (r, d_in), lora_B (d_out, r), and gate (r,) where there are gates
+    # lora_A (r, d_in), lora_B (d_out, r), and gate (r,) where the layer has gates
+    tensors: Mapping[str, Tensor]
     alpha: float
     reference_rank: float
     scaling: float
-    gate: float | None = None  # start value, also of ranks to come
+    initial_gate: float | None = None  # of ranks to come, too; None: no gates
     dropout: float = 0.0
     enabled: bool = True
-    base: Mapping[str, Any] | None = None  # fingerprint of the module that it was trained beside
+    base_fingerprint: Mapping[str, Any] | None = None  # None: of any base
 
     @classmethod
-    def of(cls, layer: LoRALinear, base: Mapping[str, Any] | None = None) -> SavedLayer:
-        """What `layer` is now; its tensors are shared, not copied."""
+    def from_layer(
+        cls, layer: LoRALinear, base_fingerprint: Mapping[str, Any] | None = None
+    ) -> SavedLayer:
+        """What `layer` is now. The tensors are shared with it, not copied."""
         return cls(
             tensors={key: value.detach() for key, value in layer.named_parameters(recurse=False)},
             alpha=layer.alpha,
             reference_rank=layer.reference_rank,
             scaling=layer.scaling,
-            gate=layer.initial_gate,
+            initial_gate=layer.initial_gate,
             dropout=layer.dropout,
             enabled=layer.enabled,
-            base=base,
+            base_fingerprint=base_fingerprint,
         )
 
     @property
@@ -56,42 +57,30 @@ class SavedLayer:
         """(d_out, d_in)"""
         return self.tensors["lora_B"].shape[0], self.tensors["lora_A"].shape[1]
 
-    def around(self, base: nn.Module) -> LoRALinear:
-        """The layer, in its own dtype, on the device of `base`."""
-        options = {"alpha": self.alpha, "reference_rank": self.reference_rank, "gate": self.gate}
-        dtype = self.tensors["lora_A"].dtype
-        layer = LoRALinear(base, 0, dropout=self.dropout, dtype=dtype, **options)  # type: ignore[arg-type]
+    def build_around(self, base: nn.Module) -> LoRALinear:
+        """A LoRALinear that holds `base`, with these tensors in their own type, on its device."""
+        layer = LoRALinear(
+            base,
+            0,
+            alpha=self.alpha,
+            reference_rank=self.reference_rank,
+            gate=self.initial_gate,
+            dropout=self.dropout,
+            dtype=self.tensors["lora_A"].dtype,
+        )
         for key, value in self.tensors.items():
             setattr(layer, key, nn.Parameter(value.to(layer.lora_A.device)))
         layer.scaling, layer.enabled = self.scaling, self.enabled
         return layer
 
     def check(self, name: str) -> None:
-        """Raises ValueError if these tensors and numbers make no layer."""
-        expected = {"lora_A", "lora_B"} if self.gate is None else {"lora_A", "lora_B", "gate"}
-        if self.tensors.keys() != expected:
+        """Raise ValueError, naming the layer, if these tensors and numbers make no LoRA layer."""
+        self._check_shapes(name)
+        dtypes = {key: value.dtype for key, value in self.tensors.items()}
+        if len(set(dtypes.values())) != 1 or not dtypes["lora_A"].is_floating_point:
+            listed = {key: str(dtype) for key, dtype in dtypes.items()}
             raise ValueError(
-                f"{name!r} has the tensors {sorted(self.tensors)}, expected {sorted(expected)}"
-            )
-        shapes = {key: tuple(value.shape) for key, value in self.tensors.items()}
-        if any(len(shape) != (1 if key == "gate" else 2) for key, shape in shapes.items()):
-            raise ValueError(
-                f"{name!r} has shapes {shapes}: expected lora_A (r, d_in), lora_B (d_out, r), gate (r,)"
-            )
-        if len({shape[RANK_DIM[key]] for key, shape in shapes.items()}) != 1:
-            raise ValueError(
-                f"{name!r} has shapes {shapes}: expected one rank in lora_A (r, d_in) and lora_B (d_out, r)"
-            )
-        if self.rank > min(self.shape):
-            raise ValueError(
-                f"{name!r} has rank {self.rank}, expected at most min(d_in, d_out) = {min(self.shape)}: more add "
-                "nothing, and a LoRALinear does not hold them: train with fewer"
-            )
-        dtypes = {value.dtype for value in self.tensors.values()}
-        if len(dtypes) != 1 or not dtypes.pop().is_floating_point:
-            found = {key: str(value.dtype) for key, value in self.tensors.items()}
-            raise ValueError(
-                f"the tensors of {name!r} have types {found}, expected one floating-point type"
+                f"the tensors of {name!r} have types {listed}, expected one floating-point type"
             )
         for key, value in self.tensors.items():
             if not torch.isfinite(value).all():
@@ -99,9 +88,36 @@ class SavedLayer:
         if not math.isfinite(self.scaling):
             raise ValueError(f"the scaling of {name!r} is {self.scaling}, expected a finite number")
 
+    def _check_shapes(self, name: str) -> None:
+        expected = {"lora_A", "lora_B"} | (set() if self.initial_gate is None else {"gate"})
+        if self.tensors.keys() != expected:
+            raise ValueError(
+                f"{name!r} has the tensors {sorted(self.tensors)}, expected {sorted(expected)}"
+            )
+        shapes = {key: tuple(value.shape) for key, value in self.tensors.items()}
+        if any(len(shape) != (1 if key == "gate" else 2) for key, shape in shapes.items()):
+            raise ValueError(
+                f"{name!r} has shapes {shapes}: expected lora_A (r, d_in), lora_B (d_out, r), "
+                "gate (r,)"
+            )
+        if len({shape[RANK_DIM[key]] for key, shape in shapes.items()}) != 1:
+            raise ValueError(
+                f"{name!r} has shapes {shapes}: expected one rank in lora_A (r, d_in) and lora_B "
+                "(d_out, r)"
+            )
+        if self.rank > min(self.shape):
+            raise ValueError(
+                f"{name!r} has rank {self.rank}, expected at most min(d_in, d_out) = "
+                f"{min(self.shape)}. Further ranks add nothing, and a LoRALinear does not hold "
+                "them: train with fewer"
+            )
+
 
 def savable_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The LoRA layers of `model`; ValueError if there is none, or one that is merged or on the meta device."""
+    """The LoRA layers of `model` by name.
+
+    Raises ValueError if there is none, or one that is merged or on the meta device.
+    """
     layers = lora_layers(model)
     if not layers:
         raise ValueError("the model has no LoRA layer to save: wrap() puts them in")
@@ -112,52 +128,68 @@ def savable_layers(model: nn.Module) -> dict[str, LoRALinear]:
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(
-            f"{quoted_names(merged)} merged, where the file needs A, B and the base's own weight: unmerge() first, or unwrap() "
-            "and save the plain model with ΔW in its weights"
+            f"{quoted_names(merged)} merged, where the file needs A, B and the base's own weight: "
+            "unmerge() first, or unwrap() and save the plain model with ΔW in its weights"
         )
-    without = [name for name, layer in layers.items() if any(p.is_meta for p in layer.parameters())]
-    if without:
+    on_meta = [name for name, layer in layers.items() if any(p.is_meta for p in layer.parameters())]
+    if on_meta:
         raise ValueError(
-            f"{quoted_names(without)} on the meta device, without values to save: load the model's weights first"
+            f"{quoted_names(on_meta)} on the meta device, without values to save: load the "
+            "model's weights first"
         )
     return layers
 
 
-def match_modules(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
-    """{name in a file: first name of that module in `model`}, in module order, every module being there, plain, and
-    (d_out, d_in) as given. Raises ValueError."""
-    modules, first = dict(walk(model)), first_names(model)
+def find_modules(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+    """Where the adapters of a file belong in a plain model.
+
+    Args:
+        shapes: {name in the file: (d_out, d_in)}.
+
+    Returns: {name in the file: first name of that module in `model`}, in the order of the model.
+
+    Raises ValueError: a module that is missing, has another shape or an adapter already, or that
+    the file has several adapters for.
+    """
+    modules, first = modules_by_name(model), first_names(model)
     missing = [name for name in shapes if name not in modules]
     if missing:
         raise ValueError(
-            f"the model has no {quoted_names(missing)}, which the file has an adapter for: is it the whole model that was "
-            f"saved, or a part of it? {close_names(missing[0], modules)}"
+            f"the model has no {quoted_names(missing)}, which the file has an adapter for: is it "
+            "the whole model that was saved, or a part of it? "
+            f"{did_you_mean(missing[0], modules)}"
         )
-    order = {name: i for i, name in enumerate(resolve_ranks(model, dict.fromkeys(shapes, 0)))}
+    positions = {name: i for i, name in enumerate(resolve_ranks(model, dict.fromkeys(shapes, 0)))}
     for name, shape in shapes.items():
-        there = layer_shape(modules[name])
-        if there != shape:
+        actual = layer_shape(modules[name])
+        if actual != shape:
             raise ValueError(
-                f"{name!r}: the file's adapter is for (d_out, d_in) = {shape}, the model has {there}"
+                f"{name!r}: the file's adapter is for (d_out, d_in) = {shape}, the model has "
+                f"{actual}"
             )
-    if len(order) < len(shapes):
-        count = Counter(first[name] for name in shapes)
-        same = [name for name in shapes if count[first[name]] > 1]
+    if len(positions) < len(shapes):
+        adapters = Counter(first[name] for name in shapes)
+        aliases = [name for name in shapes if adapters[first[name]] > 1]
         raise ValueError(
-            f"{quoted_names(same)} are one module of the model, which the file has several adapters for"
+            f"{quoted_names(aliases)} are one module of the model, which the file has several "
+            "adapters for"
         )
-    return {name: first[name] for name in sorted(shapes, key=lambda name: order[first[name]])}
+    return {name: first[name] for name in sorted(shapes, key=lambda name: positions[first[name]])}
 
 
-def warn_of_losses(model: nn.Module, saved: Collection[str]) -> None:
-    """Warn the caller's caller of parameters that may have trained and are no adapter's nor named in `saved`."""
+def warn_of_losses(model: nn.Module, saved: Collection[str], advice: str) -> None:
+    """Warn the caller's caller of parameters that may have trained and do not go into the file.
+
+    Args:
+        saved: names of the parameters that go into the file beside the adapters.
+        advice: what to do about the others.
+    """
     kept = {id(p) for layer in lora_layers(model).values() for p in layer.parameters(recurse=False)}
     kept |= {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in saved}
     lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
     if lost:
         warnings.warn(
-            f"{quoted_names(lost)} require a gradient and will not be in the file, which holds the adapters. What trained "
-            "besides must be saved too (save_adapter's `modules`, or your own file); freeze the rest, as "
-            "wrap(…, trainable=[…]) does",
+            f"{quoted_names(lost)} require a gradient and will not be in the file. If they "
+            f"trained, what they learned is lost. {advice}",
             stacklevel=3,
         )

@@ -1,5 +1,5 @@
-"""hutchinson.py and probes.py: every vector of signs enumerated gives the exact diagonal and the stated variance;
-drawn ones cover it as often as their standard errors say."""
+"""hutchinson.py and sampling.py: every vector of signs enumerated gives the exact diagonal and the
+stated variance; drawn ones cover it as often as their standard errors say."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.curvature_cases import CASES, build, classify, mlp, pairs
-from helpers.dense import dense_diagonal
 from helpers.estimators import coverage_of_traces, seeded
 from torch import nn
 
-from minirank import testing
+from minirank import reference, testing
 from minirank.curvature import exact_hessian_diagonal, hutchinson_outputs, hutchinson_weights
 from minirank.curvature.sampling import random_signs
 
@@ -66,7 +65,8 @@ def two_classes(model, batch):
 
 
 def enumerate_signs(monkeypatch, shapes):
-    """Let the estimator draw every combination of signs over tensors of these shapes; returns how many there are."""
+    """Let the estimator draw every combination of signs over tensors of these shapes; returns how
+    many there are."""
     total = sum(torch.Size(shape).numel() for shape in shapes)
     every = torch.tensor(list(itertools.product([1.0, -1.0], repeat=total)), dtype=torch.float64)
     parts = [
@@ -113,9 +113,8 @@ def test_weights_the_mean_over_all_signs_is_the_exact_diagonal_and_the_variance_
     h = hutchinson_weights(
         model, two_classes, batches, generator=seeded(), samples=count, chunk_size=count
     )
-    torch.testing.assert_close(
-        h["0"], dense_diagonal(model, two_classes, batches, "0"), rtol=1e-12, atol=1e-15
-    )
+    expected = reference.hessian_diagonal(model, two_classes, batches, ["0"])
+    torch.testing.assert_close(h["0"], expected["0"], rtol=1e-12, atol=1e-15)
 
     def loss(weight):
         return two_classes(lambda x: torch.tanh(x @ weight.t()), batches[0])
@@ -140,6 +139,24 @@ def test_unbiased_on_every_kind_of_module(estimate, case):
     for name, h in exact.items():
         assert abs(float(found[name].sum() - h.sum())) < 4.5 * found.standard_errors[name]
         assert found.standard_errors[name] < 0.6 * float(h.abs().sum())
+
+
+def test_signs_on_the_weights_have_the_mean_and_the_variance_of_the_reference():
+    """Ratios of deviations from 400 values each: 5 standard errors of 5 %."""
+    model, batches = build(mlp), pairs((5,), (6,))
+    found = hutchinson_weights(
+        model, classify, batches, generator=seeded(1), samples=400, chunk_size=100
+    )
+    generator = seeded(2)
+    singles = [
+        reference.hutchinson(model, classify, batches, list(found), generator=generator, samples=1)
+        for _ in range(400)
+    ]
+    for name, h in found.items():
+        traces = torch.stack([single[name].sum() for single in singles])
+        error = float(traces.std()) / 400**0.5
+        assert 0.75 < found.standard_errors[name] / error < 1.25
+        assert abs(float(h.sum() - traces.mean())) < 4.5 * 2**0.5 * error
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -196,7 +213,8 @@ def test_one_sign_vector_per_sample_whatever_the_chunks():
 
 @pytest.mark.parametrize("estimate", BOTH)
 def test_batches_of_unequal_size_weigh_as_told(estimate):
-    """Every sample has the same Hessian, c · I: so the batches' means c differ, and no sign matters."""
+    """Every sample has the same Hessian, c · I: so the batches' means c differ, and no sign
+    matters."""
     model = nn.Sequential(nn.Linear(1, 2, bias=False)).double()
 
     def scaled(model, batch):
@@ -215,6 +233,16 @@ def test_batches_of_unequal_size_weigh_as_told(estimate):
         )
 
 
+@pytest.mark.parametrize("independent", [True, False])
+def test_independence_is_checked_on_every_batch_of_the_first_pass_alone(independent, monkeypatch):
+    """Each check costs three Hessian-vector products."""
+    checks = []
+    monkeypatch.setattr(hutchinson, "check_independent", lambda *tensors: checks.append(tensors))
+    options = {"samples": 6, "chunk_size": 2, "independent": independent, "generator": seeded()}
+    hutchinson_outputs(build(mlp), classify, pairs((5,), (4, 2, 3)), **options)
+    assert len(checks) == (3 if independent else 0)
+
+
 @pytest.mark.parametrize("estimate", BOTH)
 def test_tolerance_stops_on_the_standard_error(estimate):
     model, batches = build(mlp), pairs((5,), (6,))
@@ -229,7 +257,8 @@ def test_tolerance_stops_on_the_standard_error(estimate):
 
 @pytest.mark.parametrize("estimate", BOTH)
 def test_a_negative_trace_does_not_stop_early(estimate):
-    """With no curvature upwards at all; a rule on the relative change of a running trace stops at once here."""
+    """With no curvature upwards at all; a rule on the relative change of a running trace stops at
+    once here."""
     model, batches = build(mlp), pairs((5,), (6,))
     exact = exact_hessian_diagonal(model, lambda m, b: -classify(m, b), batches)
     found = estimate(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,7 +254,7 @@ def test_saved_on_a_gpu_loads_on_the_cpu_and_back(path):
     )
 
 
-# ---- what goes along ---------------------------------------------------------------------------
+# ---- where the ranks came from ---------------------------------------------------------------------------
 
 
 def test_the_file_says_where_its_ranks_came_from(path):
@@ -263,7 +265,7 @@ def test_the_file_says_where_its_ranks_came_from(path):
     wrap(model, allocation)
     save_adapter(model, path, allocation=allocation)
     read = read_adapter(path)
-    assert (read.method, read.budget, read.unit) == ("uniform", 9, "rank")
+    assert (read.method, read.budget, read.unit) == ("uniform", 9, "ranks")
     assert str(read).splitlines()[0] == "uniform: 9 ranks (budget 9 ranks)"
     assert str(allocation).splitlines()[1:] == str(read).splitlines()[1:]
     assert allocation.ranks["blocks.0.0"] > 0
@@ -277,85 +279,60 @@ def test_the_file_says_where_its_ranks_came_from(path):
     assert read_adapter(path).ranks["like"] == 4
 
 
-class Classifier(nn.Module):
-    def __init__(self, dtype=torch.float64):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 4))
-        self.head = nn.ModuleDict({"out": nn.Linear(4, 3), "norm": nn.BatchNorm1d(3)})
-        self.head.register_buffer("scratch", torch.zeros(2), persistent=False)
-        self.to(dtype)
+# ---- a file of minirank 0.1 --------------------------------------------------------------------
 
-    def forward(self, x):
-        return self.head["norm"](self.head["out"](self.body(x)))
+GOLDEN = Path(__file__).parent / "data" / "adapter_0_1.safetensors"  # written by minirank 0.1.0
 
 
-def classifier(dtype=torch.float64, seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Classifier(dtype)
+def golden_base():
+    """The plain model whose adapters, and trained norm, are in the golden file."""
+    model = nn.Sequential(
+        OrderedDict(
+            first=nn.Linear(3, 2), second=nn.Linear(2, 2, bias=False), norm=nn.BatchNorm1d(2, eps=0)
+        )
+    )
+    with torch.no_grad():
+        model.first.weight.copy_(torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]]))
+        model.first.bias.copy_(torch.tensor([0.0, 1.0]))
+        model.second.weight.copy_(torch.tensor([[1.0, -1.0], [0.0, 2.0]]))
+    return model.double().eval()
 
 
-@pytest.mark.parametrize("modules", ["head", ["head"], ["head.*"], ["h*", "body"]])
-def test_other_trained_modules_come_along_with_their_buffers(path, modules):
-    model = classifier()
-    wrap(model, {"body.0": 2}, trainable=["head"])
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-    model(inputs(5, 4)).square().sum().backward()
-    optimizer.step()
-    model.eval()
-    save_adapter(model, path, modules=modules)
-    if "body" not in modules:
-        model.body[1].load_state_dict(
-            classifier().body[1].state_dict()
-        )  # its running mean was not asked for
-    fresh = classifier().eval()
-    fresh.head["out"].reset_parameters()
-    load_adapter(fresh, path)
-    assert torch.equal(fresh(inputs(5, 4)), model(inputs(5, 4)))
-    expected = {
-        "head.out.weight",
-        "head.out.bias",
-        *(f"head.norm.{key}" for key in nn.BatchNorm1d(3).state_dict()),
+def test_a_file_of_0_1_loads_to_the_numbers_worked_out_by_hand():
+    model = golden_base()
+    layers = load_adapter(model, GOLDEN)
+    x = torch.tensor([[1.0, 2.0, 3.0]]).double()
+    # first: W x + b = (7, 3). A x = (3, 3), times gates (1.5, 3), B: (1.5, 6), scaling 3 / 2.
+    h = model.first(x)
+    assert h.tolist() == [[7 + 2.25, 3 + 9.0]]
+    # second: W h = (-2.75, 24). A h = 21.25, B: (0, 21.25), scaling 4 / sqrt(4).
+    assert model.second(h).tolist() == [[-2.75, 24 + 42.5]]
+    # norm: (y - (1, 2.5)) / sqrt(1, 4) · (2, 1) + (0.25, -1).
+    assert model(x).tolist() == [[-7.25, 31.0]]
+    assert [(layer.rank, layer.alpha, layer.scaling) for layer in layers.values()] == [
+        (2, 3.0, 1.5),
+        (1, 4.0, 2.0),
+    ]
+    assert [(layer.initial_gate, layer.dropout) for layer in layers.values()] == [
+        (1.0, 0.0),
+        (None, 0.25),
+    ]
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        *(f"first.{key}" for key in ("lora_A", "lora_B", "gate")),
+        *("second.lora_A", "second.lora_B"),
+        *("norm.weight", "norm.bias"),
     }
-    assert set(read_adapter(path).others) >= expected
-    assert not [name for name in read_adapter(path).others if "scratch" in name or "lora" in name]
+    other = golden_base()
+    other.first.bias.data[0] = 1
+    refuse(GOLDEN, "'first': not the base weights", other)
 
 
-def test_other_modules_take_the_type_of_the_model_that_they_come_into(path):
-    model = classifier()
-    wrap(model, {"body.0": 2}, trainable=["head"])
-    save_adapter(model, path, modules="head")
-    fresh = classifier(torch.float32, seed=0)
-    weight = fresh.head["out"].weight
-    load_adapter(fresh, path)
-    assert fresh.head["out"].weight is weight
-    assert torch.equal(weight, model.head["out"].weight.float())
-
-
-def test_a_tied_parameter_is_saved_once_and_not_missed(path):
-    model = zoo()
-    wrap(model, {"like": 2}, trainable=["emb"])
-    save_adapter(model, path, modules=["head"])  # the same parameter
-    assert list(read_adapter(path).others) == ["head.weight"]
-    assert repr(read_adapter(path)).endswith("\nbesides: head.weight")
-    save_adapter(model, path, modules=["head", "emb"])
-    assert list(read_adapter(path).others) == ["head.weight"]
-
-
-def test_what_trains_and_is_not_saved_is_warned_of(path):
-    model = classifier()
-    wrap(model, {"body.0": 2}, trainable=["head"])
-    with pytest.warns(
-        UserWarning,
-        match=r"'head.out.weight', 'head.out.bias', 'head.norm.weight' and 1 more require",
-    ):
-        save_adapter(model, path)
-    with pytest.warns(UserWarning, match=r"'head.norm.weight', 'head.norm.bias' require") as caught:
-        save_adapter(model, path, modules="head.out")
-    assert caught[0].filename == __file__
-    lora_layers(model)["body.0"].base.bias.requires_grad_(True)
-    with pytest.warns(UserWarning, match=r"'body.0.base.bias' require"):
-        save_adapter(model, path, modules="head")
+def test_a_file_of_0_1_is_read_in_the_words_of_today():
+    read = read_adapter(GOLDEN)
+    assert read.ranks == {"first": 2, "second": 1}
+    assert (read.method, read.budget, read.unit) == ("uniform", 3, "ranks")
+    assert read.other_tensors["norm.num_batches_tracked"].item() == 7
+    assert str(read).startswith("uniform: 3 ranks (budget 3 ranks)\n")
 
 
 # ---- what is refused: when saving --------------------------------------------------------------
@@ -456,7 +433,7 @@ def set_field(name, key, value):
 
 
 CRAFTED = {
-    "format 2, while this version reads up to 1: update": lambda _, record: record.update(format=2),
+    "format 3, while this version reads up to 2: update": lambda _, record: record.update(format=3),
     "body.up.lora_A is not finite": set_entry("body.up.lora_A", (0, 0), float("nan")),
     "like.gate is not finite": set_entry("like.gate", 0, float("inf")),
     "'like' has the tensors \\['gate', 'lora_A'\\]": lambda tensors, _: tensors.pop("like.lora_B"),
@@ -661,6 +638,6 @@ def test_what_unwrap_gives_back_can_be_loaded_again(saved):
     model = zoo()
     before = snapshot(model)
     for _ in range(2):
-        load_adapter(model, saved)
+        load_adapter(model, saved, trainable=None)
         unwrap(model)
     assert_unchanged(model, before)

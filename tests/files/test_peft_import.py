@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import peft
 import pytest
@@ -20,6 +21,7 @@ from helpers.peft_cases import (
     tensors_of,
     trained,
 )
+from torch import nn
 
 from minirank import (
     export_peft,
@@ -29,6 +31,7 @@ from minirank import (
     merge,
     resize,
     save_adapter,
+    wrap,
 )
 
 ALL = ["fc", "enc.fc", "xfc", "enc.xfc", "fc2"]
@@ -273,8 +276,10 @@ def test_importing_reads_no_random_numbers_and_takes_trainable_as_wrap_does(tmp_
     others = {
         f"{name}.{key}" for name in ("enc.fc", "enc.xfc", "fc2") for key in ("weight", "bias")
     }
-    trains = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trains == own | others
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == own
+    model = chain()
+    import_peft(model, tmp_path, trainable=None)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == own | others
     model = chain()
     import_peft(model, tmp_path, trainable="fc2")
     assert {n for n, p in model.named_parameters() if p.requires_grad} == own | {
@@ -329,3 +334,16 @@ def test_an_imported_adapter_is_resized_trained_merged_saved_and_exported_again(
         )
     merge(model)
     torch.testing.assert_close(model(x), y, rtol=1e-12, atol=1e-12)
+
+
+def test_each_pattern_is_compiled_once(tmp_path, monkeypatch):
+    """re keeps 512 patterns: beyond that, trying all of them on all layers would compile each anew, every time."""
+    count = 600
+    model, plain = (nn.ModuleList(nn.Linear(2, 2) for _ in range(count)) for _ in range(2))
+    wrap(model, {str(i): 1 for i in range(count)})
+    export_peft(model, tmp_path)
+    compiler = re._compiler if hasattr(re, "_compiler") else re.sre_compile
+    compile, compiled = compiler.compile, []
+    monkeypatch.setattr(compiler, "compile", lambda *args: compiled.append(args) or compile(*args))
+    assert len(import_peft(plain, tmp_path)) == count
+    assert len(compiled) <= count + 5

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 
 import peft
 import pytest
 import torch
-from helpers.models import TOKENS, assert_unchanged, inputs, snapshot
+from helpers.models import TOKENS, assert_unchanged, inputs, snapshot, wrapped, zoo
 from helpers.peft_cases import (
     chain,
     gpt2,
@@ -227,7 +228,7 @@ def test_json_that_is_no_configuration(folder, text):
 def number(value):
     return {"alpha_pattern": {}, "lora_alpha": value}, (
         "'fc' has alpha",
-        "expected a positive number",
+        "expected a finite positive number",
     )
 
 
@@ -327,6 +328,19 @@ def test_ranks_of_zero_and_above_the_layers_size(tmp_path):
     none = {"fc2.lora_A.weight": torch.ones(0, 6), "fc2.lora_B.weight": torch.ones(4, 0)}
     with_tensors(tmp_path, lambda t: (t.clear(), t.update(none)))
     import_refused(chain(), tmp_path, "'fc2' has rank 0", "positive")
+
+
+@pytest.mark.parametrize("change", [{"alpha_pattern": {}, "lora_alpha": 10**400}, None])
+def test_a_configuration_beyond_all_numbers_is_refused(tmp_path, change):
+    export_peft(wrapped(ranks={"like": 2})[1], tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(
+        "[" * 100_000 if change is None else json.dumps(json.loads(config.read_text()) | change)
+    )
+    with pytest.raises(
+        ValueError, match="is no JSON" if change is None else "'like' has alpha 1000"
+    ):
+        import_peft(zoo(), tmp_path)
 
 
 # ---- another model -----------------------------------------------------------------------------

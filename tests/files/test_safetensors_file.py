@@ -12,9 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from helpers.models import same_bits
-from torch import nn
 
-from minirank.files.base_fingerprint import fingerprint, same_base
 from minirank.files.safetensors_file import (
     DTYPES,
     checksum,
@@ -167,40 +165,3 @@ for folder in ("p", "q"):
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-W", "ignore", "-c", code]
     subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, check=True)
-
-
-# ---- fingerprints ------------------------------------------------------------------------------
-
-
-def linear(dtype=torch.float32, seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Linear(5, 7).to(dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_a_module_is_recognised_in_every_type_and_another_one_in_none(dtype):
-    known = fingerprint(linear())
-    assert same_base(linear(dtype), known)
-    assert same_base(linear(), fingerprint(linear(dtype)))
-    assert not same_base(linear(dtype, seed=1), known)
-    without_bias = linear(dtype)
-    without_bias.register_parameter("bias", None)
-    assert not same_base(without_bias, known)
-
-
-def test_in_the_same_type_one_bit_is_enough_to_tell_modules_apart():
-    for key in ("weight", "bias"):
-        changed = linear()
-        with torch.no_grad():
-            changed.get_parameter(key).view(-1)[3].nextafter_(torch.tensor(9.0))
-        assert not same_base(changed, fingerprint(linear()))
-
-
-def test_rounding_to_the_coarser_type_is_forgiven_and_twice_that_is_not():
-    known = fingerprint(linear())
-    for factor, same in ((1 + 2**-9, True), (1 + 2**-6, False)):
-        changed = linear()
-        with torch.no_grad():
-            changed.weight.mul_(factor)
-        assert same_base(changed.bfloat16(), known) == same

@@ -9,7 +9,8 @@ from torch import nn
 
 
 class Attention(nn.Module):
-    """Embedding, attention by the default kernel, LayerNorm, GELU, residuals, a projection called twice, pooling."""
+    """Embedding, attention by the default kernel, LayerNorm, GELU, residuals, a projection called
+    twice, pooling."""
 
     def __init__(self):
         super().__init__()
@@ -66,6 +67,25 @@ def pairs(shape, sizes, tokens=False):
         x = torch.randn(n, *shape, dtype=torch.float64, generator=generator) if x is None else x
         batches.append((x, torch.randint(0, 3, (n,), generator=generator)))
     return batches
+
+
+def by_reference(function, model, loss_fn, batches, names):
+    """A reference's {name: (d_out, d_in)}; it keeps the layout of the weight, Conv1D's being
+    transposed."""
+    diagonals = function(model, loss_fn, batches, list(names))
+    return {
+        name: h.t() if isinstance(model.get_submodule(name), Conv1DLike) else h
+        for name, h in diagonals.items()
+    }
+
+
+def assert_equals(estimate, expected, rtol, atol):
+    """Two results {name: diagonal} agree for every layer."""
+    assert estimate.keys() == expected.keys()
+    for name, diagonal in expected.items():
+        torch.testing.assert_close(
+            estimate[name], diagonal, rtol=rtol, atol=atol, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def siamese():

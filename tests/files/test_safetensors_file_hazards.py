@@ -70,6 +70,22 @@ def test_if_one_of_two_files_cannot_be_replaced_the_other_is_the_old_one(
     }
 
 
+def test_if_the_second_file_cannot_be_replaced_a_first_one_that_is_new_goes_again(
+    tmp_path, monkeypatch
+):
+    replace = os.replace
+
+    def busy(source, target):
+        if str(target).endswith("b"):
+            raise OSError("busy")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", busy)
+    with pytest.raises(OSError, match="busy"):
+        write_files({tmp_path / "a": b"new", tmp_path / "b": b"new"})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_name_that_the_format_has_for_itself_is_refused(path):
     model = wrapped()[1]
     model.register_buffer("__metadata__", torch.ones(2))

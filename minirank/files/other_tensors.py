@@ -1,0 +1,162 @@
+"""What a file holds beside the adapters: parameters and buffers of other modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..checks import quoted_names
+from ..layers.lora import LoRALinear
+from ..layers.targets import matching_modules, modules_by_name
+from .safetensors_file import tensor_bytes
+
+# ---- from the model -----------------------------------------------------------------------------
+
+
+def trainable_parameters(model: nn.Module) -> list[str]:
+    """The names of the parameters outside the LoRA layers that require a gradient, each once."""
+    names: dict[int, str] = {}
+    for name, module in modules_by_name(model).items():
+        for key, parameter in _own_parameters(name, module):
+            if parameter.requires_grad:
+                names.setdefault(id(parameter), key)
+    return list(names.values())
+
+
+def tensors_that_train(model: nn.Module) -> dict[str, Tensor]:
+    """What trains beside the adapters, by name.
+
+    Of a module whose parameters all require a gradient: its parameters and persistent buffers, with
+    those of the modules inside it. Elsewhere: the single parameters that require a gradient.
+    """
+    named_tensors: list[tuple[str, Tensor]] = []
+    for name, module in modules_by_name(model).items():
+        if _trains_as_a_whole(module):
+            named_tensors += _all_tensors(name, module)
+        else:
+            named_tensors += [(k, p) for k, p in _own_parameters(name, module) if p.requires_grad]
+    return _each_once(named_tensors)
+
+
+def tensors_of_modules(model: nn.Module, patterns: Sequence[str]) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of the modules that the names or globs match.
+
+    LoRA layers are left out. Raises ValueError for a pattern that matches no module.
+    """
+    named_tensors: list[tuple[str, Tensor]] = []
+    for pattern in patterns:
+        for name, module in matching_modules(model, pattern, "modules").items():
+            named_tensors += _all_tensors(name, module)
+    return _each_once(named_tensors)
+
+
+def _trains_as_a_whole(module: nn.Module) -> bool:
+    """Not so if a LoRA layer is inside it, whose base may be frozen."""
+    parameters = list(module.parameters())
+    inner = module.modules()
+    return (
+        bool(parameters)
+        and all(parameter.requires_grad for parameter in parameters)
+        and not any(isinstance(child, LoRALinear) for child in inner)
+    )
+
+
+def _all_tensors(prefix: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of parameters and persistent buffers, of inner modules too, LoRA layers not."""
+    for name, inner in modules_by_name(module, prefix).items():
+        yield from _own_parameters(name, inner)
+        if not isinstance(inner, LoRALinear):
+            for key, buffer in inner._buffers.items():
+                if buffer is not None and key not in inner._non_persistent_buffers_set:
+                    yield _joined(name, key), buffer
+
+
+def _own_parameters(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of the module itself; none of a LoRA layer."""
+    if not isinstance(module, LoRALinear):
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield _joined(name, key), parameter
+
+
+def _joined(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _each_once(named_tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """{first name: tensor}: a tied tensor has several names."""
+    first: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in named_tensors:
+        first.setdefault(id(tensor), (name, tensor.detach()))
+    return dict(first.values())
+
+
+# ---- into the model -----------------------------------------------------------------------------
+
+
+def converted_values(model: nn.Module, values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Pairs (tensor of the model, the value that it gets, converted to its type).
+
+    Raises ValueError: the model has no such tensor, or it cannot hold the file's value.
+    """
+    model_tensors: dict[str, Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    pairs: dict[int, tuple[str, Tensor, Tensor]] = {}
+    for name, value in values.items():
+        tensor = model_tensors.get(name)
+        converted = _converted(name, value, tensor)
+        assert tensor is not None  # else _converted has raised
+        first_name, _, first_value = pairs.setdefault(id(tensor), (name, tensor, converted))
+        if first_value is not converted and tensor_bytes(first_value) != tensor_bytes(converted):
+            raise ValueError(
+                f"{first_name!r} and {name!r} are one tensor of the model, which the file has two "
+                "values for"
+            )
+    return [(tensor, converted) for _, tensor, converted in pairs.values()]
+
+
+def parameters_named(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
+    """The model's parameters among these names; ValueError if it has no tensor of a name."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    missing = [name for name in names if name not in parameters and name not in buffers]
+    if missing:
+        raise ValueError(
+            f"the file says that {quoted_names(missing)} trained, which the model does not have: "
+            "is it the model that was saved? Otherwise name what shall train, trainable=[…]"
+        )
+    return [parameters[name] for name in names if name in parameters]
+
+
+def _converted(name: str, value: Tensor, tensor: Tensor | None) -> Tensor:
+    """`value` in the type of the model's `tensor`. Raises ValueError if it does not fit."""
+    if tensor is None or is_lazy(tensor) or tensor.is_meta:
+        reason = "one without values (lazy, or on the meta device): load its weights"
+        raise ValueError(
+            f"the file holds {name!r}, of shape {tuple(value.shape)}; the model has "
+            f"{'none' if tensor is None else reason}"
+        )
+    floating = tensor.is_floating_point() and value.is_floating_point()
+    if tensor.shape != value.shape or not (floating or tensor.dtype == value.dtype):
+        raise ValueError(
+            f"the file holds {name!r}, {value.dtype} of shape {tuple(value.shape)}; the model has "
+            f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+        )
+    converted = value.to(tensor.dtype)
+    if floating and bool((value.isfinite() & ~converted.double().isfinite()).any()):
+        raise ValueError(
+            f"the file's {name!r} overflows {tensor.dtype}, the model's type: convert the model "
+            "to a wider one"
+        )
+    return converted
+
+
+def copy_value(tensor: Tensor, value: Tensor) -> None:
+    """Overwrite the entries of `tensor`, in inference mode if that is where it was made."""
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.copy_(value)
