@@ -1,4 +1,4 @@
-"""How well two curvatures agree: rank correlations, relative errors, a table and a plot of them."""
+"""How well two curvatures agree: rank correlations and relative errors, in a table and a plot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Row = dict[str, Any]  # one estimate's figures; each list has one value per seed
 
 
 def order(values: Tensor) -> Tensor:
-    """(n,) → (n, n), the signs of all differences: 0 for ties."""
+    """(n,) → (n, n): the signs of all differences, 0 for ties."""
     return (values[:, None] - values).sign().double()
 
 
@@ -25,13 +25,16 @@ def kendall(a: Tensor, b: Tensor) -> float:
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Spearman's ρ of two (n,), ties at their mean rank; nan if all values of one are tied."""
+    """Spearman's ρ of two (n,); ties share their mean rank; nan if all values of one are tied."""
     x, y = order(a).sum(1), order(b).sum(1)
     return float(x @ y / (x.norm() * y.norm()))
 
 
 def relative_error(estimate: Tensor, reference: Tensor, scaled: bool) -> float:
-    """‖c · estimate − reference‖ / ‖reference‖, c being 1, or with `scaled` the factor that makes it smallest."""
+    """‖c · estimate − reference‖ / ‖reference‖.
+
+    c is 1, or, if `scaled`, the factor that makes the error smallest.
+    """
     c = estimate @ reference / estimate.square().sum() if scaled else 1.0
     return float((c * estimate - reference).norm() / reference.norm())
 
@@ -41,7 +44,7 @@ def traces(diagonals: Diagonals) -> Tensor:
 
 
 def entries(diagonals: Diagonals, like: Diagonals) -> Tensor:
-    """All entries, those that a layer's rows share once per row of `like`."""
+    """All entries in one tensor; a diagonal that rows share counts once for each row of `like`."""
     return torch.cat([h.expand_as(like[name]).double().flatten() for name, h in diagonals.items()])
 
 
@@ -71,13 +74,13 @@ def table(title: str, rows: Mapping[str, Row]) -> str:
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Mean ± standard deviation."""
+    """Mean ± standard deviation, as text."""
     cell = f"{statistics.mean(values):.{digits}f}" if values else "–"
     return cell + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def save_plot(path: str, studies: Mapping[str, Mapping[str, Row]]) -> None:
-    """Agreement against seconds, for the first two studies, which have an exact reference."""
+    """Plot agreement against seconds for the first two studies, which have an exact reference."""
     from matplotlib.figure import Figure
 
     shown = list(studies.items())[:2]
@@ -89,14 +92,14 @@ def save_plot(path: str, studies: Mapping[str, Mapping[str, Row]]) -> None:
     for column, (title, rows) in enumerate(shown):
         for axes, key in zip(panels[:, column], ("spearman", "moved at 8"), strict=True):
             for i, family in enumerate(families):
-                found = [row for row in rows.values() if row["family"] == family and row.get(key)]
-                if family == "uniform ranks" and found:
+                members = [row for row in rows.values() if row["family"] == family and row.get(key)]
+                if family == "uniform ranks" and members:
                     axes.axhline(
-                        statistics.mean(found[0][key]), color="grey", linestyle=":", label=family
+                        statistics.mean(members[0][key]), color="grey", linestyle=":", label=family
                     )
-                elif found:
-                    x = [statistics.mean(row["seconds"]) for row in found]
-                    y = [statistics.mean(row[key]) for row in found]
+                elif members:
+                    x = [statistics.mean(row["seconds"]) for row in members]
+                    y = [statistics.mean(row[key]) for row in members]
                     axes.plot(x, y, "o-" if len(x) > 1 else "D", color=f"C{i}", label=family)
             axes.axvline(
                 statistics.mean(rows["exact"]["seconds"]), color="black", label="exact diagonal"

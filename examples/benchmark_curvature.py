@@ -2,10 +2,12 @@
 
     python examples/benchmark_curvature.py
 
-A tanh MLP 20-32-32-10 on a batch of 64, in float64: minirank's two exact diagonals, the dense Hessian of torch.func,
-its vmapped columns, and, where they are installed, curvlinops (its Hessian operator times the identity) and BackPACK
-(DiagHessian). First each is checked against the dense Hessian's diagonal. Then width, depth, batch and sequence length
-grow, each alone. All contenders run in turn in one process; figures are medians of the repeats.
+The model is a tanh MLP 20-32-32-10 on a batch of 64, in float64. The contenders are minirank's two
+exact diagonals, the dense Hessian of torch.func, its vmapped columns, and, where they are
+installed, curvlinops (its Hessian operator times the identity) and BackPACK (DiagHessian). First
+each is checked against the diagonal of the dense Hessian and timed. Then width, depth, batch and
+sequence length grow, one at a time. All contenders take turns in one process; figures are medians
+of the repeats.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def mlp(width: int = 32, depth: int = 2) -> nn.Sequential:
 
 
 class OneBlock(nn.Module):
-    """A transformer block over a sequence, mean-pooled into 10 classes."""
+    """A transformer block over a sequence; the mean over positions goes to 10 classes."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -70,7 +72,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def functional_loss(model: nn.Module, batch: Batch) -> Any:
-    """(flat weights) -> loss, and the flat weights."""
+    """(a function from flat weights to the loss, the flat weights)."""
     start = weights(model)
     sizes = [w.numel() for w in start.values()]
 
@@ -92,7 +94,7 @@ def dense_hessian(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def vmapped_columns(model: nn.Module, batch: Batch, chunk_size: int = 256) -> Tensor:
-    """One Hessian-vector product per weight, `chunk_size` of them under one torch.vmap."""
+    """One Hessian-vector product per weight; one torch.vmap takes `chunk_size` of them together."""
     loss, flat = functional_loss(model, batch)
     gradient = torch.func.grad(loss)
 
@@ -118,7 +120,8 @@ def reference(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def peers() -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    """Other libraries' exact diagonals, of those that are installed."""
+    installed: dict[str, Any] = {}
     try:
         from curvlinops import HessianLinearOperator
     except ImportError:
@@ -133,7 +136,7 @@ def peers() -> dict[str, Any]:
             dense: Tensor = H @ torch.eye(H.shape[1], dtype=torch.float64)
             return dense.diagonal()
 
-        found["curvlinops, H @ I"] = curvlinops_columns
+        installed["curvlinops, H @ I"] = curvlinops_columns
     try:
         from backpack import backpack, extend
         from backpack.extensions import DiagHessian
@@ -149,8 +152,8 @@ def peers() -> dict[str, Any]:
             model.zero_grad()
             return torch.cat(diagonals)
 
-        found["BackPACK, DiagHessian"] = backpack_diagonal
-    return found
+        installed["BackPACK, DiagHessian"] = backpack_diagonal
+    return installed
 
 
 def main() -> None:
@@ -159,7 +162,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--small", action="store_true", help="a width of 4: to see that it runs")
+    parser.add_argument("--small", action="store_true", help="a width of 4, to see that it runs")
     parser.add_argument("--out", help="write the figures to this JSON file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -177,9 +180,8 @@ def main() -> None:
     results: dict[str, Any] = {"options": vars(arguments), "torch": torch.__version__, "error": {}}
     model = mlp(unit)
     expected = dense_hessian(model, batch)
-    print(
-        f"{expected.numel()} weights, float64, torch {torch.__version__}, {arguments.threads} thread(s)"
-    )
+    setting = f"float64, torch {torch.__version__}, {arguments.threads} thread(s)"
+    print(f"{expected.numel()} weights, {setting}")
     for name, diagonal in contenders.items():
         error = float((diagonal(model, batch) - expected).abs().max() / expected.abs().max())
         results["error"][name] = error

@@ -1,11 +1,15 @@
-"""How fast do estimates of the Hessian diagonal close in, and how much memory does a chunk of products take?
+"""How fast do estimates of the Hessian diagonal converge, and what memory does a chunk take?
 
     python examples/benchmark_estimates.py
 
-Error against products: a tanh MLP 20-32-32-10 on a batch of 64 in float64; Hutchinson's estimate on weights and on
-layer outputs, curvlinops' (if installed), and the sampled Gauss-Newton diagonal, which converges to another matrix.
-Errors are relative to the exact diagonal: its largest entry, its norm, and each layer's trace (root mean square over
-layers and seeds). Memory: the growth of the process's peak while the exact diagonal is taken, for several chunk sizes.
+Errors: a tanh MLP 20-32-32-10 on a batch of 64, in float64. The contenders are Hutchinson's
+estimate on weights and on layer outputs, that of curvlinops (if installed), and the sampled
+Gauss-Newton diagonal, which converges to another matrix than the Hessian. Errors are relative to
+the exact diagonal: to its largest entry, to its norm, and to each layer's trace (root mean square
+over layers and seeds).
+
+Memory: the growth of the process's peak while the exact diagonal is computed, for several chunk
+sizes.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ def ours(estimate: Callable[..., Diagonal]) -> Estimator:
 
 
 def estimators() -> dict[str, Estimator]:
-    found = {
+    installed = {
         "Hutchinson, weights": ours(hutchinson_weights),
         "Hutchinson, outputs": ours(hutchinson_outputs),
         "Gauss-Newton, sampled": ours(gauss_newton),
@@ -56,7 +60,7 @@ def estimators() -> dict[str, Estimator]:
         from curvlinops import HessianLinearOperator, hutchinson_diag
     except ImportError:
         print("curvlinops is not installed: left out")
-        return found
+        return installed
 
     def curvlinops(model: nn.Module, batch: Any, products: int, seed: int) -> Diagonal:
         torch.manual_seed(seed)
@@ -69,12 +73,12 @@ def estimators() -> dict[str, Estimator]:
         named = zip(names, parameters, parts, strict=True)
         return {n.removesuffix(".weight"): h.detach().view_as(p) for n, p, h in named}
 
-    return {**found, "curvlinops": curvlinops}
+    return {**installed, "curvlinops": curvlinops}
 
 
-def errors(found: Diagonal, exact: Diagonal) -> dict[str, float]:
-    h, true = (torch.cat([d[name].flatten() for name in exact]) for d in (found, exact))
-    traces = [float(found[name].sum() / exact[name].sum() - 1) for name in exact]
+def errors(estimate: Diagonal, exact: Diagonal) -> dict[str, float]:
+    h, true = (torch.cat([d[name].flatten() for name in exact]) for d in (estimate, exact))
+    traces = [float(estimate[name].sum() / exact[name].sum() - 1) for name in exact]
     return {
         "largest": float((h - true).abs().max() / true.abs().max()),
         "norm": float((h - true).norm() / true.norm()),
@@ -97,14 +101,14 @@ def error_table(counts: list[int], seeds: int, unit: int) -> dict[str, Any]:
             mean["trace"] = math.sqrt(statistics.fmean(run["trace"] ** 2 for run in runs))
             table.setdefault(name, {})[products] = {**mean, "seconds": seconds}
             print(
-                f"{name:<24}{products:>9}{mean['largest']:>15.3f}{mean['norm']:>8.3f}{mean['trace']:>8.3f}"
-                f"{1e3 * seconds:>9.1f}"
+                f"{name:<24}{products:>9}{mean['largest']:>15.3f}{mean['norm']:>8.3f}"
+                f"{mean['trace']:>8.3f}{1e3 * seconds:>9.1f}"
             )
     return table
 
 
 def growth_megabytes(chunk_size: int, width: int, positions: int, samples: int) -> float:
-    """By how much an exact diagonal of a transformer block raises the peak of this process."""
+    """By how much the exact diagonal of a transformer block raises the peak of this process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = OneBlock(width).double()
@@ -118,11 +122,12 @@ def growth_megabytes(chunk_size: int, width: int, positions: int, samples: int) 
 def memory_table(
     chunk_sizes: list[int], width: int, positions: int, samples: int
 ) -> dict[int, float]:
-    """Each in a process of its own, since a peak does not come down."""
+    """{chunk size: megabytes}, each from a process of its own, since a peak does not come down."""
     context = multiprocessing.get_context("spawn")
     growth = {}
     print(
-        f"exact diagonal of a transformer block, width {width}, {positions} positions, {samples} samples, float64:"
+        f"exact diagonal of a transformer block, width {width}, {positions} positions, "
+        f"{samples} samples, float64:"
     )
     print("growth of the process's peak memory after one backward pass")
     for chunk_size in chunk_sizes:
@@ -139,14 +144,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--small", action="store_true", help="a width of 4: to see that it runs")
+    parser.add_argument("--small", action="store_true", help="a width of 4, to see that it runs")
     parser.add_argument("--out", help="write the figures to this JSON file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     sizes = ([1, 4], 8, 4, 4) if arguments.small else ([1, 16, 64, 256], 64, 16, 32)
     results: dict[str, Any] = {"options": vars(arguments), "torch": torch.__version__}
-    results["memory_mb"] = memory_table(*sizes)  # first: a child's peak starts from its parent's
+    # Memory comes first, because a child process starts from its parent's peak.
+    results["memory_mb"] = memory_table(*sizes)
     counts, unit = ([1, 10], 4) if arguments.small else ([10, 100, 1000], 32)
     results["errors"] = error_table(counts, arguments.seeds, unit)
     if arguments.out:

@@ -2,9 +2,9 @@
 
     python examples/benchmark_l1ra.py --out examples/results/l1ra_benchmark.json
 
-Four trainings take turns, step by step, on the same batch: plain LoRA; with gates that train; with `l1ra.step()` after
-the optimizer's; and with an update at every step that moves up to 12 of the 72 ranks. The time inside `l1ra.step()`
-is given too.
+Four trainings take turns, step by step, on the same batch: plain LoRA; LoRA with gates that train;
+the same with `l1ra.step()` after the optimizer's step; and the same with an update in each step
+that moves up to 12 of the 72 ranks. The time inside `l1ra.step()` is printed too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Training(NamedTuple):
 
 
 def training(batch: Batch, tags: int, gate: float | None, interval: int | None) -> Training:
-    """A training that can go step by step, with L1RA if there is an `interval`."""
+    """A training that can go step by step; with L1RA if an `interval` is given."""
     model = build_model(0, tags).train()
     uniform = UniformRanks(model, ["encoder.*"])
     uniform.score()
@@ -71,16 +71,16 @@ def main() -> None:
     gated = training(batch, len(data.tags), 1.0, None)
     between = training(batch, len(data.tags), 1.0, never)
     updating = training(batch, len(data.tags), 1.0, 1)
-    moving = updating.l1ra
-    assert moving is not None
+    l1ra = updating.l1ra
+    assert l1ra is not None
 
     def nothing() -> None:
         pass
 
     @torch.no_grad()
     def drop_gates() -> None:
-        """Let the last rank of every third module that has two fall at the next update."""
-        for gate in [gate for gate in moving.gates.values() if len(gate) > 1][::3][:12]:
+        """Of every third module with two ranks, make the next update prune the last one."""
+        for gate in [gate for gate in l1ra.gates.values() if len(gate) > 1][::3][:12]:
             gate[-1] = -1.0
 
     contenders = {
@@ -95,11 +95,17 @@ def main() -> None:
     )
     inside = {"between updates": between.seconds[1:], "with an update": updating.seconds[1:]}
     alone = table("inside l1ra.step()", inside, "between updates")
-    moved = [sum(update.pruned.values()) for update in moving.history.updates[1:]]
+    moved = [sum(update.pruned.values()) for update in l1ra.history.updates[1:]]
     print(f"an update moved {min(moved)} to {max(moved)} ranks")
     if options.out:
-        content = {"torch": torch.__version__, "threads": torch.get_num_threads(), "repeats": options.repeats,
-                   "step": figures, "inside": alone, "ranks_moved": [min(moved), max(moved)]}  # fmt: skip
+        content = {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "repeats": options.repeats,
+            "step": figures,
+            "inside": alone,
+            "ranks_moved": [min(moved), max(moved)],
+        }
         Path(options.out).write_text(json.dumps(content, indent=1) + "\n")
 
 

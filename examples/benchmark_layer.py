@@ -1,10 +1,11 @@
-"""What the LoRA layer costs: forward, training step, wrapping and merging, beside the bare model and PEFT.
+"""What the LoRA layer costs beside the bare model and PEFT: forward, training step, wrap, merge.
 
     python examples/benchmark_layer.py
 
-A stack of Linear(768, 768) layers with rank-8 adapters on every one, batch 128. All contenders run in turn, again and
-again, in one process; the figures are medians of the repeats, and ratios of those medians. PEFT is left out if it is
-not installed. First it checks that both compute the same function.
+The model is a stack of Linear(768, 768) layers, each with an adapter of rank 8; the batch is 128.
+All contenders take turns in one process. The figures are medians of the repeats, and ratios of
+these medians. PEFT is left out if it is not installed. First the script checks that minirank and
+PEFT compute the same function.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from minirank import UniformRanks, lora_layers, merge, unmerge, wrap
 
-SCALING = 3  # no power of two, whose rounding would be exact
+SCALING = 3  # not a power of two, by which multiplication would be exact
 
 
 def forward(model: nn.Module, x: Tensor) -> Work:
@@ -58,9 +59,7 @@ def main() -> None:
         *(nn.Linear(arguments.width, arguments.width) for _ in range(arguments.layers))
     )
     with torch.no_grad():
-        for weight in (
-            bare.parameters()
-        ):  # at this scale activations neither vanish nor explode through the stack
+        for weight in bare.parameters():  # so that activations neither vanish nor explode
             weight.normal_(0, arguments.width**-0.5, generator=generator)
     x = torch.randn(arguments.batch, arguments.width, generator=generator)
 
@@ -105,16 +104,18 @@ def main() -> None:
             difference = (theirs(x) - ours(x)).abs().max()
             effect = (ours(x) - bare(x)).abs().max()
         print(
-            f"minirank and PEFT differ by at most {difference:.1e}; the adapters move the output by {effect:.1e}"
+            f"minirank and PEFT differ by at most {difference:.1e}; "
+            f"the adapters move the output by {effect:.1e}"
         )
         models["PEFT"] = theirs
         wrapping["PEFT (with deepcopy)"] = wrapped_by_peft
         merging["PEFT"] = theirs.merge_adapter  # type: ignore[assignment]
         unmerging["PEFT"] = theirs.unmerge_adapter  # type: ignore[assignment]
 
-    size = f"{arguments.layers} × Linear({arguments.width}, {arguments.width}), batch {arguments.batch}"
+    kind = f"Linear({arguments.width}, {arguments.width})"
     print(
-        f"{size}, rank {arguments.rank}, float32, torch {torch.__version__}, {arguments.threads} thread(s)"
+        f"{arguments.layers} × {kind}, batch {arguments.batch}, rank {arguments.rank}, float32, "
+        f"torch {torch.__version__}, {arguments.threads} thread(s)"
     )
     repeats = arguments.repeats
     trained = {name: model for name, model in models.items() if name != "bare"}

@@ -1,4 +1,4 @@
-"""What scoring costs on the real model: Sensitivity-LoRA's input second moment beside the same forward passes.
+"""What Sensitivity-LoRA's scoring costs on MiniLM, beside the same forward passes without it.
 
 python examples/benchmark_scoring.py
 """
@@ -44,7 +44,8 @@ def main() -> None:
         "SensitivityLoRA.score()": allocator.score,
     }
     print(
-        f"MiniLM, 36 layers, {arguments.sentences} sentences, torch {torch.__version__}, {arguments.threads} thread(s)"
+        f"MiniLM, 36 layers, {arguments.sentences} sentences, torch {torch.__version__}, "
+        f"{arguments.threads} thread(s)"
     )
     results = table("calibration", interleaved(contenders, arguments.repeats), "forward passes")
     if arguments.out:

@@ -1,10 +1,14 @@
-"""What ShapLoRA's scoring costs on MiniLM: beside as many forward and backward passes over the same data.
+"""What ShapLoRA's scoring costs on MiniLM, beside as many forward and backward passes without it.
 
     python examples/benchmark_shaplora.py --out examples/results/benchmark_shaplora.json
 
-Contenders, all on one model with rank 4 in each of its 36 linear layers: the passes as in training (adapters and head);
-with gradients for the adapters alone; the latter with every batch three times as long and a third as many passes, which
-is what scoring three coalitions in one pass (gates per sample) would cost at least; and `ShapLoRA.score()`.
+All contenders run on one model with rank 4 in each of its 36 linear layers, over the same data:
+
+- the passes as in training, with gradients for the adapters and the head;
+- the passes with gradients for the adapters alone;
+- the latter with batches three times as long and a third as many passes: scoring three
+  coalitions in one pass, with gates for each sample, would cost at least as much;
+- `ShapLoRA.score()`.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--sentences", type=int, default=24, help="that are scored, in batches of 8"
+        "--sentences", type=int, default=24, help="to score, in batches of 8 (default 24)"
     )
     parser.add_argument("--coalitions", type=int, default=18)
     parser.add_argument("--repeats", type=int, default=5)
@@ -79,8 +83,10 @@ def main() -> None:
         "... three in one pass": lambda: passes(model, longer, count // 3, adapters),
         "ShapLoRA.score()": allocator.score,
     }
-    print(f"MiniLM, {options.sentences} sentences, {count} passes, torch {torch.__version__}, "
-          f"{torch.get_num_threads()} thread(s)")  # fmt: skip
+    print(
+        f"MiniLM, {options.sentences} sentences, {count} passes, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} thread(s)"
+    )
     figures = table("scoring", interleaved(contenders, options.repeats), "passes as in training")
     if options.out:
         content = {

@@ -1,11 +1,14 @@
-"""Which ranks train best? Each method gets the same pretrained model, the same budget and the same data order.
+"""Which ranks train best? All methods get the same pretrained model, budget and order of the data.
 
     python examples/compare.py --quick                 # about 3 minutes on 2 cores
-    python examples/compare.py --methods uniform sensitivity --seeds 0 1 2 3 4      # one of the published tables
 
-The task is tagging.py's: MiniLM learns part-of-speech tags of the Brown corpus. Methods that need calibration or
-validation data get the development split; the test split is used for the final figures alone. Everything is printed
-with its standard error over seeds, and differences from the first method are paired by seed.
+    # a table of the results page:
+    python examples/compare.py --methods uniform sensitivity --seeds 0 1 2 3 4
+
+The task is that of tagging.py: MiniLM learns part-of-speech tags of the Brown corpus. Methods that
+need calibration or validation data get the development split. The test split is used for the final
+figures alone. All figures are printed with their standard errors over seeds, and differences from
+the first method are paired by seed.
 """
 
 from __future__ import annotations
@@ -49,18 +52,18 @@ from minirank import (
     wrap,
 )
 from minirank.allocators.history import History
-from minirank.allocators.sensitivity import Curvature
 from minirank.allocators.plot import fill_heat_map, whole_ticks
+from minirank.allocators.sensitivity import Curvature
 from minirank.allocators.table import arrange
 
 SCALING = 2.0  # of every LoRA layer, whatever its rank
-L1, GATE_LR, STOP = (
-    0.3,
-    0.05,
-    0.5,
-)  # L1RA's: of what was tried on the dev split, with another seed, the
-# mildest that moves more than one rank in 250 steps
-FIRST_GATE_LR = 0.3  # of the gates in ShapLoRA's first training: from 0, at the adapters' 0.003, 250 steps are too few
+# L1RA's penalty, its gates' learning rate, and the share of the training in which it moves ranks.
+# Of those tried on the development split with another seed, these are the mildest that move more
+# than one rank in 250 steps.
+L1, GATE_LR, STOP = 0.3, 0.05, 0.5
+# The gates' learning rate in ShapLoRA's first training. The gates start from 0; at the adapters'
+# learning rate of 0.003, 250 steps are too few for them.
+FIRST_GATE_LR = 0.3
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,12 @@ class Options:
     device: str
     l1: float
     gate_lr: float
-    interval: int  # L1RA's optimizer steps between updates
-    stop: int  # after which its ranks stay
-    coalitions: int  # ShapLoRA's
-    sentences: int  # of the dev split, which they are scored on
-    curvature: str  # Sensitivity-LoRA's
-    first_gate_lr: float  # of the gates, in its first training
+    interval: int  # optimizer steps between L1RA's updates
+    stop: int  # the optimizer step after which L1RA moves no rank
+    coalitions: int  # that ShapLoRA scores
+    sentences: int  # of the development split, on which ShapLoRA scores
+    curvature: str  # of Sensitivity-LoRA
+    first_gate_lr: float  # of the gates in ShapLoRA's first training
 
 
 @dataclass
@@ -99,9 +102,9 @@ class Trained(NamedTuple):
     """What a method returns."""
 
     allocation: Allocation  # the ranks at the end
-    scoring_seconds: float  # spent on finding them before training, a first training included
+    scoring_seconds: float  # to find the ranks before the training, a first training included
     result: dict[str, float]  # what train() returned
-    history: History | None = None  # of ranks that moved during training
+    history: History | None = None  # of the ranks, if they moved during the training
 
 
 Method = Callable[[Tagger, Data, Options, int], Trained]
@@ -112,8 +115,8 @@ CURVATURES: dict[str, Curvature] = {
 }
 
 
-# A method takes the plain model, allocates, wraps and trains it in place. To add one, write such a function and name it
-# in METHODS.
+# A method allocates ranks for the plain model, wraps it, and trains it in place. To add a method,
+# write such a function and name it in METHODS.
 
 
 def uniform(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
@@ -133,7 +136,7 @@ def l1ra(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
     allocator = UniformRanks(model, options.targets)
     allocator.score()
     start = allocator.allocate(options.budget, unit=options.unit, min_rank=1)  # type: ignore[arg-type]
-    # The same scaling as the other methods'; with the authors' reference rank, A starts from N(0, 1/16²).
+    # The scaling is that of the other methods. A starts from N(0, 1/16²), as in the authors' code.
     wrap(
         model,
         start,
@@ -144,7 +147,7 @@ def l1ra(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
         generator=seed,
     )
     optimizer = make_optimizer(model)
-    moving = L1RA(
+    allocator_in_training = L1RA(
         model,
         optimizer,
         l1=options.l1,
@@ -161,17 +164,19 @@ def l1ra(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
         steps=options.steps,
         seed=seed,
         optimizer=optimizer,
-        on_step=lambda _: moving.step(),
+        on_step=lambda _: allocator_in_training.step(),
     )
-    return Trained(replace(start, ranks=moving.ranks, method="L1RA"), 0.0, result, moving.history)
+    at_the_end = replace(start, ranks=allocator_in_training.ranks, method="L1RA")
+    return Trained(at_the_end, 0.0, result, allocator_in_training.history)
 
 
 def shaplora(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
     start = time.perf_counter()
-    trial = copy.deepcopy(model)  # stage one: trained with twice the budget, scored, thrown away
-    twice = UniformRanks(trial, options.targets)
-    twice.score()
-    ranks = twice.allocate(2 * options.budget, unit=options.unit)  # type: ignore[arg-type]
+    # Stage one: a copy is trained with twice the budget, scored, and thrown away.
+    trial = copy.deepcopy(model)
+    uniform_ranks = UniformRanks(trial, options.targets)
+    uniform_ranks.score()
+    ranks = uniform_ranks.allocate(2 * options.budget, unit=options.unit)  # type: ignore[arg-type]
     wrap(trial, ranks, scaling=SCALING, gate=0.0, trainable=["head"], generator=seed)
     optimizer = make_optimizer(trial, gate_lr=options.first_gate_lr)
     train(trial, data.train, steps=options.steps, seed=seed, optimizer=optimizer)
@@ -187,7 +192,8 @@ def shaplora(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
     first_stage = time.perf_counter() - start
     first_loss = evaluate(trial, data.dev)["loss"]
     print(
-        f"seed {seed}, shaplora: dev loss {first_loss:.4f} after the first training, at {ranks.total_rank} ranks"
+        f"seed {seed}, shaplora: dev loss {first_loss:.4f} after the first training, "
+        f"at {ranks.total_rank} ranks"
     )
     # Stage two trains plain LoRA like the other methods, so that nothing differs but the ranks.
     trained = allocate_then_train(allocator, model, data, options, seed)
@@ -207,7 +213,7 @@ def allocate_then_train(
 ) -> Trained:
     start = time.perf_counter()
     allocator.score()
-    allocation = allocator.allocate(options.budget, unit=options.unit)  # type: ignore[arg-type]  # argparse checks it
+    allocation = allocator.allocate(options.budget, unit=options.unit)  # type: ignore[arg-type]
     seconds = time.perf_counter() - start
     wrap(model, allocation, scaling=SCALING, trainable=["head"], generator=seed)
     return Trained(allocation, seconds, train(model, data.train, steps=options.steps, seed=seed))
@@ -226,7 +232,7 @@ def run(name: str, data: Data, options: Options, seed: int) -> Run:
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float | None]:
-    """Mean and its standard error (None for one value)."""
+    """The mean and its standard error, which is None for a single value."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return statistics.fmean(values), error
 
@@ -250,7 +256,10 @@ Summary = dict[str, dict[str, dict[str, Any]]]
 
 
 def summarise(runs: list[Run], methods: list[str]) -> Summary:
-    """{figure: {method: mean, standard error, and the same of the paired difference from the first method}}."""
+    """{figure: {method: {mean, standard error, and both of the paired difference}}}.
+
+    Differences are from the first method.
+    """
     summary: Summary = {}
     for figure, value in FIGURES.items():
         by_method = {m: {r.seed: value(r) for r in runs if r.method == m} for m in methods}
@@ -272,35 +281,44 @@ def summarise(runs: list[Run], methods: list[str]) -> Summary:
 def report(summary: Summary, methods: list[str], seeds: list[int]) -> str:
     lines = [f"{len(seeds)} seed(s), mean ± standard error; differences are paired by seed", ""]
     if len(seeds) < 5:
-        lines[0] += " (from fewer than 5 seeds, an error is itself little more than a guess)"
+        lines[0] += " (with fewer than 5 seeds, the errors themselves are little more than guesses)"
     lines.append(
         f"{'':<16}"
         + "".join(f"  {m:>18}" for m in methods)
         + "".join(f"  {m + ' - ' + methods[0]:>26}" for m in methods[1:])
     )
     for figure, cells in summary.items():
-        digits = (
-            0
-            if figure == "parameters"
-            else 1
-            if figure.endswith(" s")
-            else 2
-            if "%" in figure
-            else 4
+        digits = decimals(figure)
+        means = [
+            plus_minus(cell["mean"], cell["standard_error"], digits) for cell in cells.values()
+        ]
+        differences = [
+            plus_minus(
+                cells[method]["difference"],
+                cells[method]["difference_standard_error"],
+                digits,
+                sign="+",
+            )
+            for method in methods[1:]
+        ]
+        lines.append(
+            f"{figure:<16}"
+            + "".join(f"  {text:>18}" for text in means)
+            + "".join(f"  {text:>26}" for text in differences)
         )
-        row = [
-            f"  {plus_minus(c['mean'], c['standard_error'], digits):>18}" for c in cells.values()
-        ]
-        row += [
-            f"  {plus_minus(cells[m]['difference'], cells[m]['difference_standard_error'], digits, '+'):>26}"
-            for m in methods[1:]
-        ]
-        lines.append(f"{figure:<16}" + "".join(row))
     return "\n".join(lines)
 
 
+def decimals(figure: str) -> int:
+    if figure == "parameters":
+        return 0
+    if figure.endswith(" s"):
+        return 1
+    return 2 if "%" in figure else 4
+
+
 def report_kinds(runs: list[Run], methods: list[str]) -> str:
-    """Where the ranks went: their sum over the layers for each kind of module, mean over seeds."""
+    """Where the ranks went: sums over the layers for each kind of module, means over the seeds."""
     grids = {m: [arrange(r.allocation.ranks) for r in runs if r.method == m] for m in methods}
     lines = ["ranks by kind of module, summed over layers, mean over seeds"]
     kinds = grids[methods[0]][0].columns
@@ -338,7 +356,7 @@ def save_json(path: str, options: Options, runs: list[Run], summary: Summary) ->
 
 
 def save_plot(path: str, runs: list[Run], methods: list[str]) -> None:
-    """The first seed's ranks of every method, side by side on one colour scale."""
+    """Draw the first seed's ranks of all methods side by side, on one colour scale."""
     from matplotlib.figure import Figure
 
     first = {m: next(r.allocation for r in runs if r.method == m) for m in methods}
@@ -360,8 +378,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="2 seeds of 40 steps")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
-                        help=f"of {', '.join(METHODS)}; the first is what the others are compared with")  # fmt: skip
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=list(METHODS),
+        default=list(METHODS),
+        metavar="METHOD",
+        help=f"some of {', '.join(METHODS)}; the others are compared with the first",
+    )
     parser.add_argument(
         "--budget", type=int, default=72, help="total over all targets (default 72: 36 layers at 2)"
     )
@@ -375,34 +399,53 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="one training per method and seed (default 0 1 2)"
     )
-    parser.add_argument("--curvature", choices=list(CURVATURES), default="input_second_moment",
-                        help="Sensitivity-LoRA's")  # fmt: skip
+    parser.add_argument(
+        "--curvature",
+        choices=list(CURVATURES),
+        default="input_second_moment",
+        help="of Sensitivity-LoRA",
+    )
     parser.add_argument("--l1", type=float, default=L1, help=f"L1RA's penalty (default {L1})")
     parser.add_argument(
-        "--gate-lr", type=float, default=GATE_LR, help=f"of L1RA's gates (default {GATE_LR})"
+        "--gate-lr",
+        type=float,
+        default=GATE_LR,
+        help=f"learning rate of L1RA's gates (default {GATE_LR})",
     )
     parser.add_argument(
-        "--interval", type=int, help="L1RA's steps between updates (default: 5 %% of the training)"
+        "--interval",
+        type=int,
+        help="steps between L1RA's updates (default: 5 %% of the training)",
     )
     parser.add_argument(
         "--stop",
         type=float,
         default=STOP,
-        help=f"share of training with L1RA updates (default {STOP})",
+        help=f"share of the training in which L1RA moves ranks (default {STOP})",
     )
     parser.add_argument(
-        "--coalitions", type=int, help="ShapLoRA's, a multiple of 18 (default 90; quick: 18)"
+        "--coalitions",
+        type=int,
+        help="that ShapLoRA scores, a multiple of 18 (default 90; quick: 18)",
     )
     parser.add_argument(
-        "--sentences", type=int, help="dev sentences that ShapLoRA scores (default 120; quick: 16)"
+        "--sentences",
+        type=int,
+        help="development sentences that ShapLoRA scores (default 120; quick: 16)",
     )
-    parser.add_argument("--first-gate-lr", type=float, default=FIRST_GATE_LR,
-                        help=f"of the gates, in ShapLoRA's first training (default {FIRST_GATE_LR})")  # fmt: skip
     parser.add_argument(
-        "--limit", type=int, help="use only so many sentences of each split, to see that it runs"
+        "--first-gate-lr",
+        type=float,
+        default=FIRST_GATE_LR,
+        help=f"learning rate of the gates in ShapLoRA's first training (default {FIRST_GATE_LR})",
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        help="use only so many sentences of each split, to see that the script runs",
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", help="write every figure to this JSON file")
+    parser.add_argument("--out", help="write all figures to this JSON file")
     parser.add_argument("--plot", help="write a heat map of the ranks to this image file")
     parser.add_argument(
         "--history-plot", help="write L1RA's ranks over time, of the first seed, to this image file"
@@ -430,10 +473,14 @@ def main() -> None:
     if arguments.limit:
         n = arguments.limit
         data = data._replace(train=data.train[:n], dev=data.dev[:n], test=data.test[:n])
-    sizes = f"{len(data.train)} training, {len(data.dev)} dev, {len(data.test)} test sentences, {len(data.tags)} tags"
+    sizes = (
+        f"{len(data.train)} training, {len(data.dev)} dev, {len(data.test)} test sentences, "
+        f"{len(data.tags)} tags"
+    )
     unit = options.unit
     print(
-        f"{sizes}; {options.steps} steps on {', '.join(options.targets)}, budget {options.budget:,} {unit}"
+        f"{sizes}; {options.steps} steps on {', '.join(options.targets)}, "
+        f"budget {options.budget:,} {unit}"
     )
     runs = []
     for seed in seeds:
@@ -456,9 +503,9 @@ def main() -> None:
         save_json(arguments.out, options, runs, summary)
     if arguments.plot:
         save_plot(arguments.plot, runs, arguments.methods)
-    moved = next((r.history for r in runs if r.history), None)
-    if arguments.history_plot and moved:
-        moved.plot(arguments.history_plot)
+    history = next((run.history for run in runs if run.history), None)
+    if arguments.history_plot and history:
+        history.plot(arguments.history_plot)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,29 @@
-"""Which curvature estimate can be trusted? Each against the exact Hessian diagonal, where that can be afforded.
+"""Which curvature estimate can be trusted? Each is compared with the exact Hessian diagonal.
 
     python examples/curvature_fidelity.py --quick                        # under a minute
-    python examples/curvature_fidelity.py --out f.json --plot f.png      # the figures of the README
+    python examples/curvature_fidelity.py --out f.json --plot f.png      # as on the results page
 
 Three studies of part-of-speech taggers (see tagging.py), on one thread:
 
-small: a BERT of 4 blocks and width 24, trained here from scratch, once per seed; in float64, exact for all of its 25
-    linear layers, on 16 whole sentences of 8 sub-words.
-MiniLM: the pretrained encoder under a head that was trained alone first (at a random head the loss is far from a
-    minimum); exact for the linear layers of some of its blocks, on a few short whole sentences.
-MiniLM, all layers: on 6 whole sentences of 20 sub-words, before and after fine-tuning. No exact diagonal is affordable
-    here: traces are held against Hutchinson's estimate on outputs with 100 samples, whose standard error is printed.
+small: a BERT of 4 blocks and width 24, trained here from scratch, once per seed. The reference is
+    the exact diagonal of all its 25 linear layers, in float64, on 16 whole sentences of 8
+    sub-words.
+MiniLM: the pretrained encoder under a head that was trained alone first, because under a random
+    head the loss is far from a minimum. The reference is the exact diagonal of the linear layers of
+    some blocks, on a few short whole sentences.
+MiniLM, all layers: on 6 whole sentences of 20 sub-words, before and after fine-tuning. An exact
+    diagonal would cost too much here. The reference for the traces is Hutchinson's estimate on
+    outputs with 100 samples, whose standard error is printed.
 
-For every estimate: rank correlations of the layers' traces with the reference's; relative errors ‖estimate −
-reference‖ / ‖reference‖ of the traces and of all entries; products (backward passes or Hessian-vector products);
-seconds of one thread; and how many ranks differ (half of Σ |difference|) from those that SensitivityLoRA gives with
-the exact diagonal, at an average of 2 and of 8. Every seed draws the sampled estimates anew.
+The figures of an estimate are:
+
+- rank correlations of its traces, one per layer, with those of the reference;
+- relative errors ‖estimate − reference‖ / ‖reference‖ of the traces and of all entries;
+- its products (backward passes or Hessian-vector products) and seconds of one thread;
+- how many ranks differ (half of Σ |difference|) from those that SensitivityLoRA gives with the
+  exact diagonal, at an average of 2 and of 8 ranks.
+
+Each seed draws the sampled estimates anew.
 """
 
 from __future__ import annotations
@@ -64,7 +72,7 @@ AVERAGES = (2, 8)  # ranks per layer
 
 
 def sensitivity_ranks(model: nn.Module, diagonals: Diagonals) -> list[Tensor] | None:
-    """SensitivityLoRA's ranks at every average; None if the mean trace is not positive, which it refuses."""
+    """SensitivityLoRA's ranks at each average; None where the mean trace is not positive."""
     if traces(diagonals).mean() <= 0:
         return None
     names = list(diagonals)
@@ -80,9 +88,9 @@ def sensitivity_ranks(model: nn.Module, diagonals: Diagonals) -> list[Tensor] | 
 class Contender(NamedTuple):
     family: str
     samples: int | None  # random ones
-    products: int
+    products: int  # backward passes or Hessian-vector products
     estimate: Callable[..., Diagonals]
-    free_scale: bool  # errors are meaningful only up to one factor for all layers
+    free_scale: bool  # the estimate is meant only up to one factor, the same for all layers
 
     @property
     def name(self) -> str:
@@ -94,7 +102,10 @@ class Contender(NamedTuple):
 
 
 def contenders(counts: list[int], exact_products: int) -> list[Contender]:
-    """exact_products: backward passes of the exact Gauss-Newton diagonal, 0 to leave it out."""
+    """The estimates to compare; those that draw random vectors once for each count.
+
+    exact_products: backward passes of the exact Gauss-Newton diagonal; 0 leaves it out.
+    """
 
     def shared_by_rows(model: nn.Module, *arguments: Any, **options: Any) -> Diagonals:
         diagonals = curvature.input_second_moment(model, *arguments)
@@ -108,16 +119,18 @@ def contenders(counts: list[int], exact_products: int) -> list[Contender]:
         "Hutchinson, outputs": curvature.hutchinson_outputs,
         "Gauss-Newton, sampled": curvature.gauss_newton,
     }
-    found = [
-        Contender(f, k, k, partial(e, samples=k), False) for f, e in sampled.items() for k in counts
+    chosen = [
+        Contender(family, count, count, partial(estimate, samples=count), False)
+        for family, estimate in sampled.items()
+        for count in counts
     ]
     if exact_products:
-        found.append(
+        chosen.append(
             Contender("Gauss-Newton, exact", None, exact_products, curvature.gauss_newton, False)
         )
-    found.append(Contender("empirical Fisher", None, 1, curvature.empirical_fisher, True))
-    found.append(Contender("input second moment", None, 0, curvature.input_second_moment, True))
-    return [*found, Contender("the same, N = d_out d_in", None, 0, shared_by_rows, True)]
+    chosen.append(Contender("empirical Fisher", None, 1, curvature.empirical_fisher, True))
+    chosen.append(Contender("input second moment", None, 0, curvature.input_second_moment, True))
+    return [*chosen, Contender("the same, N = d_out d_in", None, 0, shared_by_rows, True)]
 
 
 def measure(
@@ -136,7 +149,7 @@ def study(
     choice: list[Contender],
     seeds: list[int],
 ) -> dict[str, Row]:
-    """Every contender against the reference; the seeds are those of the random signs."""
+    """The figures of each contender against the reference. The seeds draw the random signs."""
     expected, wanted, every = (
         traces(reference),
         sensitivity_ranks(model, reference),
@@ -144,7 +157,7 @@ def study(
     )
     if wanted is None:
         print("reference: no allocation, the mean trace is not positive")
-    found: dict[str, Row] = {}
+    figures: dict[str, Row] = {}
     for contender in choice:
         row: Row = {"products": contender.products, "family": contender.family}
         for seed in seeds if contender.samples else seeds[:1]:
@@ -162,13 +175,13 @@ def study(
             for key, value in values.items():
                 if not math.isnan(value):  # no correlation where all traces are equal
                     row.setdefault(key, []).append(value)
-        found[contender.name] = row
+        figures[contender.name] = row
     uniform = {
         f"moved at {a}": [float((w - a).abs().sum() / 2)]
         for a, w in zip(AVERAGES, wanted or [], strict=False)
     }
-    found["uniform ranks"] = {"products": 0, "family": "uniform ranks", **uniform}
-    return found
+    figures["uniform ranks"] = {"products": 0, "family": "uniform ranks", **uniform}
+    return figures
 
 
 def of_length(examples: list[Example], length: int, count: int) -> list[Batch]:
@@ -191,8 +204,9 @@ def describe(model: nn.Module, data: list[Batch], reference: Diagonals) -> str:
     t = traces(reference)
     below = float((entries(reference, reference) < 0).double().mean())
     return (
-        f"loss {float(loss):.3f} on {sum(map(words, data))} words; {len(t)} layers; traces {t.min():.3g} to "
-        f"{t.max():.3g}, {int((t < 0).sum())} negative; {100 * below:.0f} % of the entries negative"
+        f"loss {float(loss):.3f} on {sum(map(words, data))} words; {len(t)} layers; "
+        f"traces {t.min():.3g} to {t.max():.3g}, {int((t < 0).sum())} negative; "
+        f"{100 * below:.0f} % of the entries negative"
     )
 
 
@@ -218,10 +232,8 @@ def small_study(data: Data, seeds: list[int], counts: list[int], quick: bool) ->
         model = small_tagger(data, seed, steps).double()
         accuracy = evaluate(model, data.dev)["accuracy"]
         reference, row = exact(model, calibration, list(linear_targets(model)))
-        print(
-            f"seed {seed}: dev accuracy {accuracy:.1f} %; {describe(model, calibration, reference)}",
-            flush=True,
-        )
+        description = describe(model, calibration, reference)
+        print(f"seed {seed}: dev accuracy {accuracy:.1f} %; {description}", flush=True)
         rows = study(
             model, calibration, reference, contenders(counts, length * len(data.tags)), [seed]
         )
@@ -269,18 +281,12 @@ def sampled_study(
     print(describe(model, calibration, reference))
     print(f"standard errors of these traces: {100 * noise:.1f} % of the mean |trace|", flush=True)
     rows = study(model, calibration, reference, contenders(counts[:2], 0), options.seeds)
-    known = (
-        "products",
-        "family",
-        "seconds",
-        "spearman",
-        "kendall",
-        "trace error",
-    )  # the reference's entries are noisy
+    # The entries of this reference are too noisy to compare with.
+    of_traces = ("products", "family", "seconds", "spearman", "kendall", "trace error")
     rows = {
-        name: {key: of[key] for key in known if key in of}
-        for name, of in rows.items()
-        if "spearman" in of
+        name: {key: row[key] for key in of_traces if key in row}
+        for name, row in rows.items()
+        if "spearman" in row
     }
     return {"reference": {"products": samples, "family": "reference", "seconds": [seconds]}, **rows}
 
@@ -289,15 +295,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="toy sizes: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--blocks", type=int, nargs="+", default=[3, 5], help="of MiniLM, for the exact diagonal"
     )
     parser.add_argument(
-        "--length", type=int, default=6, help="sub-words of its sentences, [CLS] and [SEP] included"
+        "--length",
+        type=int,
+        default=6,
+        help="sub-words of the sentences for the exact diagonal, [CLS] and [SEP] included",
     )
-    parser.add_argument("--sentences", type=int, default=4, help="how many")
+    parser.add_argument("--sentences", type=int, default=4, help="how many of these sentences")
     parser.add_argument("--out", help="write every figure to this JSON file")
     parser.add_argument("--plot", help="write the plot to this image file")
     options = parser.parse_args()
@@ -329,9 +338,8 @@ def main() -> None:
     fine_tune(model, data.train, steps=2 if options.quick else 250, seed=0)
     print(f"MiniLM, fine-tuned: dev accuracy {evaluate(model, judged)['accuracy']:.1f} %")
     add("MiniLM, all layers, fine-tuned", sampled_study(model, data, options, counts))
-    print(
-        "mean ± standard deviation over seeds; *: errors after the best single factor for all layers"
-    )
+    print("mean ± standard deviation over seeds")
+    print("*: errors after multiplying by the best factor, the same for all layers")
     if options.out:
         environment = {"torch": torch.__version__, "threads": torch.get_num_threads()}
         content = {"options": vars(options), "environment": environment, "studies": studies}

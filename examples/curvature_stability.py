@@ -1,17 +1,21 @@
 """Does a curvature's order of the layers hold on other text, on less of it, and after fine-tuning?
 
-    python examples/curvature_stability.py --quick                        # one estimate, under a minute
-    python examples/curvature_stability.py --out stability.json           # the figures of the README
+    python examples/curvature_stability.py --quick                  # one estimate, under a minute
+    python examples/curvature_stability.py --out stability.json     # as on the results page
 
-Sensitivity-LoRA's stability tables, in kind, for its own curvature (the input second moment) and for the empirical
-Fisher: Kendall's τ between the orders of MiniLM's 36 layers, by the trace and by θ, which decides the ranks. The task
-is tagging.py's, the model the pretrained encoder under a head that was trained alone.
+The tables are of the same kind as those on stability in the paper on Sensitivity-LoRA. They are
+made for its own curvature (the input second moment) and for the empirical Fisher. A figure is
+Kendall's τ between two orders of MiniLM's 36 layers: by the trace, and by θ, which decides the
+ranks. The task is that of tagging.py; the model is the pretrained encoder under a head that was
+trained alone.
 
-domains: three genres of the Brown corpus: press (reportage, editorials, reviews), learned writing, and fiction. Which
-    lines of brown_train.txt these are follows from make_brown.py, which keeps the corpus's order, by genre.
-10 %: random tenths of the calibration data, 300 sentences of the development split, against all of it.
-fine-tuning: before and after LoRA training of rank 2 on all 36 layers (and the head), merged into the weights; on the
-    same calibration data.
+domains: three genres of the Brown corpus are compared: press (reportage, editorials, reviews),
+    learned writing, and fiction. Which lines of brown_train.txt these are follows from
+    make_brown.py, which keeps the corpus's order, by genre.
+10 %: random tenths of the calibration data are compared with all of it, which is 300 sentences of
+    the development split.
+fine-tuning: the orders before and after fine-tuning are compared, on the same calibration data. All
+    36 layers are trained by LoRA of rank 2, together with the head, and merged.
 """
 
 from __future__ import annotations
@@ -49,14 +53,14 @@ DOMAINS = {
     "press": (0, 972),
     "learned": (3171, 3981),
     "fiction": (3981, 6000),
-}  # lines of brown_train.txt, from 0
+}  # lines of brown_train.txt, counted from 0
 TARGETS = ["encoder.*"]
 PAPER = {"domains": "0.971 to 0.983", "10 %": "0.986", "fine-tuning": "at least 0.98"}
 Measured = dict[str, Tensor]  # {"theta", "trace"}: (layers,)
 
 
 def with_trained_head(data: Data, steps: int, seed: int = 0) -> Tagger:
-    """The pretrained encoder, untouched, under a head that was trained alone."""
+    """The pretrained encoder, unchanged, under a head that was trained alone."""
     model = build_model(seed, len(data.tags))
     model.encoder.requires_grad_(False)
     train(model, data.train, steps=steps, seed=seed, head_lr=3e-2, progress=False)
@@ -75,9 +79,10 @@ def measure(estimate: str, model: Tagger, examples: list[Example]) -> Measured:
         model, loss_fn, data, targets=TARGETS, curvature=ESTIMATES[estimate], progress=False
     )
     allocator.score()
-    of_layers = allocator.metrics.values()
+    metrics_of_layers = allocator.metrics.values()
     return {
-        key: torch.tensor([metrics[key] for metrics in of_layers]) for key in ("theta", "trace")
+        key: torch.tensor([metrics[key] for metrics in metrics_of_layers])
+        for key in ("theta", "trace")
     }
 
 
@@ -86,7 +91,7 @@ def tau(a: Measured, b: Measured) -> dict[str, float]:
 
 
 def fine_tune(model: Tagger, examples: list[Example], steps: int, seed: int) -> None:
-    """LoRA of rank 2 everywhere, as in compare.py, merged: plain layers again, at W + ΔW."""
+    """Train LoRA of rank 2 on all targets, as in compare.py, and merge it into plain layers."""
     ranks = dict.fromkeys(linear_targets(model, TARGETS), 2)
     wrap(model, ranks, scaling=2.0, trainable=["head"], generator=seed)
     train(model, examples, steps=steps, seed=seed, progress=False)
@@ -95,13 +100,13 @@ def fine_tune(model: Tagger, examples: list[Example], steps: int, seed: int) -> 
 
 
 def report(
-    estimate: str, found: Mapping[str, Mapping[str, dict[str, float]]], seconds: float
+    estimate: str, comparisons: Mapping[str, Mapping[str, dict[str, float]]], seconds: float
 ) -> str:
     lines = [
         f"\n{estimate}, {seconds:.0f} s of measuring",
         f"{'':<36}{'τ of θ':>9}{'τ of trace':>12}",
     ]
-    for comparison, pairs in found.items():
+    for comparison, pairs in comparisons.items():
         for label, values in pairs.items():
             lines.append(
                 f"{comparison + ': ' + label:<36}{values['theta']:>9.3f}{values['trace']:>12.3f}"
@@ -114,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="toy sizes: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it runs")
     parser.add_argument("--sentences", type=int, default=200, help="of each domain")
     parser.add_argument(
         "--tenths", type=int, default=3, help="random tenths of the development split"
@@ -137,7 +142,7 @@ def main() -> None:
         "measured": {},
         "tau": {},
     }
-    found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    taus: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     seconds = dict.fromkeys(estimates, 0.0)
     whole: dict[str, Measured] = {}
 
@@ -165,7 +170,7 @@ def main() -> None:
             tenth = timed(estimate, f"tenth {i}", [calibration[j] for j in chosen])
             tenths[f"draw {i}"] = tau(tenth, whole[estimate])
         pairs = itertools.combinations(domains, 2)
-        found[estimate] = {
+        taus[estimate] = {
             "domains": {f"{a}, {b}": tau(domains[a], domains[b]) for a, b in pairs},
             "10 %": tenths,
         }
@@ -173,10 +178,12 @@ def main() -> None:
     accuracy.append(evaluate(model, calibration)["accuracy"])
     for estimate in estimates:
         after = timed(estimate, "after fine-tuning", calibration)
-        found[estimate]["fine-tuning"] = {f"{options.steps} steps": tau(whole[estimate], after)}
-        print(report(estimate, found[estimate], seconds[estimate]))
+        taus[estimate]["fine-tuning"] = {f"{options.steps} steps": tau(whole[estimate], after)}
+        print(report(estimate, taus[estimate], seconds[estimate]))
+    before, after_training = accuracy
     print(
-        f"\naccuracy on the calibration data before and after: {accuracy[0]:.1f} %, {accuracy[1]:.1f} %"
+        f"\naccuracy on the calibration data: {before:.1f} % before, {after_training:.1f} % after "
+        "fine-tuning"
     )
     if options.out:
         environment = {"torch": torch.__version__, "threads": torch.get_num_threads()}
@@ -186,7 +193,7 @@ def main() -> None:
             "seconds": seconds,
             "accuracy": accuracy,
         }
-        Path(options.out).write_text(json.dumps({**results, "tau": found}, indent=1) + "\n")
+        Path(options.out).write_text(json.dumps({**results, "tau": taus}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Does L1RA put ranks where they are needed? Here that is known: each layer has to learn a planted low-rank change.
+"""Does L1RA put ranks where they are needed? Here the right answer is known.
 
     python examples/l1ra_planted.py                     # 10 seeds, both ways to shrink
-    python examples/l1ra_planted.py --weight-decay 0    # without it B grows as its gate shrinks, and less is found
 
-Three linear layers W_l (16 × 16) regress onto (W_l + Δ_l) x, where Δ_l has rank 1, 6 and 2 with all singular values 1.
-They start with 3 ranks each, and the budget stays at 9. L1RA is not told which layer needs what.
+    # Without weight decay, B grows as its gate shrinks, and the planted ranks are found less often:
+    python examples/l1ra_planted.py --weight-decay 0
+
+Three linear layers W_l (16 × 16) learn to compute (W_l + Δ_l) x. The planted changes Δ_l have rank
+1, 6 and 2, and all their singular values are 1. Each layer starts with 3 ranks, and the budget
+stays at 9. L1RA is not told which layer needs how many.
 """
 
 from __future__ import annotations
@@ -27,7 +30,10 @@ PLANTED = (1, 6, 2)
 def planted_problem(
     seed: int, ranks: tuple[int, ...] = PLANTED
 ) -> tuple[nn.ModuleList, list[Tensor], torch.Generator]:
-    """(layers, what their weights should become, the generator that drew both and goes on to draw the inputs)."""
+    """(layers, what their weights should become, the generator that drew both).
+
+    The generator goes on to draw the inputs.
+    """
     generator = torch.Generator().manual_seed(seed)
     layers, targets = nn.ModuleList(), []
     for rank in ranks:
@@ -49,7 +55,10 @@ def train(
     steps: int = 2000,
     reset_optimizer: bool = False,
 ) -> tuple[L1RA, float]:
-    """Train on the planted problem of this seed: (the L1RA object, the squared error left, 9 at the start)."""
+    """Train on the planted problem of this seed.
+
+    Returns: (the L1RA object, the squared error that is left; it is 9 at the start).
+    """
     layers, targets, generator = planted_problem(seed)
     start = sum(PLANTED) // len(PLANTED)
     wrap(layers, {str(i): start for i in range(len(PLANTED))}, gate=1.0, generator=seed)
@@ -84,11 +93,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--l1", type=float, default=0.3)
     parser.add_argument(
-        "--weight-decay", type=float, default=1.0, help="of A and B; gates have none"
+        "--weight-decay", type=float, default=1.0, help="of A and B; the gates have none"
     )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument(
-        "--reset-optimizer", action="store_true", help="as the authors' code does at every update"
+        "--reset-optimizer",
+        action="store_true",
+        help="forget the optimizer's state at every update, as the authors' code does",
     )
     parser.add_argument("--out", help="write every training's ranks to this JSON file")
     parser.add_argument(
@@ -112,9 +123,8 @@ def main() -> None:
             ranks = tuple(l1ra.ranks.values())
             results[shrinkage].append(ranks)
             print(f"{shrinkage}, seed {seed}: ranks {ranks}, squared error {error:.4f}", flush=True)
-        print(
-            f"{shrinkage}: {PLANTED} found in {results[shrinkage].count(PLANTED)} of {options.seeds}\n"
-        )
+        count = results[shrinkage].count(PLANTED)
+        print(f"{shrinkage}: {PLANTED} found in {count} of {options.seeds}\n")
     if options.out:
         content = {
             "torch": torch.__version__,

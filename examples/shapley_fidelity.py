@@ -1,13 +1,17 @@
 """Is ShapLoRA's sensitivity a good stand-in for the Shapley value?
 
-    python examples/shapley_fidelity.py --quick                                        # under a minute
-    python examples/shapley_fidelity.py --out examples/results/shapley_fidelity.json   # the figures of the README
+    python examples/shapley_fidelity.py --quick         # under a minute
 
-Toys: three 10 × 10 layers learn a planted change of rank 1, 4 and 1, with four ranks each, from 200 noisy samples. As
-one deep tanh network, or as three separate layers, each with a loss of its own. With 12 ranks the exact Shapley values
-of the game "minus the validation loss with these ranks on" take 4,096 evaluations. Each score is judged by its Spearman
-correlation with them, by the test loss after pruning to six ranks, and by that of a new training with the ranks that it
-found. The models are trained as for ShapLoRA (gates from 0) and as by L1RA (gates from 1, shrinking).
+    # the figures of the results page:
+    python examples/shapley_fidelity.py --out examples/results/shapley_fidelity.json
+
+Three 10 × 10 layers learn planted changes of rank 1, 4 and 1 from 200 noisy samples, with four
+ranks each. They form one deep tanh network, or stand side by side, each with a loss of its own.
+Their 12 ranks are the players of a game: the value of a set of ranks is minus the validation loss
+with only these ranks on. The exact Shapley values take 4,096 evaluations. Each score is judged by
+its Spearman correlation with the exact Shapley values, by the test loss after pruning to six ranks,
+and by the test loss of a new training with the ranks that it found. The models are trained as for
+ShapLoRA (gates start from 0) and as by L1RA (gates start from 1 and shrink).
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ class Layers(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in PLANTED)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, d) → (n, d) through the layers one after the other, or (n, 3 d), the layers side by side."""
+        """(n, d) → (n, d) through one layer after another, or (n, 3 d) from layers side by side."""
         if not self.deep:
             return torch.cat([layer(x) for layer in self.layers], dim=1)
         *hidden, last = self.layers
@@ -81,7 +85,7 @@ def problem(deep: bool, seed: int) -> Problem:
 
 
 def trained(task: Problem, ranks: dict[str, int], training: str, steps: int, seed: int) -> Layers:
-    """A copy of the untouched model with these ranks, trained on the whole training set at every step."""
+    """A copy of the untouched model with these ranks, trained on all training data in each step."""
     model = copy.deepcopy(task.model)
     by_l1ra = training == "L1RA"
     wrap(
@@ -106,7 +110,10 @@ def trained(task: Problem, ranks: dict[str, int], training: str, steps: int, see
 
 
 def game(model: nn.Module, data: Batch) -> shapley.Game:
-    """v(S) = minus the loss on `data` with the ranks in S on and all others off; the model's gates stay as they are."""
+    """v(S) = minus the loss on `data` with the ranks in S on and all others off.
+
+    The model itself is left unchanged.
+    """
     layers = list(lora_layers(model).values())
     trial = copy.deepcopy(model).eval()
     gates = [layer.gate for layer in lora_layers(trial).values() if layer.gate is not None]
@@ -123,7 +130,7 @@ def game(model: nn.Module, data: Batch) -> shapley.Game:
 
 
 def scores_of(model: nn.Module, validation: Batch, seed: int) -> dict[str, Tensor]:
-    """Every score of every rank: (ranks,), in the order of the layers."""
+    """{title of the score: (ranks,), in the order of the layers}."""
 
     def by_shaplora(coalitions: int, importance: Importance = "sensitivity") -> Tensor:
         allocator = ShapLoRA(
@@ -150,7 +157,10 @@ def scores_of(model: nn.Module, validation: Batch, seed: int) -> dict[str, Tenso
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Correlation of the ranks of the entries, ties sharing theirs; NaN if all entries of one are equal."""
+    """Correlation of the places of the entries; ties share theirs.
+
+    NaN if all entries of one tensor are equal.
+    """
 
     def places(x: Tensor) -> Tensor:
         return (x[:, None] > x).sum(1).double() + (x[:, None] == x).sum(1).double() / 2
@@ -165,7 +175,7 @@ def best_of(score: Tensor, count: int) -> Tensor:
     return mask
 
 
-Row = dict[str, float]  # one method's figures in one run
+Row = dict[str, float]  # one score's figures in one run
 
 
 def judge(deep: bool, training: str, steps: int, seed: int) -> dict[str, Row]:
@@ -191,11 +201,17 @@ def judge(deep: bool, training: str, steps: int, seed: int) -> dict[str, Row]:
     }.items():
         kept = best_of(score, BUDGET)
         layers = kept.view(-1, START).sum(1).tolist()
-        rows[name] = {"spearman": spearman(score, exact), "pruned": -test_game(kept), "retrained": retrained(kept),
-                      **{f"rank {i}": float(rank) for i, rank in enumerate(layers)}}  # fmt: skip
+        rows[name] = {
+            "spearman": spearman(score, exact),
+            "pruned": -test_game(kept),
+            "retrained": retrained(kept),
+            **{f"rank {i}": float(rank) for i, rank in enumerate(layers)},
+        }
     everyone = torch.ones(players, dtype=torch.bool)
-    subsets = [best_of(torch.zeros(players).index_fill(0, torch.tensor(members), 1.0), BUDGET)
-               for members in itertools.combinations(range(players), BUDGET)]  # fmt: skip
+    subsets = [
+        best_of(torch.zeros(players).index_fill(0, torch.tensor(members), 1.0), BUDGET)
+        for members in itertools.combinations(range(players), BUDGET)
+    ]
     best = max(subsets, key=validation_game)
     uniform = best_of(torch.tensor([1.0, 1.0, 0.0, 0.0] * len(PLANTED)), BUDGET)
     rows["best six of all"] = {"pruned": -test_game(best), "retrained": retrained(best)}
@@ -213,11 +229,14 @@ def toys(steps: int, seeds: int, trainings: Sequence[str]) -> dict[str, Any]:
         for training in trainings:
             title = f"{'deep network' if deep else 'separate layers'}, trained as by {training}"
             runs = [judge(deep, training, steps, seed) for seed in range(seeds)]
-            print(f"\n{title}; {seeds} seeds, mean ± standard error\n{'':<22}{'Spearman':>16}{'test loss, pruned':>20}"
-                  f"{'retrained':>18}   mean ranks kept", flush=True)  # fmt: skip
+            print(f"\n{title}; {seeds} seeds, mean ± standard error")
+            heads = f"{'Spearman':>16}{'test loss, pruned':>20}{'retrained':>18}"
+            print(f"{'':<22}{heads}   mean ranks kept", flush=True)
             summary[title] = {}
             for name in runs[0]:
-                cells = {key: pm([run[name][key] for run in runs]) for key in runs[0][name]}
+                cells = {
+                    key: mean_and_error([run[name][key] for run in runs]) for key in runs[0][name]
+                }
                 text = [
                     f"{cells[k][0]:.3f} ± {cells[k][1]:.3f}" if k in cells else ""
                     for k in ("spearman", "pruned", "retrained")
@@ -232,7 +251,8 @@ def toys(steps: int, seeds: int, trainings: Sequence[str]) -> dict[str, Any]:
     return summary
 
 
-def pm(values: list[float]) -> tuple[float, float]:
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """The mean of the finite values and its standard error."""
     finite = [v for v in values if math.isfinite(v)]
     error = statistics.stdev(finite) / math.sqrt(len(finite)) if len(finite) > 1 else math.nan
     return statistics.fmean(finite) if finite else math.nan, error

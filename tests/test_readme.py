@@ -1,20 +1,46 @@
-"""The README's Python blocks run as they stand, top to bottom, and its commands exist."""
+"""The README's code runs and prints what the README shows; the commands on the pages exist."""
 
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "examples" / "results" / "README.md").read_text(encoding="utf-8")
+QUICK_START = ROOT / "examples" / "quick_start.py"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
 def test_there_are_blocks():
     assert len(BLOCKS) >= 3
+
+
+def first_block(language):
+    block = re.search(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    if block is None:
+        pytest.skip(f"the README has no {language} block")
+    return block[1]
+
+
+def test_the_first_block_is_the_quick_start():
+    """The first ```python block is examples/quick_start.py without its docstring."""
+    if "```text" not in README:
+        pytest.skip("the README does not show the quick start with its output yet")
+    _, _, code = QUICK_START.read_text(encoding="utf-8").split('"""', 2)
+    assert first_block("python").strip() == code.strip()
+
+
+def test_the_first_output_is_the_quick_start_s(capsys):
+    """The first ```text block is what examples/quick_start.py prints."""
+    expected = first_block("text")
+    with torch.random.fork_rng(devices=[]):
+        runpy.run_path(str(QUICK_START), run_name="__main__")
+    assert capsys.readouterr().out.strip() == expected.strip()
 
 
 @pytest.mark.filterwarnings(

