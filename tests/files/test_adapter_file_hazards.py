@@ -1,4 +1,4 @@
-"""A load that fails changes nothing; one that does not gives what was saved, wherever and whenever it runs."""
+"""An interrupted load changes nothing, and the default device changes nothing about a whole one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def path(tmp_path):
 
 
 def interrupted(call, model, line):
-    """Whether call(model) was interrupted, which happens when it comes to its n-th line in the package."""
+    """Run call(model), interrupted at its n-th line in the package; whether it came that far."""
     lines = 0
 
     def trace(frame, event, _):

@@ -1,4 +1,4 @@
-"""export_peft: real PEFT computes the same function from the folder, and writes the same tensors again."""
+"""export_peft: real PEFT computes the same function from the folder, and saves the same tensors."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def test_peft_merges_it_to_the_weights_built_by_hand(tmp_path):
     torch.testing.assert_close(merged.state_dict(), expected.state_dict(), rtol=1e-12, atol=1e-12)
 
 
-# PEFT asks transformers by an old name, warns of a tied head, whose adapter does not touch the embedding unless merged,
-# and PEFT 0.15 looks for the files of a model that never had any.
+# PEFT asks transformers by an old name. It warns of a tied head, whose adapter does not touch the
+# embedding unless merged. PEFT 0.15 looks for the files of a model that never had any.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume:UserWarning")
 @pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True` and")
@@ -139,7 +139,8 @@ def test_layers_of_rank_zero_are_left_out(tmp_path):
     torch.testing.assert_close(theirs(x), model(x), rtol=1e-12, atol=1e-12)
 
 
-# One rounding of the adapter's part per layer and side; PEFT adds in the wider type, minirank in the base's.
+# One rounding of the adapter's part per layer and side. PEFT adds in the wider type, minirank in
+# the base's.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -158,7 +159,8 @@ def test_every_adapter_type_is_kept(tmp_path, base, adapter, portable):
     model = trained(chain(dtype=base), [({"fc": 1, "enc.fc": 3}, {"alpha": 3, "dtype": adapter})])
     export_peft(model, tmp_path, portable=portable)
     assert {value.dtype for value in tensors_of(tmp_path).values()} == {adapter}
-    # By default PEFT widens half-precision adapters to float32; one beside such a base must stay as wide as it is.
+    # By default PEFT widens half-precision adapters to float32. An adapter that already is float32,
+    # beside a half-precision base, must stay so.
     theirs = in_peft(chain(dtype=base), tmp_path, autocast_adapter_dtype=adapter != base)
     x = inputs(3, 6, dtype=base)
     assert theirs(x).dtype == model(x).dtype
@@ -290,7 +292,7 @@ def test_peft_takes_a_list_of_names_for_suffixes():
 
 
 def test_peft_rescales_when_the_rank_changes_and_export_does_not(tmp_path):
-    """The fault in PEFT: fewer ranks at one lora_alpha are a larger scaling. Here the trained function stays."""
+    """The fault in PEFT: fewer ranks at one lora_alpha scale more. Here the function stays."""
     model, x = trained(chain(), [({"fc": 4}, {"alpha": 8})]), inputs(3, 6)
     with torch.no_grad():
         lora_layers(model)["fc"].lora_B[:, 1:] = 0  # three ranks that do nothing

@@ -124,7 +124,7 @@ def test_the_first_key_that_matches_wins(tmp_path):
 
 
 def test_peft_sorts_the_keys_when_it_saves(tmp_path):
-    """The fault in PEFT: what it trained is not what anyone can load. Import does as PEFT's from_pretrained."""
+    """The fault in PEFT: what it trained is not what it loads. Import does as PEFT's loading."""
     config = peft.LoraConfig(target_modules=["fc"], r=2, alpha_pattern={"fc": 5, "enc.fc": 7})
     theirs, x = peft_trained(chain(), config, inputs(3, 6), tmp_path), inputs(3, 6)
     assert scalings(theirs) == {"fc": 5 / 2, "enc.fc": 5 / 2}
@@ -141,7 +141,7 @@ def test_peft_sorts_the_keys_when_it_saves(tmp_path):
         import_peft(chain(), tmp_path)
 
 
-# PEFT looks for the key among those that match as patterns, but gives the layer its rank all the same.
+# PEFT warns since the key matches no name as a pattern, but gives the layer its rank all the same.
 @pytest.mark.filterwarnings(
     "ignore:The following (rank|alpha)_pattern keys did not match any targeted module"
 )
@@ -159,7 +159,7 @@ def test_a_key_that_is_the_name_counts_where_it_does_not_match_as_a_pattern(tmp_
     check_import(chain(REGEX), tmp_path, theirs, x, REGEX[:-1])
 
 
-# PEFT asks transformers by an old name; PEFT 0.15 looks for the files of a model that never had any.
+# PEFT asks transformers by an old name. PEFT 0.15 looks for the files of a model without any.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume:UserWarning")
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_a_start_that_changes_the_base_counts_once_peft_has_converted_it(tmp_pat
     ("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)]
 )
 def test_models_in_other_types(tmp_path, dtype, bound):
-    """PEFT's adapters are float32 beside a half-precision base, and stay so; only the sum is rounded otherwise."""
+    """PEFT's adapters are float32 beside a half-precision base, and stay so."""
     x = inputs(3, 6, dtype=dtype)
     config = peft.LoraConfig(target_modules=["fc"], r=2, lora_alpha=3)
     theirs = peft_trained(chain(dtype=dtype), config, x, tmp_path)
@@ -337,7 +337,7 @@ def test_an_imported_adapter_is_resized_trained_merged_saved_and_exported_again(
 
 
 def test_each_pattern_is_compiled_once(tmp_path, monkeypatch):
-    """re keeps 512 patterns: beyond that, trying all of them on all layers would compile each anew, every time."""
+    """re keeps 512 patterns. More of them, tried on all layers, would be compiled over and over."""
     count = 600
     model, plain = (nn.ModuleList(nn.Linear(2, 2) for _ in range(count)) for _ in range(2))
     wrap(model, {str(i): 1 for i in range(count)})
