@@ -17,9 +17,10 @@ from .files.adapter_file import load_adapter, read_adapter, save_adapter
 from .files.peft_export import export_peft
 from .files.peft_import import import_peft
 from .layers.lora import LoRALinear
+from .layers.merge import merge, unmerge
 from .layers.resize import resize
 from .layers.targets import linear_targets
-from .layers.wrap import disabled, lora_layers, merge, unmerge, unwrap, wrap
+from .layers.wrap import disabled, lora_layers, unwrap, wrap
 
 __version__ = "0.2.0"
 

@@ -1,4 +1,4 @@
-"""Measure a model and leave it as it was found."""
+"""Contexts in which a model is measured and left unchanged, and checks of its loss."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-LossFn = Callable[
-    [nn.Module, Any], Tensor
-]  # (model, batch) -> scalar mean loss: the only contract with user code
-NO_BATCH = "batches is empty, or its batches weigh nothing: give at least one (a generator that was used up before gives none)"
+# (model, batch) -> scalar mean loss: the only contract with user code
+LossFn = Callable[[nn.Module, Any], Tensor]
+NO_BATCH = (
+    "batches is empty, or its batches weigh nothing: give at least one (a generator that was used "
+    "up before gives none)"
+)
 HALF = (torch.float16, torch.bfloat16)
 
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block (dropout off, BatchNorm fixed), gradients put aside, no compiled code and no fused
-    kernels, by which nn.Transformer's layers then bypass their linear layers: neither runs hooks. Afterwards, also
-    after an exception, every module's own mode, every parameter's gradient, the state of the random generators and the
-    choice of kernels are as before."""
+    """A block in eval mode, after which the model is unchanged.
+
+    Inside the block, dropout is off and BatchNorm is fixed; parameters have no gradient; compiled
+    code runs as it was written; and nn.Transformer's layers call their linear layers instead of a
+    fused kernel. (Neither compiled code nor fused kernels run hooks.) After the block, also after
+    an exception, the following are as before: every module's own mode, every parameter's gradient,
+    the state of the random generators, and the choice of kernels.
+    """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
             "the model is on the meta device, where nothing can be measured: load its weights first"
@@ -35,15 +41,14 @@ def measuring(model: nn.Module) -> Iterator[None]:
     with torch.random.fork_rng(devices=sorted(devices)), _not_compiled():
         try:
             torch.backends.mha.set_fastpath_enabled(False)
-            for (
-                module,
-                _,
-            ) in modes:  # not eval(), which some layers override: there is no way back from that
+            # Not by eval(): some layers override it, to merge weights, which cannot be undone.
+            for module, _ in modes:
                 module.training = False
             for parameter, _ in gradients:
                 parameter.grad = None
-            # Older versions of torch keep, as long as an autocast block around us lasts, the casts of parameters that
-            # were made under no_grad(), and take these, which have no graph, where gradients are on.
+            # Inside an autocast block of the caller, older versions of torch keep the casts of
+            # parameters that were made under no_grad(). These have no graph, and torch would use
+            # them where gradients are on.
             torch.clear_autocast_cache()
             yield
         finally:
@@ -55,14 +60,16 @@ def measuring(model: nn.Module) -> Iterator[None]:
 
 
 def _not_compiled() -> AbstractContextManager[Any]:
-    """Without loading the compiler where nothing has; torch has the switch from 2.6 on."""
+    """Compiled code runs as it was written. torch has this switch from 2.6 on. If nothing has
+    loaded the compiler, there is no compiled code, and the compiler is not loaded for this."""
     switch = getattr(torch.compiler, "set_stance", None) if "torch._dynamo" in sys.modules else None
     return nullcontext() if switch is None else switch("force_eager")
 
 
 @contextmanager
 def called_without_gradient(modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
-    """Collects, inside the block, the names of the modules that are called while gradients are off."""
+    """Collect, inside the block, the names of the modules that are called while gradients are
+    off."""
     names: set[str] = set()
 
     def hook_of(name: str) -> Callable[..., None]:
@@ -82,12 +89,16 @@ def called_without_gradient(modules: Mapping[str, nn.Module]) -> Iterator[set[st
 
 @contextmanager
 def differentiable_twice(model: nn.Module) -> Iterator[None]:
-    """Eval mode, gradients on (leaving inference mode implies it), float32 in place of half precision, no autocast,
-    attention by its twice differentiable kernel."""
+    """A block in which the loss can be differentiated twice, after which the model is unchanged;
+    see `measuring`.
+
+    Gradients are on, autocast is off, half precision is replaced by float32, and attention uses the
+    kernel that is twice differentiable.
+    """
     device = next((p.device.type for p in model.parameters()), "cpu")
     with (
         measuring(model),
-        torch.inference_mode(False),
+        torch.inference_mode(False),  # this also switches gradients on
         _no_half_precision(model),
         torch.autocast(device, enabled=False),
         sdpa_kernel(SDPBackend.MATH),
@@ -97,14 +108,17 @@ def differentiable_twice(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _no_half_precision(model: nn.Module) -> Iterator[None]:
-    """Half-precision parameters and buffers, and inputs of any module, are float32 inside the block. The original
-    tensors come back afterwards; no bit has changed. (A cast to half precision in the model's own code stays one.)"""
+    """Inside the block, half-precision parameters, buffers and module inputs are float32.
+
+    After the block the original tensors are back, bit for bit. A cast to half precision in the
+    model's own code is not changed.
+    """
     half = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in HALF]
     originals = [t.data for t in half]
     hooks = []
     try:
         for module in model.modules() if half else ():
-            if not isinstance(module, torch.jit.ScriptModule):  # takes no such hook
+            if not isinstance(module, torch.jit.ScriptModule):  # which takes no such hook
                 hooks.append(module.register_forward_pre_hook(_in_float32, with_kwargs=True))
         for t in half:
             t.data = t.data.float()
@@ -126,7 +140,7 @@ def _in_float32(
 
 
 def scalar_loss(model: nn.Module, loss_fn: LossFn, batch: Any) -> Tensor:
-    """loss_fn(model, batch), checked: a floating-point tensor of shape ()."""
+    """loss_fn(model, batch). Raises ValueError unless it is a floating-point tensor of shape ()."""
     loss: Any = loss_fn(model, batch)
     if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
         got = (
@@ -135,13 +149,17 @@ def scalar_loss(model: nn.Module, loss_fn: LossFn, batch: Any) -> Tensor:
             else type(loss).__name__
         )
         raise ValueError(
-            f"loss_fn(model, batch) must return a scalar floating-point tensor (the mean loss), got {got}"
+            "loss_fn(model, batch) must return a scalar floating-point tensor (the mean loss), "
+            f"got {got}"
         )
     return loss
 
 
 def differentiable_loss(model: nn.Module, loss_fn: LossFn, batch: Any) -> Tensor:
-    """The scalar loss, checked: finite, its gradient left to the caller. To be called inside `differentiable_twice`."""
+    """The scalar loss with its graph; call it inside `differentiable_twice`.
+
+    Raises ValueError if the loss is not finite, or if loss_fn took gradients itself.
+    """
     loss = scalar_loss(model, loss_fn, batch)
     if not torch.isfinite(loss):
         raise ValueError(
@@ -149,33 +167,44 @@ def differentiable_loss(model: nn.Module, loss_fn: LossFn, batch: Any) -> Tensor
         )
     if any(parameter.grad is not None for parameter in model.parameters()):
         raise ValueError(
-            "loss_fn called backward(): it must return the loss with its graph, and take no gradient"
+            "loss_fn called backward(): it must return the loss with its graph, and take no "
+            "gradient"
         )
     return loss
 
 
 def repeatable(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches; of the first, the loss is taken twice, and ValueError raised if the two differ."""
+    """The batches, one by one. The loss of the first is taken twice; ValueError if its two values
+    differ."""
     for index, batch in enumerate(batches):
         if index == 0:
             first, second = (scalar_loss(model, loss_fn, batch).detach() for _ in range(2))
-            # Some kernels add up in varying order: half of the digits must agree, more than any noise would leave.
+            # Some kernels add in varying order, so only half of the digits must agree. Random noise
+            # would leave fewer.
             if abs(first - second) > torch.finfo(first.dtype).eps ** 0.5 * abs(first):
                 raise ValueError(
-                    f"the loss is not deterministic: one batch gave {float(first)} and then {float(second)}, in eval "
-                    "mode. Remove what is random in it (dropout by function call, sampled data), or seed it"
+                    f"the loss is not deterministic: one batch gave {float(first)} and then "
+                    f"{float(second)}, in eval mode. Remove what is random in it (dropout by "
+                    "function call, sampled data), or seed it"
                 )
         yield batch
 
 
 def batch_length(batch: Any) -> int:
-    """Samples in a batch: the leading dimension of its first tensor that has one (in mappings and sequences, at any
-    depth). Raises ValueError if there is none."""
+    """The number of samples in a batch: the first dimension of its first tensor that has one.
+
+    The tensor may be inside mappings, lists and tuples, at any depth. Raises ValueError if there is
+    none.
+
+    >>> batch_length({"text": "two sentences", "x": torch.zeros(2, 5)})
+    2
+    """
     length = _length(batch)
     if length is None:
         raise ValueError(
-            f"found no tensor with a leading dimension in a batch of type {type(batch).__name__}: pass batch_weight=, "
-            "a function batch -> number (for SensitivityLoRA: functools.partial(curvature, batch_weight=…))"
+            f"found no tensor with a leading dimension in a batch of type {type(batch).__name__}: "
+            "pass batch_weight=, a function batch -> number (for SensitivityLoRA: "
+            "functools.partial(curvature, batch_weight=…))"
         )
     return length
 
@@ -183,11 +212,8 @@ def batch_length(batch: Any) -> int:
 def _length(batch: Any) -> int | None:
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.ndim else None
-    parts = (
-        batch.values()
-        if isinstance(batch, Mapping)
-        else batch
-        if isinstance(batch, (list, tuple))
-        else ()
-    )
+    if isinstance(batch, Mapping):
+        parts = list(batch.values())
+    else:
+        parts = list(batch) if isinstance(batch, (list, tuple)) else []
     return next((n for n in map(_length, parts) if n is not None), None)

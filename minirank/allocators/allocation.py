@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from ..budget import best_ranks, proportional_ranks
 from ..checks import is_integer
 from ..layers.lora import LoRALinear
-from ..layers.targets import Targets, exact_key, exact_pattern, layer_shape, linear_targets, walk
+from ..layers.targets import (
+    Targets,
+    exact_key,
+    exact_pattern,
+    layer_shape,
+    linear_targets,
+    modules_by_name,
+)
 from .table import draw_heat_map, draw_table
 
 Unit = Literal["rank", "parameters"]
@@ -100,7 +107,9 @@ class Allocator(ABC):
         (r,) for one score per existing rank. Higher means keep."""
         scores = self._measure()
         # resize() makes new parameters, so the same object means the same ranks.
-        self._scored_ranks = {n: m.lora_A for n, m in walk(self.model) if isinstance(m, LoRALinear)}
+        self._scored_ranks = {
+            n: m.lora_A for n, m in modules_by_name(self.model).items() if isinstance(m, LoRALinear)
+        }
         self._scores = scores
         return {name: score.clone() for name, score in scores.items()}
 
@@ -129,7 +138,7 @@ class Allocator(ABC):
         if unit not in ("rank", "parameters"):
             raise ValueError(f"unit must be 'rank' or 'parameters', got {unit!r}")
         scores = {name: score.detach().double().cpu() for name, score in given.items()}
-        modules = dict(walk(self.model))
+        modules = modules_by_name(self.model)
         shapes = {name: _shape(name, modules) for name in scores}
         costs = {name: d_out + d_in for name, (d_out, d_in) in shapes.items()}
         lower = _bounds(min_rank, "min_rank", shapes, default=0)

@@ -1,8 +1,71 @@
-"""Diagonals of the loss's Hessian with respect to the weights of linear layers, and their stand-ins.
+"""Diagonals of the loss's Hessian over the weights of linear layers, and stand-ins for them.
 
-Every estimator has one call, f(model, loss_fn, batches, targets, …) -> {name: Tensor}, so that each can be the
-`curvature` of SensitivityLoRA. A tensor has the shape of the weight, (d_out, d_in); (d_in,) stands for a diagonal that
-all rows share.
+Every estimator has one call and one result:
+
+    estimate(model, loss_fn, batches, targets=None, *, …) -> Estimate, a dict {name: diagonal}
+
+A diagonal has the shape of the layer's weight, (d_out, d_in); the input second moment gives
+(d_in,), which all rows of the weight share. So each estimator can be the `curvature` of
+`SensitivityLoRA` (options are bound with `functools.partial`), and each is useful by itself. The
+model is measured in eval mode and left unchanged.
+
+| estimator                    | gives                          | differs from the Hessian by   |
+|------------------------------|--------------------------------|-------------------------------|
+| `exact_hessian_diagonal`     | the diagonal, through outputs  | nothing                       |
+| `hessian_diagonal_reference` | the diagonal, entry by entry   | nothing                       |
+| `hutchinson_outputs`         | an estimate by random signs on | chance                        |
+|                              | the layers' outputs            |                               |
+| `hutchinson_weights`         | the textbook estimate, by      | chance                        |
+|                              | random signs on the weights    |                               |
+| `gauss_newton`               | Gauss-Newton's diagonal, exact | the network's own curvature   |
+|                              | or by random signs             | (and chance, by random signs) |
+| `empirical_fisher`           | the mean square of the         | without bound                 |
+|                              | gradients of single samples    |                               |
+| `input_second_moment`        | the mean square of the layer's | without bound                 |
+|                              | inputs: Sensitivity-LoRA's own |                               |
+
+| estimator                    | costs, for each batch                                          |
+|------------------------------|----------------------------------------------------------------|
+| `exact_hessian_diagonal`     | d_out · positions Hessian-vector products per layer            |
+| `hessian_diagonal_reference` | d_out · d_in Hessian-vector products per layer                 |
+| `hutchinson_outputs`         | one Hessian-vector product per random vector, for all layers   |
+| `hutchinson_weights`         | one Hessian-vector product per random vector, for all layers   |
+| `gauss_newton`               | one backward pass per output entry, or per random vector       |
+| `empirical_fisher`           | one forward and one backward pass                              |
+| `input_second_moment`        | one forward pass                                               |
+
+Which one: `exact_hessian_diagonal` for small models, `hutchinson_outputs` for larger ones,
+`gauss_newton` where no entry may be negative. The last two are cheap, but only stand-ins.
+
+How sure a result is: an `Estimate` knows the standard error of each layer's trace, from how many
+values (`samples`), and what varies between these (`over`: random vectors, or batches). With
+`tolerance=`, an estimator stops as soon as every standard error is small enough.
+
+What to know:
+
+- Precision. A half-precision model is computed in float32 wherever the loss is differentiated; its
+  own tensors come back bit for bit. In float32 the curvature of a loss near zero can be all
+  rounding: the estimators notice, and ask for `model.double()`.
+- Samples. `exact_hessian_diagonal`, `hutchinson_outputs`, `gauss_newton` and `empirical_fisher`
+  take the first dimension of a layer's input as samples that do not interact, and check it. With
+  `independent=False` all but the Fisher do without this assumption.
+- Checkpointing. Estimators through outputs follow gradient checkpointing (use_reentrant=False).
+  Those through weights, `hutchinson_weights` and `hessian_diagonal_reference`, refuse it.
+- Tied weights. A layer counts by its outputs. If its weight is used elsewhere too (tied to another
+  module, or penalised by the loss), only its use in this layer is measured.
+- Negative entries. The Hessian's own diagonal can have them, also on average over a layer.
+  `gauss_newton`, `empirical_fisher` and `input_second_moment` are never negative.
+- Weights of batches. A batch's mean loss counts by the number of its samples. If the loss is a mean
+  over tokens, give their number with `batch_weight=`.
+- Groups of batches. Estimates from separate batches combine to their mean, weighted by
+  `Estimate.weights`. `SensitivityLoRA(groups=…)` uses this to tell which ranks would change with
+  other data of the same kind. Give one generator to all groups: it then draws new vectors for each.
+
+The files, in reading order: `estimate` (the result), `averaging` (means and standard errors),
+`objective` (the loss, and the loop over batches), `layer_outputs` (recording and differentiating),
+`outer_products`, `diagnostics` (independence and rounding), `hessian`, `sampling` (random vectors),
+`hutchinson`, `output_hessian` and `gauss_newton`, `fisher`, `input_moment`. An independent check of
+the exact ones, in plain PyTorch, is `minirank.reference`.
 """
 
 from .estimate import Estimate

@@ -1,30 +1,29 @@
-"""The empirical Fisher diagonal: squared gradients of single samples, from one backward pass for all of them."""
+"""The empirical Fisher diagonal: squared gradients of single samples, from one backward pass for
+all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers.targets import Targets
-from ..measure import (
-    LossFn,
-    batch_length,
-    differentiable_loss,
-    differentiable_twice,
-    repeatable,
-)
-from .estimate import DiagonalMean, Estimate, check_tolerance
+from ..measure import LossFn, batch_length
+from .averaging import check_tolerance
+from .diagnostics import check_independent_gradients
+from .estimate import Estimate
 from .layer_outputs import (
-    check_independent,
-    curvature_targets,
-    rows,
+    Call,
+    all_shifts,
+    in_call_order,
+    output_gradients,
     shifted_outputs,
-    shifts_of,
-    slopes_of,
+    stack_positions,
+    stacked_inputs,
 )
-from .sampling import outer_products
+from .objective import BatchDiagonals, Objective, curvature_targets, mean_over_batches
+from .outer_products import outer_products
 
 
 def empirical_fisher(
@@ -38,54 +37,70 @@ def empirical_fisher(
 ) -> Estimate:
     """The mean over samples of each sample's squared gradient.
 
-    Target: n · Σ over the n samples of a batch of (its own part of ∂L/∂W)², n · part being the gradient of its own
-    loss. As a stand-in for the Hessian it is biased without bound: it is near the Gauss-Newton diagonal where the
-    model's predictions fit the labels as often as they claim, and vanishes where it fits them perfectly (Kunstner,
-    Balles and Hennig 2019). Never negative. No sampling but that of the data. A sample is an entry of the first
-    dimension, such as a sentence, whatever the loss is a mean over: where that is words, a batch of longer sentences
-    has smaller squares, so keep their lengths alike.
+    Target: the mean over the n samples of a batch of (∂ℓ/∂W)², ℓ being a sample's own loss: n times
+    its part of the mean.
+    Bias: as a stand-in for the Hessian diagonal, without bound. It is near the Gauss-Newton
+    diagonal where the predicted probabilities are how often each label occurs, and vanishes where
+    the model fits the labels perfectly. Entries are never negative.
+    Variance: none on `batches`; the standard errors are over batches, as samples of more such data.
+    Cost: one forward and one backward pass per batch; for one batch also three products with the
+    Hessian, to see that samples do not interact.
 
-    Cost: one forward and one backward pass per batch, and for one batch three products with the Hessian, to see that
-    samples do not interact.
+    A sample is an entry of the first dimension of a layer's input, such as a sentence, whatever the
+    loss is a mean over. If the loss is a mean over words, a batch of longer sentences has smaller
+    squares: keep their lengths alike.
 
     Args:
-        tolerance: stop before the end of the batches once every trace's standard error over batches is at most this
-            fraction of the mean trace (from 10 batches on).
-        batch_weight: as for `exact_hessian_diagonal`. Samples are counted by the first dimension of a layer's input.
+        model, loss_fn, batches, targets, batch_weight: as for `exact_hessian_diagonal`.
+        tolerance: stop before the end of the batches, as soon as the standard error over batches of
+            every trace is at most this fraction of the mean trace over the layers (from 10 batches
+            on). None: take all batches.
 
     Returns: {name: (d_out, d_in)}, with standard errors over batches.
 
-    Raises ValueError: as for `exact_hessian_diagonal`. There is no form without independent samples.
+    Raises:
+        ValueError: as for `exact_hessian_diagonal`. There is no form for samples that interact.
+
+    Source: Kunstner, Balles and Hennig 2019 (arXiv 1905.12558), on what it is and is not.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight.fill_(1.0)
+    >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> h = empirical_fisher(model, lambda model, x: model(x).square().mean() / 2, [x])
+    >>> h["0"].tolist()  # gradients z · x of the samples: (3, 6) and (21, 28)
+    [[225.0, 410.0]]
     """
-    modules = curvature_targets(model, targets, 1)
+    layers = curvature_targets(model, targets)
     check_tolerance(tolerance)
-    total = DiagonalMean(modules)
-    with differentiable_twice(model):
-        checked = False
-        for batch in repeatable(model, loss_fn, batches):
-            weight = batch_weight(batch)
-            with shifted_outputs(modules) as calls:
-                loss = differentiable_loss(model, loss_fn, batch)
-            # The first batch in which samples could interact must show that they do not.
-            several = not checked and any(
-                shift.ndim > 1 and shift.shape[0] > 1 for shift in shifts_of(calls)
-            )
-            slopes = slopes_of(loss, calls, twice=several)
-            if several:
-                check_independent(
-                    shifts_of(calls), [g for found in slopes.values() for g in found], curved=False
-                )
-                checked = True
-            for name, found in calls.items():
-                if not found:
-                    total.add(name, None, weight)
-                    continue
-                g = rows(
-                    [slope.detach() for slope in slopes[name]], independent=True
-                )  # (n, T, d_out)
-                x = rows([call.x.detach() for call in found], independent=True)
-                squares, _ = outer_products(g[None], g[None], x, x)
-                total.add(name, len(g) * squares, weight)
-            if total.known_to(tolerance):
-                break
-    return total.result()
+    objective = Objective(model, loss_fn, batches, layers, batch_weight)
+    independence_checked = False
+
+    def batch_diagonals(batch: Any) -> BatchDiagonals:
+        nonlocal independence_checked
+        with shifted_outputs(layers) as calls:
+            loss = objective.loss(batch)
+        shifts = all_shifts(calls)
+        # The first batch in which samples could interact must show that they do not.
+        several_samples = any(shift.ndim > 1 and shift.shape[0] > 1 for shift in shifts)
+        check = several_samples and not independence_checked
+        gradients = output_gradients(loss, calls, differentiable=check)
+        if check:
+            check_independent_gradients(in_call_order(gradients), shifts)
+            independence_checked = True
+        return {
+            name: _mean_square(layer_calls, gradients[name]) if layer_calls else None
+            for name, layer_calls in calls.items()
+        }
+
+    return mean_over_batches(objective, batch_diagonals, tolerance)
+
+
+def _mean_square(layer_calls: list[Call], gradients: list[Tensor]) -> Tensor:
+    """One layer, one batch: n · Σ over samples of the squared gradient of their part of the mean,
+    (d_out, d_in)."""
+    g = stack_positions([gradient.detach() for gradient in gradients], independent=True)[None]
+    x = stacked_inputs(layer_calls, independent=True)
+    squares, _ = outer_products(g, g, x, x)  # g: (1, n, T, d_out); x: (n, T, d_in)
+    return len(x) * squares

@@ -1,46 +1,45 @@
-"""The Gauss-Newton diagonal: a positive stand-in for the Hessian's, from first derivatives of the network.
+"""The Gauss-Newton diagonal: a positive stand-in for the Hessian's, from first derivatives of the
+network.
 
-With y the model's output, J = ∂y/∂W and H_y the Hessian of the loss over y, the Gauss-Newton matrix Jᵀ H_y J is the
-Hessian without the curvature of the network itself (Schraudolph 2002); for a cross-entropy or a squared error it is the
-Fisher matrix (Martens 2020). With H_y = S Sᵀ, its diagonal is the sum of squared gradients Jᵀ s over the columns s of
-S, or the mean of squares for random mixtures s = S ξ of them.
+With y the model's output, J = ∂y/∂W and H_y the Hessian of the loss over y, the Gauss-Newton matrix
+Jᵀ H_y J is the Hessian without the curvature of the network itself (Schraudolph 2002). For a
+cross-entropy or a squared error it is the Fisher matrix (Martens 2020). With H_y = S Sᵀ
+(output_hessian.py), its diagonal is the sum of the squares of the gradients Jᵀ s over the columns s
+of S. It is also the mean of these squares for random mixtures s = S ξ of the columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.targets import Targets, close_names
-from ..measure import (
-    LossFn,
-    batch_length,
-    differentiable_loss,
-    differentiable_twice,
-    repeatable,
-)
-from .estimate import DiagonalMean, Estimate, check_tolerance
+from ..layers.targets import Targets, did_you_mean
+from ..measure import LossFn, batch_length
+from .averaging import check_tolerance
+from .diagnostics import check_independent
+from .estimate import Estimate
 from .layer_outputs import (
-    NUDGE,
-    Call,
     Calls,
-    check_independent,
-    check_resolved,
-    curvature_targets,
-    gradients,
-    products,
-    rounding,
-    rows,
+    all_shifts,
+    by_layer,
     shifted_outputs,
-    shifts_of,
+    stack_positions,
+    stacked_inputs,
+    vector_jacobian_products,
 )
-from .sampling import Probed, check_sampling, outer_products, probe, random_signs
-
-DENSE_LIMIT = 512  # columns of y for which an H_y that is neither diagonal nor softmax's is taken apart numerically
+from .objective import (
+    BatchDiagonals,
+    Objective,
+    check_chunk_size,
+    curvature_targets,
+    mean_over_batches,
+)
+from .outer_products import outer_products
+from .output_hessian import HalfHessian, half_hessian, shifted_output
+from .sampling import ProbedDiagonal, check_sampling, mean_over_probes, random_signs
 
 
 def gauss_newton(
@@ -57,124 +56,165 @@ def gauss_newton(
     batch_weight: Callable[[Any], float] = batch_length,
     independent: bool = True,
 ) -> Estimate:
-    """The diagonal of the (generalised) Gauss-Newton matrix, exact or by Monte Carlo.
+    """The diagonal of the generalised Gauss-Newton matrix, exact or by random signs.
 
-    Target: diag(Jᵀ H_y J) on `batches`. As a stand-in for the Hessian its bias is the network's own curvature, which
-    fades as the residuals do; none for a network that is linear in W. Never negative. Sampled: unbiased for that
-    target; random signs ξ mix the columns of S (drawing a label, as is usual, is another such mixture).
-
-    Cost: per batch a forward pass, four products with the Hessian of the loss alone, and one backward pass for each
-    entry of a sample's output (positions · C), or for each sample of ξ. Memory: `chunk_size` times one backward pass.
+    Target: diag(Jᵀ H_y J) on `batches`.
+    Bias: as a stand-in for the Hessian diagonal, the network's own curvature is missing. It fades
+    as the residuals do, and is zero for a network that is linear in W. Entries are never negative.
+    Variance: none if exact. Sampled, the estimate is unbiased for the target: the random signs ξ
+    mix the columns of S. (To draw a label, as is usual, is another such mixture.)
+    Cost: for each batch a forward pass and four products with H_y; and one backward pass for each
+    entry of a sample's output (positions · C), or for each sample of ξ. Memory: `chunk_size` times
+    one backward pass.
 
     Args:
-        output: name of the module whose output tensor, of shape (…, C), is y: "" is the model itself. The loss must be
-            convex in y and a sum over its rows: cross-entropies with softmax, squared errors and binary
-            cross-entropies are recognised, at any C; what else there is may have 512 columns. For a transformers
-            model that computes the loss itself, name its head, such as "classifier" or "lm_head".
-        samples: None: exact. Otherwise random mixtures per batch, at most; they need `generator`.
-        tolerance, chunk_size, batch_weight, independent: as for `hutchinson_outputs`; if exact, `tolerance` stops
-            before the end of the batches.
+        model, loss_fn, batches, targets, batch_weight, independent: as for
+            `exact_hessian_diagonal`.
+        output: the name of the module whose output tensor, (…, C), is y; "" is the model itself.
+            For a transformers model that computes the loss itself, name its head, such as
+            "classifier" or "lm_head". The loss must be convex in y and a sum over its rows.
+            Cross-entropies with softmax, squared errors and binary cross-entropies are recognised,
+            at any C; another loss may have up to 512 columns.
+        samples: None: exact. Otherwise the number of random mixtures per batch, at most; they need
+            `generator`.
+        generator: draws the signs, as for `hutchinson_outputs`.
+        tolerance: if sampled, as for `hutchinson_outputs`. If exact, stop before the end of the
+            batches, as for `empirical_fisher`.
+        chunk_size: backward passes taken at once, and samples per pass over the batches. 1 takes
+            them one by one, for models that torch.vmap cannot handle.
 
-    Returns: {name: (d_out, d_in)}, with standard errors over batches if exact, over probes if sampled.
+    Returns: {name: (d_out, d_in)}, with standard errors over batches if exact, over probes if
+    sampled.
 
-    Raises ValueError: as for `exact_hessian_diagonal`; y is no tensor, comes more than once, or the loss is not convex
-    in it or mixes its rows. TypeError: samples without a generator.
+    Raises:
+        ValueError: as for `exact_hessian_diagonal`; or y is not a tensor or comes more than once in
+            a loss; or the loss is not convex in y, mixes its rows, or depends on a layer by another
+            way than y.
+        TypeError: samples without a torch.Generator.
+
+    Source: Schraudolph 2002; Martens 2020 (arXiv 1412.1193).
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
+    >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> h = gauss_newton(model, lambda model, x: model(x).square().mean(), [x])
+    >>> h["0"].tolist()  # the model is linear in W: the Hessian diagonal itself
+    [[10.0, 20.0]]
     """
-    modules = curvature_targets(model, targets, chunk_size)
+    check_chunk_size(chunk_size)
+    layers = curvature_targets(model, targets)
     check_tolerance(tolerance)
-    names = dict(model.named_modules(remove_duplicate=False))
-    if output not in names:
-        raise ValueError(f"output={output!r} names no module: {close_names(output, names)}")
+    head = _output_module(model, output)
+    objective = Objective(model, loss_fn, batches, layers, batch_weight)
 
-    def run(batch: Any, checks: bool) -> _Run:
-        with shifted_outputs(modules) as calls, _shifted_output(names[output]) as outputs:
-            loss = differentiable_loss(model, loss_fn, batch)
-        if len(outputs) != 1:
-            raise ValueError(
-                f"the output {output!r} came {len(outputs)} times in one loss, but must come once"
-            )
-        y = outputs[0].x
-        if y.ndim == 0:
-            raise ValueError(
-                "the model's output is a single number: name the head whose output the loss takes, output=…"
-            )
-        if y.ndim < 2:  # one number per sample, or one sample alone
-            y = y[:, None] if any(shift.ndim > 1 for shift in shifts_of(calls)) else y[None]
-        y = rows([y], independent)
-        if checks and independent:
-            check_independent(shifts_of(calls), [y])
-        half = _half_hessian(loss, outputs[0].shift, y.detach())
-        if checks:
-            _check_through_output(loss, calls, y, outputs[0].shift)
-        return _Run(calls, y, half)
+    def exact_diagonals(batch: Any) -> BatchDiagonals:
+        forward = _forward(objective, head, output, batch, independent)
+        _check(forward)
+        return _exact_diagonals(forward, chunk_size)
 
-    if samples is not None:
-        check_sampling(samples, tolerance, generator)
-        assert generator is not None
+    if samples is None:
+        return mean_over_batches(objective, exact_diagonals, tolerance)
 
-        total = DiagonalMean(modules, over="probes")
+    check_sampling(samples, tolerance, generator)
+    assert generator is not None
 
-        def one_batch(batch: Any, count: int) -> Probed:
-            of = run(batch, checks=not total.samples)
-            return _squares(of, random_signs(of.y, count, generator), independent)
+    def probe_batch(
+        batch: Any, count: int, first_pass: bool
+    ) -> Mapping[str, ProbedDiagonal | None]:
+        forward = _forward(objective, head, output, batch, independent)
+        if first_pass:
+            _check(forward)
+        return _squared_gradients(forward, random_signs(forward.y, count, generator))
 
-        return probe(
-            model, loss_fn, batches, one_batch, total, samples, tolerance, chunk_size, batch_weight
-        )
-
-    total = DiagonalMean(modules)
-    with differentiable_twice(model):
-        for batch in repeatable(model, loss_fn, batches):
-            of, weight = run(batch, checks=True), batch_weight(batch)
-            sums: dict[str, Tensor | None] = dict.fromkeys(modules)
-            for xi in _unit_vectors(of.y, chunk_size):
-                for name, found in _squares(of, xi, independent).items():
-                    if found is not None:
-                        before = sums[name]
-                        sums[name] = found[0] if before is None else before + found[0]
-            for name, h in sums.items():
-                total.add(name, h, weight)
-            if total.known_to(tolerance):
-                break
-    return total.result()
+    return mean_over_probes(
+        objective, probe_batch, samples=samples, tolerance=tolerance, chunk_size=chunk_size
+    )
 
 
-def _check_through_output(loss: Tensor, calls: Calls, y: Tensor, shift: Tensor) -> None:
-    """The loss must reach the layers through y alone: by the chain rule, ∂L/∂z = (∂y/∂z)ᵀ ∂L/∂y."""
-    shifts = shifts_of(calls)
-    whole = torch.autograd.grad(loss, [shift, *shifts], retain_graph=True, materialize_grads=True)
-    through = products([y], shifts, [whole[0].view(1, *y.shape)])
-    for direct, of_y in zip(whole[1:], through, strict=True):
-        if float((direct - of_y[0]).abs().max()) > torch.finfo(y.dtype).eps ** 0.5 * float(
-            direct.abs().max()
-        ):
-            raise ValueError(
-                "the loss depends on a layer by another way than the output (an auxiliary loss, a second head), which "
-                "gauss_newton cannot see: name an output= through which all of it passes, or use hutchinson_outputs"
-            )
+class _Forward(NamedTuple):
+    """One forward pass of a batch.
 
+    n is the number of samples if they are taken to be independent, and 1 otherwise.
+    """
 
-class _Run(NamedTuple):
-    """One batch's forward pass."""
-
+    loss: Tensor
     calls: Calls
-    y: Tensor  # (n, T, C)
-    half: Callable[[Tensor], Tensor]  # ξ (K, n, T, C) → S ξ, row by row
+    output_shift: Tensor  # zeros, of the output's own shape
+    y: Tensor  # (n, T, C), the output
+    half: HalfHessian  # ξ → S ξ
+    independent: bool
 
 
-def _squares(of: _Run, xi: Tensor, independent: bool) -> Probed:
-    """The squares of the gradient of y along S ξ, for each ξ of (K, n, T, C)."""
-    found = iter(products([of.y], shifts_of(of.calls), [of.half(xi)]))
-    result: dict[str, tuple[Tensor, Tensor] | None] = {}
-    for name, calls in of.calls.items():
-        result[name] = _squared([next(found) for _ in calls], calls, independent) if calls else None
-    return result
+def _output_module(model: nn.Module, output: str) -> nn.Module:
+    names: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    if output not in names:
+        raise ValueError(f"output={output!r} names no module: {did_you_mean(output, names)}")
+    return names[output]
 
 
-def _squared(slopes: list[Tensor], calls: list[Call], independent: bool) -> tuple[Tensor, Tensor]:
-    g = rows(slopes, independent, batched=True)
-    x = rows([call.x.detach() for call in calls], independent)
-    return outer_products(g, g, x, x)
+def _forward(
+    objective: Objective, head: nn.Module, output: str, batch: Any, independent: bool
+) -> _Forward:
+    with shifted_outputs(objective.layers) as calls, shifted_output(head) as output_calls:
+        loss = objective.loss(batch)
+    if len(output_calls) != 1:
+        raise ValueError(
+            f"the output {output!r} came {len(output_calls)} times in one loss, but must come once"
+        )
+    (output_call,) = output_calls
+    y = stack_positions([_with_columns(output_call.x, calls)], independent)
+    half = half_hessian(loss, output_call.shift, y.detach())
+    return _Forward(loss, calls, output_call.shift, y, half, independent)
+
+
+def _with_columns(y: Tensor, calls: Calls) -> Tensor:
+    """An output (n,), one number per sample, becomes (n, 1); a single sample's output (C,), (1,
+    C)."""
+    if y.ndim == 0:
+        raise ValueError(
+            "the model's output is a single number: name the head whose output the loss takes, "
+            "output=…"
+        )
+    if y.ndim > 1:
+        return y
+    several_samples = any(shift.ndim > 1 for shift in all_shifts(calls))
+    return y[:, None] if several_samples else y[None]
+
+
+def _check(forward: _Forward) -> None:
+    """Raise ValueError if samples interact, or if the loss depends on a layer not only through y.
+
+    If all ways lead through y, the chain rule gives ∂L/∂z = (∂y/∂z)ᵀ ∂L/∂y.
+    """
+    shifts = all_shifts(forward.calls)
+    if forward.independent:
+        check_independent([forward.y], shifts)
+    of_output, *direct = torch.autograd.grad(
+        forward.loss, [forward.output_shift, *shifts], retain_graph=True, materialize_grads=True
+    )
+    through_output = vector_jacobian_products(
+        [forward.y], shifts, [of_output.view(1, *forward.y.shape)]
+    )
+    half_of_the_digits = torch.finfo(forward.y.dtype).eps ** 0.5
+    for gradient, through in zip(direct, through_output, strict=True):
+        allowed = half_of_the_digits * float(gradient.abs().max())
+        if float((gradient - through[0]).abs().max()) > allowed:
+            raise ValueError(
+                "the loss depends on a layer by another way than the output (an auxiliary loss, a "
+                "second head), which gauss_newton cannot see: name an output= through which all "
+                "of it passes, or use hutchinson_outputs"
+            )
+
+
+def _exact_diagonals(forward: _Forward, chunk_size: int) -> BatchDiagonals:
+    """Σ of the squared gradients over all columns of S."""
+    sums: dict[str, Tensor | None] = dict.fromkeys(forward.calls)
+    for xi in _unit_vectors(forward.y, chunk_size):
+        for name, squares in _squared_gradients(forward, xi).items():
+            if squares is not None:
+                before = sums[name]
+                sums[name] = squares.total if before is None else before + squares.total
+    return sums
 
 
 def _unit_vectors(y: Tensor, chunk_size: int) -> Iterator[Tensor]:
@@ -187,86 +227,16 @@ def _unit_vectors(y: Tensor, chunk_size: int) -> Iterator[Tensor]:
         yield xi.view(-1, n, T, C)
 
 
-def _half_hessian(loss: Tensor, shift: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-    """ξ → S ξ with S Sᵀ = H_y, which is the Hessian over `shift` and has one block (C, C) per row of y."""
-    (slope,) = gradients(loss, [shift], twice=True)
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
-    scales = torch.rand(*y.shape[:-1], 1, generator=generator, dtype=torch.float64).to(y) + 0.5
-
-    def times(vectors: Tensor) -> Tensor:
-        return products([slope], [shift], [vectors.view(-1, *shift.shape)])[0].view(vectors.shape)
-
-    Hv, H_scaled, H_nudged, H_ones = times(
-        torch.stack([v, scales * v, NUDGE * v, torch.ones_like(v)])
+def _squared_gradients(forward: _Forward, xi: Tensor) -> dict[str, ProbedDiagonal | None]:
+    """The squares of the gradient of y along S ξ, for each ξ of (K, n, T, C)."""
+    gradients = by_layer(
+        vector_jacobian_products([forward.y], all_shifts(forward.calls), [forward.half(xi)]),
+        forward.calls,
     )
-    noise = rounding(Hv, H_nudged)
-    limit = max(torch.finfo(y.dtype).eps ** 0.5 * float(Hv.abs().max()), noise)
-    if float((H_scaled - scales * Hv).abs().max()) > limit:
-        raise ValueError(
-            "the loss mixes rows of the model's output (a loss across samples or positions), or is not a function of "
-            "`output` alone, on which gauss_newton rests: use hutchinson_outputs"
-        )
-    # a (diag(p) − p pᵀ): cross-entropy, a being the row's weight in the mean. Hv = a p ⊙ u, and Hv / p keeps its digits
-    # where p is next to 1 or 0.
-    p = y.softmax(-1)
-    u = v - (p * v).sum(-1, keepdim=True)
-    ratio = torch.where(p > 1e3 * torch.finfo(p.dtype).tiny, Hv / p, 0)
-    live = (ratio != 0).to(y)
-    a = (ratio * u).sum(-1, keepdim=True) / (live * u.square()).sum(-1, keepdim=True).clamp(
-        min=1e-30
-    )
-    digits = 1e3 * torch.finfo(y.dtype).eps
-    if (
-        bool(((ratio - live * a * u).abs() <= digits * a * u.abs().amax(-1, keepdim=True)).all())
-        and y.shape[-1] > 1
-    ):
-        root = (a * p).sqrt()
-        return lambda xi: root * xi - p * (root * xi).sum(-1, keepdim=True)
-    check_resolved(noise, float(Hv.abs().max()))
-    if (
-        float((Hv - H_ones * v).abs().max()) <= limit
-    ):  # diagonal: squared error, binary cross-entropy
-        root = _root(H_ones, limit)
-        return lambda xi: root * xi
-    C = y.shape[-1]
-    if C > DENSE_LIMIT:
-        raise ValueError(
-            f"the loss over an output of {C} columns is neither a softmax cross-entropy nor a sum over its entries; to "
-            f"take it apart, there may be {DENSE_LIMIT} columns: use hutchinson_outputs"
-        )
-    units = torch.eye(C, dtype=y.dtype, device=y.device)[:, None, None].expand(-1, *y.shape)
-    values, vectors = torch.linalg.eigh(
-        times(units.contiguous()).permute(1, 2, 0, 3)
-    )  # (n, T, C, C)
-    S = vectors * _root(values, limit).unsqueeze(-2)
-    return lambda xi: torch.einsum("ntcd,kntd->kntc", S, xi)
-
-
-def _root(values: Tensor, limit: float) -> Tensor:
-    if float(values.min()) < -limit:
-        raise ValueError(
-            "the loss is not convex in the model's output, on which gauss_newton rests: name a later output="
-        )
-    return values.clamp(min=0).sqrt()
-
-
-@contextmanager
-def _shifted_output(module: nn.Module) -> Iterator[list[Call]]:
-    """Record the module's output (x) and add to it a shift of zeros."""
-    outputs: list[Call] = []
-
-    def hook(module: nn.Module, args: Any, output: Any) -> Tensor:
-        if not isinstance(output, Tensor):
-            raise ValueError(
-                f"the output of {type(module).__name__} is a {type(output).__name__}, not a tensor: name the module "
-                'whose output tensor enters the loss, such as output="classifier" or output="lm_head"'
-            )
-        outputs.append(Call(output, torch.zeros_like(output, requires_grad=True)))
-        return output + outputs[-1].shift
-
-    handle = module.register_forward_hook(hook)
-    try:
-        yield outputs
-    finally:
-        handle.remove()
+    squares: dict[str, ProbedDiagonal | None] = dict.fromkeys(forward.calls)
+    for name, layer_calls in forward.calls.items():
+        if layer_calls:
+            g = stack_positions(gradients[name], forward.independent, batched=True)
+            x = stacked_inputs(layer_calls, forward.independent)
+            squares[name] = ProbedDiagonal(*outer_products(g, g, x, x))
+    return squares

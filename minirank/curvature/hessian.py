@@ -1,16 +1,16 @@
-"""Exact diagonals of the Hessian of the mean loss, with respect to the weights of linear layers. Each layer counts
-alone, and by its outputs: of a weight that is used elsewhere as well (tied to another module, or penalised by the
-loss), only the use in this layer.
+"""Exact diagonals of the Hessian of the mean loss, with respect to the weights of linear layers.
 
-Two ways to the same numbers. `hessian_diagonal_reference` takes one Hessian-vector product per weight: slow, and so
-plain that nobody doubts it. `exact_hessian_diagonal` goes through the outputs z = W x + b of each layer: W acts only
-through z, linearly, so by the chain rule
+`hessian_diagonal_reference` takes one Hessian-vector product per weight: slow, and too plain to be
+in doubt. `exact_hessian_diagonal` gives the same numbers through the outputs z = W x + b of each
+layer. W acts only through z, and linearly, so by the chain rule
 
     h(W_ij) = Σ over samples, positions t, t' of  ∂²L / ∂z_ti ∂z_t'i · x_tj x_t'j
 
-and d_out × positions products per batch give the whole diagonal, however large d_in is. One product serves all samples
-of a batch at once, as long as samples do not interact: the Hessian over z is then block-diagonal, and the blocks of a
-sum of columns can be read apart. A layer that is called again on its own outputs adds the curvature of that path,
+and d_out · positions products per batch give the whole diagonal, however large d_in is. If samples
+do not interact, the Hessian over z has one block per sample. One product then serves all samples of
+a batch at once: it gives a sum of columns, one from each block, and these can be read apart.
+
+A layer that is called again on its own outputs has inputs x that depend on earlier z. This adds
 
     2 Σ over t, t' of  ∂L / ∂z_t'i · ∂x_t'j / ∂z_ti · x_tj
 """
@@ -24,26 +24,30 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.targets import Targets
-from ..measure import (
-    LossFn,
-    batch_length,
-    differentiable_loss,
-    differentiable_twice,
-    repeatable,
-)
-from .estimate import DiagonalMean, Estimate
+from ..measure import LossFn, batch_length
+from .diagnostics import check_independent
+from .estimate import Estimate
 from .layer_outputs import (
     Call,
-    check_independent,
-    curvature_targets,
-    gradients,
-    path_slopes,
-    products,
-    rows,
+    all_shifts,
+    feeds_itself,
+    in_call_order,
+    loss_gradients,
+    output_gradients,
+    recurrence_jacobian,
     shifted_outputs,
-    shifts_of,
-    slopes_of,
-    weight_shifts,
+    shifted_weights,
+    stack_positions,
+    stacked_inputs,
+    vector_jacobian_products,
+    zero_weight_shifts,
+)
+from .objective import (
+    BatchDiagonals,
+    Objective,
+    check_chunk_size,
+    curvature_targets,
+    mean_over_batches,
 )
 
 
@@ -57,84 +61,113 @@ def exact_hessian_diagonal(
     batch_weight: Callable[[Any], float] = batch_length,
     independent: bool = True,
 ) -> Estimate:
-    """The exact diagonal through the layers' outputs (see the top of the file).
+    """The exact diagonal of the Hessian, through the outputs of the layers.
 
-    Cost per batch: one forward and one backward pass with its graph kept, and d_out · positions Hessian-vector
-    products per layer, `chunk_size` of them at a time. Memory: `chunk_size` times that of one backward pass.
+    Target: h(W_ij) = ∂²L / ∂W_ij², L being the mean loss over all samples of `batches`.
+    Bias: none. Variance: none on `batches`; the standard errors are over batches, as samples of
+    more such data.
+    Cost: for each batch a forward pass, a backward pass with its graph kept, and for each layer
+    d_out · positions Hessian-vector products. Memory: `chunk_size` times that of one backward pass.
 
     Args:
-        targets: see `linear_targets`.
-        chunk_size: products taken together. 1 takes them one by one, for models that torch.vmap cannot handle.
-        batch_weight: what a batch's mean loss weighs in the total; the number of its samples. For a loss that is a
-            mean over tokens, give their number.
-        independent: the first dimension of every layer's input counts samples, and no sample's loss depends on
-            another sample. It is checked on each batch. False: no such assumption (a loss across samples, BatchNorm's
-            batch statistics, inputs that come flattened), at positions = all rows of the batch.
+        model: any nn.Module; it is measured in eval mode and left unchanged.
+        loss_fn: (model, batch) -> scalar mean loss, with its graph.
+        batches: any iterable; it is iterated once.
+        targets: the linear layers; None: all. See `minirank.layers.targets.linear_targets`.
+        chunk_size: Hessian-vector products taken at once. 1 takes them one by one, for models that
+            torch.vmap cannot handle.
+        batch_weight: batch -> the weight of its mean loss in the total; by default its number of
+            samples. For a loss that is a mean over tokens, give their number.
+        independent: True: the first dimension of every layer's input counts samples, and the loss
+            of no sample depends on another. This is checked on each batch. False: nothing is
+            assumed, at the cost of positions = all rows of the batch. That is for a loss across
+            samples, batch statistics, or inputs that come flattened.
 
-    Returns: {name: (d_out, d_in)} on the module's device, in the dtype of its output; a half-precision model is
-    computed in float32. Entries can be negative. The standard errors are over batches, see `Estimate`.
+    Returns: {name: (d_out, d_in)}, on the layer's device, in the dtype of its output; float32 for a
+    half-precision model. Entries can be negative.
 
-    Raises ValueError: samples interact, no batch, a loss that is not a finite scalar with its graph or not
-    deterministic, a layer that no batch reaches or that does not compute W x + b.
+    Raises:
+        ValueError: samples interact; there is no batch; a loss is not a finite scalar, has no graph
+            or is not deterministic; no batch reaches a layer; or a layer does not compute W x + b.
+
+    Source: the chain rule, at the top of this file.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
+    >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> h = exact_hessian_diagonal(model, lambda model, x: model(x).square().mean() / 2, [x])
+    >>> h["0"].tolist()  # for ½ (w · x)², the mean of x_j²
+    [[5.0, 10.0]]
     """
-    modules = curvature_targets(model, targets, chunk_size)
-    total = DiagonalMean(modules)
-    with differentiable_twice(model):
-        for batch in repeatable(model, loss_fn, batches):
-            weight = batch_weight(batch)
-            with shifted_outputs(modules) as calls:
-                loss = differentiable_loss(model, loss_fn, batch)
-            slopes = slopes_of(loss, calls, twice=True)
-            if independent:
-                check_independent(shifts_of(calls), [g for found in slopes.values() for g in found])
-            for name, found in calls.items():
-                h = _diagonal(found, slopes[name], chunk_size, independent) if found else None
-                total.add(name, h, weight)
-    return total.result()
+    check_chunk_size(chunk_size)
+    layers = curvature_targets(model, targets)
+    objective = Objective(model, loss_fn, batches, layers, batch_weight)
+
+    def batch_diagonals(batch: Any) -> BatchDiagonals:
+        with shifted_outputs(layers) as calls:
+            loss = objective.loss(batch)
+        gradients = output_gradients(loss, calls, differentiable=True)
+        if independent:
+            check_independent(in_call_order(gradients), all_shifts(calls))
+        return {
+            name: _layer_diagonal(layer_calls, gradients[name], chunk_size, independent)
+            if layer_calls
+            else None
+            for name, layer_calls in calls.items()
+        }
+
+    return mean_over_batches(objective, batch_diagonals)
 
 
-def _diagonal(
-    found: list[Call], slopes: list[Tensor], chunk_size: int, independent: bool
+def _layer_diagonal(
+    layer_calls: list[Call], gradients: list[Tensor], chunk_size: int, independent: bool
 ) -> Tensor:
-    """One layer, one batch, from each call's x, shift and ∂L/∂z. → (d_out, d_in)."""
-    inputs, shifts = [call.x for call in found], [call.shift for call in found]
-    x = rows([x.detach() for x in inputs], independent)  # (n, T, d_in)
-    g = rows(slopes, independent)  # (n, T, d_out)
+    """One layer, one batch. gradients: ∂L/∂z of each call. → (d_out, d_in)."""
+    x = stacked_inputs(layer_calls, independent)  # (n, T, d_in)
+    g = stack_positions(gradients, independent)  # (n, T, d_out)
     h = x.new_zeros(g.shape[2], x.shape[2], dtype=g.dtype)
+    shifts = [call.shift for call in layer_calls]
     # The gradient of a sum over samples holds one column of each sample's block.
-    for index, columns in _columns(g.sum(0), shifts, chunk_size):
+    for index, columns in _jacobian_rows(g.sum(0), shifts, chunk_size):
         t, i = index // len(h), index % len(h)
-        every = rows(columns, independent, batched=True)  # (K, n, T, d_out)
-        block = every[torch.arange(len(index)), :, :, i]  # (K, n, T): ∂²L / ∂z_ti ∂z_t'i over t'
+        stacked = stack_positions(columns, independent, batched=True)  # (K, n, T, d_out)
+        block = stacked[torch.arange(len(index)), :, :, i]  # (K, n, T): ∂²L / ∂z_ti ∂z_t'i over t'
         mixed = torch.einsum("knt,ntj->knj", block, x)
         h.index_add_(0, i, (mixed * x[:, t].transpose(0, 1)).sum(1))
-    if len(inputs) > 1 and any(x.requires_grad for x in inputs):
-        w, back = path_slopes(inputs, shifts)
-        if independent:
-            check_independent(w, back)
-        for index, columns in _columns(rows(back, independent).sum(0), w, chunk_size):
-            t, i = index // len(h), index % len(h)
-            moved = rows(
-                columns, independent, batched=True
-            )  # (K, n, T, d_in): ∂x_t'j / ∂z_ti over t', j
-            path = torch.einsum(
-                "knt,kntj->knj", g.detach()[:, :, i].permute(2, 0, 1), moved
-            )  # (K, n, d_in)
-            h.index_add_(0, i, 2 * (path * x[:, t].transpose(0, 1)).sum(1))
+    if feeds_itself(layer_calls):
+        _add_recurrence(h, layer_calls, g.detach(), x, chunk_size, independent)
     return h
 
 
-def _columns(
-    slope: Tensor, inputs: list[Tensor], chunk_size: int
+def _add_recurrence(
+    h: Tensor, layer_calls: list[Call], g: Tensor, x: Tensor, chunk_size: int, independent: bool
+) -> None:
+    """Add 2 Σ over t, t' of ∂L/∂z_t'i · ∂x_t'j/∂z_ti · x_tj to h. g: (n, T, d_out). x: (n, T,
+    d_in)."""
+    w, JTw = recurrence_jacobian(layer_calls)
+    if independent:
+        check_independent(JTw, w)
+    summed = stack_positions(JTw, independent).sum(0)
+    for index, rows in _jacobian_rows(summed, w, chunk_size):
+        t, i = index // len(h), index % len(h)
+        dx_dz = stack_positions(rows, independent, batched=True)  # (K, n, T, d_in): ∂x_t'j / ∂z_ti
+        path = torch.einsum("knt,kntj->knj", g[:, :, i].permute(2, 0, 1), dx_dz)  # (K, n, d_in)
+        h.index_add_(0, i, 2 * (path * x[:, t].transpose(0, 1)).sum(1))
+
+
+def _jacobian_rows(
+    value: Tensor, variables: list[Tensor], chunk_size: int
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """∂ slope_k / ∂ inputs for every entry k of `slope`, (T, d_out): chunks of (indices k, (K, *input.shape) each)."""
-    if not slope.requires_grad:  # everything is linear here: no second derivative
+    """∂value_k / ∂variables for every entry k of `value`, `chunk_size` at a time: (the indices k,
+    (K,); for each variable, (K, *variable.shape)). Nothing if `value` is constant, and all
+    derivatives are zero."""
+    if not value.requires_grad:
         return
-    for start in range(0, slope.numel(), chunk_size):
-        index = torch.arange(start, min(start + chunk_size, slope.numel()), device=slope.device)
-        vectors = slope.new_zeros(len(index), slope.numel())
-        vectors[torch.arange(len(index)), index] = 1
-        yield index, products([slope], inputs, [vectors.view(-1, *slope.shape)])
+    for start in range(0, value.numel(), chunk_size):
+        index = torch.arange(start, min(start + chunk_size, value.numel()), device=value.device)
+        units = value.new_zeros(len(index), value.numel())
+        units[torch.arange(len(index)), index] = 1
+        yield index, vector_jacobian_products([value], variables, [units.view(-1, *value.shape)])
 
 
 def hessian_diagonal_reference(
@@ -146,22 +179,49 @@ def hessian_diagonal_reference(
     chunk_size: int = 64,
     batch_weight: Callable[[Any], float] = batch_length,
 ) -> Estimate:
-    """The exact diagonal, entry by entry: e_kᵀ H e_k for each weight k, W being replaced by W + E at E = 0.
+    """The exact diagonal of the Hessian, entry by entry: e_kᵀ H e_k for each weight k.
 
-    Cost per batch: d_out · d_in Hessian-vector products per layer. Makes no assumption on the samples. Arguments,
-    result and errors as for `exact_hessian_diagonal`.
+    This is the slow way for any model and loss: it assumes nothing about the samples of a batch. It
+    shares its recording of layers and its loop over batches with the other estimators. For an
+    independent check of them all, use `minirank.reference.hessian_diagonal`, which shares no line
+    with them.
+
+    Target, bias and variance: as for `exact_hessian_diagonal`.
+    Cost: for each batch a forward pass, a backward pass with its graph kept, and for each layer
+    d_out · d_in Hessian-vector products.
+
+    Args, Returns, Raises: as for `exact_hessian_diagonal`; `independent` is not needed.
+
+    Source: the definition. W + E takes the place of W, and the loss is differentiated twice by E at
+    E = 0.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
+    >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> h = hessian_diagonal_reference(model, lambda model, x: model(x).square().mean() / 2, [x])
+    >>> h["0"].tolist()
+    [[5.0, 10.0]]
     """
-    modules = curvature_targets(model, targets, chunk_size)
-    total = DiagonalMean(modules)
-    with differentiable_twice(model):
-        for batch in repeatable(model, loss_fn, batches):
-            weight = batch_weight(batch)
-            E = weight_shifts(modules)
-            with shifted_outputs(modules, E) as calls:
-                loss = differentiable_loss(model, loss_fn, batch)
-            for name, slope in zip(E, gradients(loss, list(E.values()), twice=True), strict=True):
-                h = torch.zeros_like(slope).flatten()
-                for index, (columns,) in _columns(slope, [E[name]], chunk_size):
-                    h[index] = columns.flatten(1)[torch.arange(len(index)), index]
-                total.add(name, h.detach().view_as(slope) if calls[name] else None, weight)
-    return total.result()
+    check_chunk_size(chunk_size)
+    layers = curvature_targets(model, targets)
+    objective = Objective(model, loss_fn, batches, layers, batch_weight)
+
+    def batch_diagonals(batch: Any) -> BatchDiagonals:
+        E = zero_weight_shifts(layers)
+        with shifted_weights(layers, E) as calls:
+            loss = objective.loss(batch)
+        gradients = loss_gradients(loss, list(E.values()), differentiable=True)
+        return {
+            name: _weight_diagonal(gradient, E[name], chunk_size) if calls[name] else None
+            for name, gradient in zip(E, gradients, strict=True)
+        }
+
+    return mean_over_batches(objective, batch_diagonals)
+
+
+def _weight_diagonal(gradient: Tensor, weight_shift: Tensor, chunk_size: int) -> Tensor:
+    """∂gradient_k / ∂weight_shift_k for every entry k, (d_out, d_in)."""
+    h = torch.zeros_like(gradient).flatten()
+    for index, (rows,) in _jacobian_rows(gradient, [weight_shift], chunk_size):
+        h[index] = rows.flatten(1)[torch.arange(len(index)), index]
+    return h.detach().view_as(gradient)

@@ -1,38 +1,46 @@
-"""Hutchinson's estimates of the Hessian diagonal: for a random vector v of independent signs, E[v ⊙ H v] = diag(H).
+"""Hutchinson's estimates of the Hessian diagonal: for a random vector v of independent signs, E[v ⊙
+H v] = diag(H).
 
-One Hessian-vector product serves all layers. The signs can be those of the weights, as in the textbook, or of the
-outputs z = W x + b of the layers, one for every sample and position: see hessian.py for why these suffice. There
+One Hessian-vector product serves all layers. The signs can be those of the weights, as in the
+textbook. They can also be those of the outputs z = W x + b of the layers, one for every sample and
+position: hessian.py explains why the outputs suffice. There
 
     h(W_ij) ≈ Σ over samples of  (Σ_t v_ti x_tj) (Σ_t' (H_z v)_t'i x_t'j)
 
-which has the exact diagonal as its mean, since E[v_ti v_sk] = 1 for (t, i) = (s, k) and 0 otherwise.
+Its mean is the exact diagonal, because E[v_ti v_sk] = 1 for (t, i) = (s, k) and 0 otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..layers.targets import Targets
-from ..measure import LossFn, batch_length, differentiable_loss
-from .estimate import DiagonalMean, Estimate
+from ..measure import LossFn, batch_length
+from .diagnostics import check_independent
+from .estimate import Estimate
 from .layer_outputs import (
     Call,
-    check_independent,
-    curvature_targets,
-    gradients,
-    path_slopes,
-    products,
-    rows,
+    all_shifts,
+    by_layer,
+    feeds_itself,
+    in_call_order,
+    loss_gradients,
+    output_gradients,
+    recurrence_jacobian,
     shifted_outputs,
-    shifts_of,
-    slopes_of,
-    weight_shifts,
+    shifted_weights,
+    stack_positions,
+    stacked_inputs,
+    vector_jacobian_products,
+    zero_weight_shifts,
 )
-from .sampling import Probed, check_sampling, outer_products, probe, random_signs
+from .objective import Objective, check_chunk_size, curvature_targets
+from .outer_products import outer_products
+from .sampling import ProbedDiagonal, check_sampling, mean_over_probes, random_signs
 
 
 def hutchinson_weights(
@@ -47,50 +55,72 @@ def hutchinson_weights(
     chunk_size: int = 10,
     batch_weight: Callable[[Any], float] = batch_length,
 ) -> Estimate:
-    """The Hessian diagonal by random signs on the weights (Hutchinson 1990; Bekas, Kokiopoulou and Saad 2007).
+    """The Hessian diagonal, estimated by random signs on the weights.
 
-    Target: the exact diagonal on `batches`. Bias: none. Variance of one sample's entry i: Σ over j ≠ i of H_ij², over
-    the weights j of all targets, and of their traces 2 Σ over i ≠ j of H_ij² (weighted over batches, which get
-    vectors of their own). Makes no assumption on the samples of a batch.
-
-    Cost of a sample: a Hessian-vector product per batch; and for every `chunk_size` samples, a forward pass and a
-    backward pass with its graph kept per batch. Memory: `chunk_size` times one backward pass and the diagonals.
+    Target: the exact diagonal on `batches`.
+    Bias: none.
+    Variance: on one batch and for one sample, Σ over j ≠ i of H_ij² for entry i, j counting the
+    weights of all targets; and 2 Σ over i ≠ j of H_ij² for the trace. It falls as 1 / samples, and
+    with the number of batches, since every batch has vectors of its own.
+    Cost: for each sample, a Hessian-vector product per batch. For every `chunk_size` samples, a
+    forward pass and a backward pass with its graph kept per batch. Memory: `chunk_size` times one
+    backward pass and the diagonals.
 
     Args:
-        generator: of the random signs. One seed gives one result on every device if it is a CPU generator.
-        samples: random vectors per batch, at most.
-        tolerance: stop once the standard error of every trace is at most this fraction of the mean |trace| over the
-            layers (checked after every `chunk_size` samples, from 10 on), or `samples` are used up: the result's
-            standard errors tell. None: take all samples. A run stopped this way errs a little more often than its
-            standard errors say.
-        chunk_size: products taken together, and samples per pass over the batches, which more than one pass iterates
-            anew. 1 takes them one by one, for models that torch.vmap cannot handle.
-        batch_weight: what a batch's mean loss weighs in the total; the number of its samples.
+        model, loss_fn, targets, batch_weight: as for `exact_hessian_diagonal`. Nothing is assumed
+            about the samples of a batch.
+        batches: iterated once for every `chunk_size` samples.
+        generator: draws the signs. A CPU generator gives one result for one seed on every device.
+        samples: the number of random vectors per batch, at most.
+        tolerance: stop as soon as the standard error of every trace is at most this fraction of the
+            mean |trace| over the layers. This is checked after every `chunk_size` samples, from
+            10 samples on. If `samples` run out before, the result's standard errors say so. A run
+            that was stopped errs a little more often than its standard errors say. None: take all
+            samples.
+        chunk_size: Hessian-vector products taken at once, and so samples per pass over the batches.
+            1 takes them one by one, for models that torch.vmap cannot handle.
 
-    Returns: {name: (d_out, d_in)}, entries of either sign; float32 for a half-precision model; with standard errors
-    over probes.
+    Returns: {name: (d_out, d_in)} with standard errors over probes. Entries can be of either sign;
+    float32 for a half-precision model.
 
-    Raises ValueError: as for `exact_hessian_diagonal`, and batches that a second pass finds used up. TypeError: no
-    generator.
+    Raises:
+        ValueError: as for `exact_hessian_diagonal`, but for samples that interact; or a second pass
+            finds the batches used up.
+        TypeError: `generator` is not a torch.Generator.
+
+    Source: Hutchinson 1990 (traces); Bekas, Kokiopoulou and Saad 2007 (diagonals).
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
+    >>> x = torch.tensor([[1.0, 0.0], [0.0, 4.0]])
+    >>> h = hutchinson_weights(model, lambda model, x: model(x).square().mean() / 2, [x],
+    ...                        generator=torch.Generator().manual_seed(0), samples=3)
+    >>> h["0"].tolist(), h.samples, h.over  # exact, because this Hessian is diagonal
+    ([[0.5, 8.0]], 3, 'probes')
     """
-    modules = curvature_targets(model, targets, chunk_size)
+    check_chunk_size(chunk_size)
+    layers = curvature_targets(model, targets)
     check_sampling(samples, tolerance, generator)
+    objective = Objective(model, loss_fn, batches, layers, batch_weight)
 
-    def one_batch(batch: Any, count: int) -> Probed:
-        E = weight_shifts(modules)
-        with shifted_outputs(modules, E) as calls:
-            loss = differentiable_loss(model, loss_fn, batch)
-        slopes = gradients(loss, list(E.values()), twice=True)
-        signs = [random_signs(e, count, generator) for e in E.values()]
-        found = {}
-        for name, v, Hv in zip(E, signs, products(slopes, list(E.values()), signs), strict=True):
-            h = v * Hv
-            found[name] = (h.sum(0), h.sum((1, 2))) if calls[name] else None
-        return found
+    def probe_batch(
+        batch: Any, count: int, first_pass: bool
+    ) -> Mapping[str, ProbedDiagonal | None]:
+        E = zero_weight_shifts(layers)
+        with shifted_weights(layers, E) as calls:
+            loss = objective.loss(batch)
+        weight_shifts = list(E.values())
+        gradients = loss_gradients(loss, weight_shifts, differentiable=True)
+        signs = [random_signs(shift, count, generator) for shift in weight_shifts]
+        products = vector_jacobian_products(gradients, weight_shifts, signs)
+        probed: dict[str, ProbedDiagonal | None] = {}
+        for name, v, Hv in zip(E, signs, products, strict=True):
+            h = v * Hv  # (K, d_out, d_in)
+            probed[name] = ProbedDiagonal(h.sum(0), h.sum((1, 2))) if calls[name] else None
+        return probed
 
-    total = DiagonalMean(modules, over="probes")
-    return probe(
-        model, loss_fn, batches, one_batch, total, samples, tolerance, chunk_size, batch_weight
+    return mean_over_probes(
+        objective, probe_batch, samples=samples, tolerance=tolerance, chunk_size=chunk_size
     )
 
 
@@ -107,71 +137,97 @@ def hutchinson_outputs(
     batch_weight: Callable[[Any], float] = batch_length,
     independent: bool = True,
 ) -> Estimate:
-    """The Hessian diagonal by random signs on the layers' outputs (see the top of the file; the chain rule is the one
-    of `exact_hessian_diagonal`).
+    """The Hessian diagonal, estimated by random signs on the outputs of the layers.
 
-    Target: the exact diagonal on `batches`. Bias: none. Variance: as for `hutchinson_weights`, with the Hessian over
-    the outputs in place of the one over weights; every sample has its own signs, so that a batch of n averages n of
-    them. Usually smaller per entry, and not always for the trace.
+    Target: the exact diagonal on `batches`.
+    Bias: none.
+    Variance: that of `hutchinson_weights`, with the Hessian over the outputs in place of the one
+    over the weights. Every sample of a batch has signs of its own, so that a batch of n averages n
+    of them. The variance of an entry is usually smaller; that of the trace is not always.
+    Cost and memory: as for `hutchinson_weights`, and for each sample two matrix products of the
+    size of a layer's gradient.
 
-    Cost and memory: as for `hutchinson_weights`, and per sample two matrix products of the size of a layer's gradient.
+    Args:
+        model, loss_fn, batches, targets, batch_weight: as for `hutchinson_weights`.
+        generator, samples, tolerance, chunk_size: as for `hutchinson_weights`.
+        independent: as for `exact_hessian_diagonal`; checked on each batch in the first pass.
+            False: the rows of a batch count as one sample, which has more variance.
 
-    Args: as for `hutchinson_weights`; `independent` as for `exact_hessian_diagonal`, checked on each batch's first
-    pass. False: a batch counts as one sample, which has more variance.
+    Returns: as for `hutchinson_weights`.
 
-    Returns and raises: as for `hutchinson_weights`; also ValueError for samples that interact.
+    Raises:
+        ValueError: as for `hutchinson_weights`; or samples interact.
+        TypeError: `generator` is not a torch.Generator.
+
+    Source: `hutchinson_weights` by the chain rule at the top of this file.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
+    >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> h = hutchinson_outputs(model, lambda model, x: model(x).square().mean() / 2, [x],
+    ...                        generator=torch.Generator().manual_seed(0), samples=3)
+    >>> h["0"].tolist()  # exact, because the Hessian over the one output is diagonal
+    [[5.0, 10.0]]
     """
-    modules = curvature_targets(model, targets, chunk_size)
+    check_chunk_size(chunk_size)
+    layers = curvature_targets(model, targets)
     check_sampling(samples, tolerance, generator)
-    total = DiagonalMean(modules, over="probes")
+    objective = Objective(model, loss_fn, batches, layers, batch_weight)
 
-    def one_batch(batch: Any, count: int) -> Probed:
-        with shifted_outputs(modules) as calls:
-            loss = differentiable_loss(model, loss_fn, batch)
-        slopes = slopes_of(loss, calls, twice=True)
-        shifts, flat = shifts_of(calls), [g for found in slopes.values() for g in found]
-        check = independent and not total.samples
+    def probe_batch(
+        batch: Any, count: int, first_pass: bool
+    ) -> Mapping[str, ProbedDiagonal | None]:
+        check = independent and first_pass
+        with shifted_outputs(layers) as calls:
+            loss = objective.loss(batch)
+        gradients = output_gradients(loss, calls, differentiable=True)
+        flat_gradients = in_call_order(gradients)
+        shifts = all_shifts(calls)
         if check:
-            check_independent(shifts, flat)
+            check_independent(flat_gradients, shifts)
         signs = [random_signs(shift, count, generator) for shift in shifts]
-        curved = iter(products(flat, shifts, signs))
-        of_call = iter(signs)
-        found = {}
-        for name, of_layer in calls.items():
-            v = [next(of_call) for _ in of_layer]
-            Hv = [next(curved) for _ in of_layer]
-            found[name] = (
-                _through_outputs(of_layer, slopes[name], v, Hv, independent, check)
-                if of_layer
-                else None
-            )
-        return found
+        products = vector_jacobian_products(flat_gradients, shifts, signs)
+        v, Hv = by_layer(signs, calls), by_layer(products, calls)
+        probed: dict[str, ProbedDiagonal | None] = dict.fromkeys(layers)
+        for name, layer_calls in calls.items():
+            if not layer_calls:
+                continue
+            total, traces = _output_part(layer_calls, v[name], Hv[name], independent)
+            if feeds_itself(layer_calls):
+                part = _recurrence_part(layer_calls, gradients[name], v[name], independent, check)
+                total, traces = total + part.total, traces + part.traces
+            probed[name] = ProbedDiagonal(total, traces)
+        return probed
 
-    return probe(
-        model, loss_fn, batches, one_batch, total, samples, tolerance, chunk_size, batch_weight
+    return mean_over_probes(
+        objective, probe_batch, samples=samples, tolerance=tolerance, chunk_size=chunk_size
     )
 
 
-def _through_outputs(
-    found: list[Call],
-    slopes: list[Tensor],
+def _output_part(
+    layer_calls: list[Call], v: list[Tensor], Hv: list[Tensor], independent: bool
+) -> ProbedDiagonal:
+    """Σ (Σ_t v_ti x_tj) (Σ_t' (H_z v)_t'i x_t'j). v, Hv: for each call, (K, …, d_out)."""
+    x = stacked_inputs(layer_calls, independent)
+    signs = stack_positions(v, independent, batched=True)  # (K, n, T, d_out)
+    products = stack_positions(Hv, independent, batched=True)
+    return ProbedDiagonal(*outer_products(signs, products, x, x))
+
+
+def _recurrence_part(
+    layer_calls: list[Call],
+    gradients: list[Tensor],
     v: list[Tensor],
-    Hv: list[Tensor],
     independent: bool,
     check: bool,
-) -> tuple[Tensor, Tensor]:
-    """One layer, one batch; v and Hv: (K, *shift.shape) for every call → what `outer_products` returns."""
-    inputs, shifts = [call.x for call in found], [call.shift for call in found]
-    x = rows([x.detach() for x in inputs], independent)
-    signs = rows(v, independent, batched=True)  # (K, n, T, d_out)
-    h, traces = outer_products(signs, rows(Hv, independent, batched=True), x, x)
-    if len(inputs) > 1 and any(x.requires_grad for x in inputs):
-        # The layer is called again on its own outputs: 2 Σ (Σ_t v_ti x_tj) (Σ_t' ∂L/∂z_t'i · (∂x/∂z v)_t'j)
-        w, back = path_slopes(inputs, shifts)
-        if check:
-            check_independent(w, back)
-        moved = rows(products(back, w, v), independent, batched=True)  # (K, n, T, d_in)
-        g = rows([slope.detach() for slope in slopes], independent).expand_as(signs)
-        path, path_traces = outer_products(signs, g, x, moved)
-        h, traces = h + 2 * path, traces + 2 * path_traces
-    return h, traces
+) -> ProbedDiagonal:
+    """2 Σ (Σ_t v_ti x_tj) (Σ_t' ∂L/∂z_t'i (∂x/∂z v)_t'j), of a layer that feeds itself."""
+    w, JTw = recurrence_jacobian(layer_calls)
+    if check:
+        check_independent(JTw, w)
+    x = stacked_inputs(layer_calls, independent)
+    signs = stack_positions(v, independent, batched=True)  # (K, n, T, d_out)
+    Jv = stack_positions(vector_jacobian_products(JTw, w, v), independent, batched=True)
+    g = stack_positions([gradient.detach() for gradient in gradients], independent)
+    total, traces = outer_products(signs, g.expand_as(signs), x, Jv)  # Jv: (K, n, T, d_in)
+    return ProbedDiagonal(2 * total, 2 * traces)

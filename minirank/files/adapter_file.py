@@ -20,7 +20,7 @@ from ..allocators.allocation import Allocation
 from ..allocators.table import draw_table
 from ..checks import quoted_names
 from ..layers.lora import RANK_DIM, LoRALinear
-from ..layers.targets import first_names, walk
+from ..layers.targets import first_names, modules_by_name
 from ..layers.wrap import insert_layers
 from .base_fingerprint import base_fingerprint, same_base
 from .other_tensors import (
@@ -284,7 +284,7 @@ def load_adapter(
 
 
 def _check_base(model: nn.Module, layers: Mapping[str, SavedLayer]) -> None:
-    modules = dict(walk(model))
+    modules = modules_by_name(model)
     changed = [
         name
         for name, layer in layers.items()

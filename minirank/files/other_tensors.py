@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from ..checks import quoted_names
 from ..layers.lora import LoRALinear
-from ..layers.targets import matching_modules, walk
+from ..layers.targets import matching_modules, modules_by_name
 from .safetensors_file import tensor_bytes
 
 # ---- from the model -----------------------------------------------------------------------------
@@ -19,7 +19,7 @@ from .safetensors_file import tensor_bytes
 def trainable_parameters(model: nn.Module) -> list[str]:
     """The names of the parameters outside the LoRA layers that require a gradient, each once."""
     names: dict[int, str] = {}
-    for name, module in walk(model):
+    for name, module in modules_by_name(model).items():
         for key, parameter in _own_parameters(name, module):
             if parameter.requires_grad:
                 names.setdefault(id(parameter), key)
@@ -33,7 +33,7 @@ def tensors_that_train(model: nn.Module) -> dict[str, Tensor]:
     those of the modules inside it. Elsewhere: the single parameters that require a gradient.
     """
     named_tensors: list[tuple[str, Tensor]] = []
-    for name, module in walk(model):
+    for name, module in modules_by_name(model).items():
         if _trains_as_a_whole(module):
             named_tensors += _all_tensors(name, module)
         else:
@@ -66,7 +66,7 @@ def _trains_as_a_whole(module: nn.Module) -> bool:
 
 def _all_tensors(prefix: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, parameter or persistent buffer), also of inner modules; none of LoRA layers."""
-    for name, inner in walk(module, prefix):
+    for name, inner in modules_by_name(module, prefix).items():
         yield from _own_parameters(name, inner)
         if not isinstance(inner, LoRALinear):
             for key, buffer in inner._buffers.items():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..layers.linear import is_transposed
 from ..layers.lora import LoRALinear
-from ..layers.targets import exact_key, exact_pattern, walk
+from ..layers.targets import exact_key, exact_pattern, modules_by_name
 from .peft_folder import CONFIG_FILE, PREFIX, TENSORS_FILE, check_places
 from .safetensors_file import safetensors_bytes, write_files
 from .saved_layer import SavedLayer, savable_layers, warn_of_losses
@@ -148,7 +148,7 @@ def _folded_B(name: str, layer: LoRALinear, factor: float) -> Tensor:
 
 def _warn_of_fast_paths(model: nn.Module) -> None:
     """Warn the caller's caller of encoder layers that read the weights of adapted modules."""
-    for name, module in walk(model):
+    for name, module in modules_by_name(model).items():
         if isinstance(module, nn.TransformerEncoderLayer) and any(
             isinstance(linear, LoRALinear) for linear in (module.linear1, module.linear2)
         ):

@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..checks import quoted_names
 from ..layers.lora import LoRALinear
-from ..layers.targets import all_names, first_names, walk
+from ..layers.targets import all_names, first_names, modules_by_name
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -24,7 +24,7 @@ def check_places(model: nn.Module, names: Iterable[str]) -> None:
         model: plain or with LoRA layers.
         names: of the modules with an adapter.
     """
-    modules, aliases, first = dict(walk(model)), all_names(model), first_names(model)
+    modules, aliases, first = modules_by_name(model), all_names(model), first_names(model)
     parents = {id(module): module for module in modules.values()}.values()
     places = Counter(id(child) for parent in parents for child in parent._modules.values())
     for name in names:

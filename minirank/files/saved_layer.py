@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..checks import quoted_names
 from ..layers.lora import RANK_DIM, LoRALinear
-from ..layers.targets import close_names, first_names, layer_shape, walk
+from ..layers.targets import did_you_mean, first_names, layer_shape, modules_by_name
 from ..layers.wrap import lora_layers, resolve_ranks
 
 
@@ -151,13 +151,13 @@ def find_modules(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dic
     Raises ValueError: a module that is missing, has another shape or an adapter already, or that
     the file has several adapters for.
     """
-    modules, first = dict(walk(model)), first_names(model)
+    modules, first = modules_by_name(model), first_names(model)
     missing = [name for name in shapes if name not in modules]
     if missing:
         raise ValueError(
             f"the model has no {quoted_names(missing)}, which the file has an adapter for: is it "
             "the whole model that was saved, or a part of it? "
-            f"{close_names(missing[0], modules)}"
+            f"{did_you_mean(missing[0], modules)}"
         )
     positions = {name: i for i, name in enumerate(resolve_ranks(model, dict.fromkeys(shapes, 0)))}
     for name, shape in shapes.items():

@@ -1,1 +1,42 @@
-"""The LoRA layer, and the surgery that puts it into any nn.Module: wrap, resize, merge, unwrap."""
+"""The LoRA layer, and the surgery that puts it into any nn.Module.
+
+    linear.py           what counts as a linear layer, and which way round its weight lies
+    merge.py            W + ΔW goes into the weight, and W comes back: merge, unmerge
+    lora.py             the layer itself: LoRALinear
+    targets.py          which modules get ranks: linear_targets
+    wrap.py             layers go in and come out: wrap, unwrap, disabled, lora_layers
+    optimizer_state.py  what an optimizer knows of each rank, slice by slice
+    resize.py           other ranks in the middle of training: resize
+
+A file imports only from files above it. Only `wrap`, `resize`, `merge`, `unmerge` and `unwrap`
+change a model. Each checks everything first, so a call that raises leaves the model unchanged.
+
+One layer serves all three methods: y = W x + b + s · B (gate ⊙ A x).
+
+    symbol  code              shape          meaning
+    W       `base.weight`     (d_out, d_in)  the frozen weight; Conv1D stores (d_in, d_out)
+    b       `base.bias`       (d_out,)       the frozen bias, or None
+    A       `lora_A`          (r, d_in)      down-projection; trains
+    B       `lora_B`          (d_out, r)     up-projection; trains
+    c, λ    `gate`            (r,)           one scale per rank: L1RA's c, ShapLoRA's λ; None in
+                                             plain LoRA, where every rank counts fully
+    s       `scaling`         scalar         alpha / r_ref, or alpha / sqrt(r_ref) if
+                                             rank-stabilised (arXiv 2312.03732)
+    r       `rank`            integer        number of ranks, from 0 to min(d_in, d_out)
+    ΔW      `delta_weight()`  (d_out, d_in)  s · B diag(gate) A
+
+Scaling never follows the rank. It is fixed when a layer is made, by `scaling=` or by a reference
+rank, and stays when ranks are pruned or added: computing alpha / r anew would silently change the
+trained function. The default reference rank is the average rank asked for in a call of `wrap`, so
+that all layers of that call have one scaling. A state_dict holds A, B and gates, but not the
+scaling; `save_adapter`'s file holds everything.
+
+A module that a model holds in several places is one module. Any of its names selects it, results
+list it under its first name, it gets one adapter, and the adapter works in every place.
+Two modules with one weight (a head tied to an embedding) stay two modules: each gets an adapter of
+its own, and merging is refused unless it may untie them.
+
+nn.MultiheadAttention reads its out_proj's weight without calling the module. An adapter there
+works, but nothing can be measured there and adapter dropout has no effect, so that out_proj is
+selected by its exact name alone. Its packed in_proj_weight is no linear layer and is not adapted.
+"""

@@ -8,13 +8,20 @@ from torch.nn.parameter import is_lazy
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(d_out, d_in) if `module` is linear-like, else None. The rule, which asks for no class by name:
+    """(d_out, d_in) if `module` is linear-like, else None.
 
-    - `weight` is a 2-D floating-point tensor of shape (out_features, in_features), both being attributes:
-      nn.Linear, its subclasses and look-alikes;
-    - or of shape (d_in, nf), `nf` being an attribute: transformers' Conv1D, which stores the transpose.
+    No class is asked for by name. `module.weight` must be a 2-D floating-point tensor, either
 
-    Quantised (integer or 8-bit floating-point) and lazy weights are not linear-like.
+    - of shape (out_features, in_features), both attributes of the module: nn.Linear, its
+      subclasses and look-alikes;
+    - or of shape (d_in, nf), with an attribute `nf`: transformers' Conv1D, which stores the
+      transpose.
+
+    Quantised weights (integers, or floating-point numbers of 8 bits) and lazy weights are not
+    linear-like.
+
+    >>> linear_shape(nn.Linear(3, 5)), linear_shape(nn.LayerNorm(3))
+    ((5, 3), None)
     """
     weight = read_weight(module)
     if weight is None or is_lazy(weight) or weight.ndim != 2:
@@ -29,13 +36,23 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether the weight is (d_in, d_out), as in transformers' Conv1D."""
+    """Whether the weight is stored as (d_in, d_out), as in transformers' Conv1D.
+
+    >>> is_transposed(nn.Linear(3, 5))
+    False
+    """
     return isinstance(getattr(module, "nf", None), int) and not hasattr(module, "out_features")
 
 
 def read_weight(module: nn.Module) -> Tensor | None:
-    """`module.weight`, if a tensor, read without side effects: a parametrized weight is computed at every reading,
-    and in training mode spectral_norm then steps its estimate; others draw random numbers."""
+    """`module.weight`, if it is a tensor, read without side effects.
+
+    A parametrized weight is computed at every reading. In training mode spectral_norm then steps
+    its estimate, and other parametrizations draw random numbers.
+
+    >>> read_weight(nn.Linear(3, 5)).shape, read_weight(nn.ReLU())
+    (torch.Size([5, 3]), None)
+    """
     parametrizations = getattr(module, "parametrizations", None)
     if isinstance(parametrizations, nn.ModuleDict):
         modes = [(inner, inner.training) for inner in parametrizations.modules()]
@@ -52,8 +69,17 @@ def read_weight(module: nn.Module) -> Tensor | None:
 
 
 def applies_weight(module: nn.Module) -> bool:
-    """Whether module(x) = W x + b with W = `module.weight`. True of nn.Linear's own forward; another one (a masked or
-    normalised layer) is tried on a few vectors, around the module's hooks."""
+    """Whether module(x) = W x + b with W = `module.weight`.
+
+    That is so for nn.Linear's own forward. Any other forward (of a masked or normalised layer, say)
+    is tried on a few vectors, without the module's hooks.
+
+    >>> class Scaled(nn.Linear):
+    ...     def forward(self, x):
+    ...         return 2 * super().forward(x)
+    >>> applies_weight(nn.Linear(3, 5)), applies_weight(Scaled(3, 5))
+    (True, False)
+    """
     if type(module).forward is nn.Linear.forward:
         return True
     weight, shape = read_weight(module), linear_shape(module)

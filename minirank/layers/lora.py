@@ -2,22 +2,13 @@
 
     y = W x + b + s · B (gate ⊙ A x)
 
-    symbol  code              shape / unit
-    W       base.weight       (d_out, d_in), frozen; (d_in, d_out) in transformers' Conv1D
-    A       lora_A            (r, d_in)
-    B       lora_B            (d_out, r)
-    c, λ    gate              (r,), only where asked for (L1RA calls it c, ShapLoRA λ)
-    s       scaling           alpha / r_ref, or alpha / sqrt(r_ref) if rank-stabilised (arXiv 2312.03732)
-    ΔW      delta_weight()    (d_out, d_in) = s · B diag(gate) A
-
-`scaling` is fixed by a *reference* rank when the layer is made and never follows the rank afterwards: recomputing
-alpha / r after pruning would silently change the trained function.
+The folder's docstring (`__init__.py`) says what each symbol means and what shape it has.
+Merging is in merge.py, changing the rank in resize.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,54 +17,42 @@ from torch import Tensor, nn
 
 from ..checks import as_generator, is_integer, require
 from .linear import is_transposed, linear_shape, read_weight
+from .merge import Mergeable
 
 RANK_DIM = {"lora_A": 0, "lora_B": 1, "gate": 0}  # the axis of each parameter that counts ranks
 
 
-def select_ranks(value: Tensor, dim: int, keep: Tensor) -> Tensor:
-    """The slices of `value` along `dim` where the bool mask `keep`, on any device, is true."""
-    return value.index_select(dim, keep.nonzero().flatten().to(value.device))
+class LoRALinear(Mergeable):
+    """A linear module with a trainable low-rank update beside its frozen weight.
 
-
-def check_scaling(
-    scaling: float | None,
-    alpha: float | None,
-    reference_rank: float | None,
-    rank_stabilized: bool,
-) -> None:
-    """Raise ValueError unless the numbers are finite and positive and fix the scaling in one way only."""
-    numbers = {"scaling": scaling, "alpha": alpha, "reference_rank": reference_rank}
-    for name, number in numbers.items():
-        expected = "a finite positive number"
-        require(number is None or 0 < number < math.inf, name, number, expected)
-    if scaling is not None and (alpha is not None or reference_rank is not None or rank_stabilized):
-        raise ValueError(
-            f"scaling={scaling!r} is the whole scale of the update: give either scaling, or alpha, "
-            "reference_rank and rank_stabilized, from which it is computed"
-        )
-
-
-class LoRALinear(nn.Module):
-    """A linear module with a low-rank update beside it. It holds `base` itself, whose dtype, device, hooks and
-    identity survive, and freezes it. The function is exactly the base's when the layer is new.
+    The layer holds `base` itself and freezes it: its dtype, device and hooks stay. A new layer
+    computes exactly what `base` computes.
 
     Args:
-        base: a linear-like module (see `linear_shape`).
-        rank: 0 ≤ rank ≤ min(d_in, d_out).
+        base: a linear-like module (see `linear_shape`), with W (d_out, d_in).
+        rank: number of ranks, 0 ≤ rank ≤ min(d_in, d_out).
         alpha: numerator of the scaling. None: the reference rank, so that the plain scaling is 1.
-        reference_rank: r_ref in the scaling. None: `rank`.
+        reference_rank: r_ref in the scaling. None: `rank` (1 for rank 0).
         rank_stabilized: scaling = alpha / sqrt(r_ref) instead of alpha / r_ref.
         scaling: s itself, in place of `alpha`, `reference_rank` and `rank_stabilized`.
         gate: None: no gate; A uniform in ±1/sqrt(d_in), B = 0, as in LoRA.
-            0 < gate ≤ 1: trained gates from that value; A ~ N(0, 1/r_ref²), B = 0 (L1RA starts from 1).
-            0.0: trained gates from 0; A and B ~ N(0, 0.02²) (ShapLoRA; the deviation is AdaLoRA's).
-        dropout: probability of zeroing an entry of the adapter's input while training.
-        dtype: of the adapter. None: the base weight's. float32 beside a half-precision base is supported.
-        generator: a torch.Generator or a seed, for A and B. The global RNG is never read.
+            0 < gate ≤ 1: gates train from that value; A ~ N(0, 1/r_ref²), B = 0 (L1RA: 1.0).
+            0.0: gates train from 0; A and B ~ N(0, 0.02²) (ShapLoRA; the deviation is AdaLoRA's).
+        dropout: probability that an entry of the adapter's input is zeroed in training mode.
+        dtype: of the adapter. None: the base weight's. float32 beside a half-precision base works.
+        generator: a torch.Generator or a seed, for A and B. The global generator is never used.
 
     Raises:
-        TypeError: `base` is not linear-like or is a LoRALinear.
-        ValueError: a number is out of its range.
+        TypeError: `base` is not linear-like, or is a LoRALinear.
+        ValueError: a number is out of its range, or `scaling` comes with what would compute it.
+
+    >>> import torch
+    >>> layer = LoRALinear(torch.nn.Linear(8, 4), rank=2, scaling=2.0)
+    >>> layer.lora_A.shape, layer.lora_B.shape, layer.delta_weight().shape
+    (torch.Size([2, 8]), torch.Size([4, 2]), torch.Size([4, 8]))
+    >>> x = torch.ones(3, 8)
+    >>> torch.equal(layer(x), layer.base(x))  # B = 0 in a new layer
+    True
     """
 
     lora_A: nn.Parameter
@@ -95,227 +74,192 @@ class LoRALinear(nn.Module):
         generator: torch.Generator | int = 0,
     ) -> None:
         super().__init__()
-        shape = None if isinstance(base, LoRALinear) else linear_shape(base)
-        if shape is None:
-            raise TypeError(
-                f"expected an nn.Linear-like module with a floating-point weight, got {type(base).__name__}"
-                + (
-                    ", which already has an adapter: resize it instead"
-                    if isinstance(base, LoRALinear)
-                    else ""
-                )
-            )
-        self.out_features, self.in_features = shape
-        require(
-            is_integer(rank, 0, min(shape)),
-            "rank",
-            rank,
-            f"an integer from 0 to min(d_in, d_out) = {min(shape)}",
-        )
+        self.out_features, self.in_features = _checked_shape(base)
+        _require_numbers(rank, (self.out_features, self.in_features), gate, dropout, dtype)
         check_scaling(scaling, alpha, reference_rank, rank_stabilized)
-        require(
-            gate is None or 0 <= gate <= 1,
-            "gate",
-            gate,
-            "None (no gate) or a start value from 0 to 1",
-        )
-        require(0 <= dropout < 1, "dropout", dropout, "at least 0 and below 1")
-        require(dtype is None or dtype.is_floating_point, "dtype", dtype, "a floating-point type")
         self.reference_rank = float(reference_rank if reference_rank is not None else max(rank, 1))
-        if scaling is not None:
-            self.alpha, self.scaling = scaling * self.reference_rank, float(scaling)
-        else:
+        if scaling is None:
             self.alpha = float(alpha if alpha is not None else self.reference_rank)
-            self.scaling = self.alpha / (
-                math.sqrt(self.reference_rank) if rank_stabilized else self.reference_rank
-            )
+            root = math.sqrt(self.reference_rank)
+            self.scaling = self.alpha / (root if rank_stabilized else self.reference_rank)
+        else:
+            self.alpha = scaling * self.reference_rank
+            self.scaling = float(scaling)
         self.initial_gate = gate
         self.dropout = float(dropout)
-        self.enabled = True  # False: the base function, the adapter being kept
-        self.base = base
-        weight = read_weight(base)
-        assert weight is not None  # linear_shape() has seen it
-        for name, value in self._new_ranks(
-            rank, dtype or weight.dtype, weight.device, as_generator(generator)
-        ).items():
-            self.register_parameter(name, nn.Parameter(value))
-        if gate is None:
-            self.register_parameter("gate", None)
+        self.enabled = True  # False: the layer computes what its base computes
         self.training = base.training
-        # A tuple, so that nn.Module does not list the parameter a second time.
-        self._unmerged: tuple[nn.Parameter] | None = None
-        self._base_requires_grad = {name: p.requires_grad for name, p in base.named_parameters()}
+        self.base = base
+        self._make_parameters(rank, dtype, as_generator(generator))
+        # What `unwrap` gives back to the base's parameters, which are frozen from here on.
+        self.base_requires_grad = {name: p.requires_grad for name, p in base.named_parameters()}
         base.requires_grad_(False)
-
-    # ---- the function ---------------------------------------------------------------------------
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (…, d_in) → (…, d_out)."""
-        y: Tensor = self.base(x)
-        if self.rank == 0 or self.merged or not self.enabled:
-            return y
-        if x.dtype != self.lora_A.dtype and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.lora_A.dtype)
-        h = F.linear(
-            F.dropout(x, self.dropout, self.training) if self.dropout else x, self.lora_A
-        )  # (…, r)
-        if self.gate is not None:
-            h = h * self.gate
-        if h.dtype != y.dtype or y.is_nested:
-            return y + (self.scaling * F.linear(h, self.lora_B)).to(y.dtype)
-        # y + s h Bᵀ as one fused multiply-add: no scaled copy of h Bᵀ, and no second pass over y.
-        rows = y.reshape(-1, self.out_features)
-        return torch.addmm(
-            rows, h.reshape(-1, self.rank), self.lora_B.t(), alpha=self.scaling
-        ).view(y.shape)
-
-    def delta_weight(self) -> Tensor:
-        """ΔW = s · B diag(gate) A: (d_out, d_in), float32 or better, differentiable."""
-        B, A = self._factors()
-        return B @ A
-
-    def _factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """s · B diag(gate) and A, in `dtype`, the adapter's dtype or float32, whichever is the widest."""
-        work = torch.promote_types(torch.promote_types(self.lora_A.dtype, dtype), torch.float32)
-        B = self.lora_B.to(work) * self.scaling
-        return B if self.gate is None else B * self.gate.to(work), self.lora_A.to(work)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight that the layer now stands for, W + ΔW, in W's layout and dtype; differentiable.
-
-        Some parents read a child's weight instead of calling it (nn.MultiheadAttention its out_proj, the fast path
-        of nn.TransformerEncoderLayer its linears): handing them W alone would silently drop the adapter.
-        """
-        return self._base_weight if self.merged or not self.enabled else self.merged_weight()
-
-    def merged_weight(self) -> Tensor:
-        """W + ΔW in W's layout and dtype, computed in float32 or better, differentiable."""
-        W = self._base_weight
-        B, A = self._factors(W.dtype)
-        return torch.addmm(
-            W.to(A.dtype), *((A.t(), B.t()) if is_transposed(self.base) else (B, A))
-        ).to(W.dtype)
-
-    @property
-    def bias(self) -> Tensor | None:
-        bias = self.base.bias
-        assert bias is None or isinstance(bias, Tensor)
-        return bias
 
     @property
     def rank(self) -> int:
+        """r, the number of ranks now."""
         return self.lora_A.shape[0]
 
-    # ---- changing the rank ----------------------------------------------------------------------
+    # ---- initial values -------------------------------------------------------------------------
 
-    def contributions(self) -> Tensor:
-        """‖s · gate_i · B[:, i] A[i, :]‖_F of every rank: (r,), float32 or better."""
-        B, A = self._factors()
-        norms: Tensor = B.detach().norm(dim=0) * A.detach().norm(dim=1)
-        return norms
+    def _make_parameters(
+        self, rank: int, dtype: torch.dtype | None, generator: torch.Generator
+    ) -> None:
+        weight = read_weight(self.base)
+        assert weight is not None  # linear_shape() has seen it
+        new = self.initial_ranks(rank, dtype or weight.dtype, weight.device, generator)
+        for name, value in new.items():
+            self.register_parameter(name, nn.Parameter(value))
+        if self.initial_gate is None:
+            self.register_parameter("gate", None)
 
-    def resized(
-        self, keep: Tensor, add: int = 0, *, generator: torch.Generator | int = 0
-    ) -> dict[str, nn.Parameter]:
-        """The parameters of this layer with other ranks; the layer itself is not changed (resize.py does that).
-
-        keep: (r,) bool, the ranks that survive, in their order; `add` new ones follow, drawn as at the start, whose
-        contribution is exactly zero (B or the gate is), so that growing leaves the function as it is.
-        """
-        if keep.dtype != torch.bool or keep.shape != (self.rank,):
-            raise ValueError(
-                f"keep must be bool of shape ({self.rank},), got {keep.dtype} of shape {tuple(keep.shape)}"
-            )
-        new_rank, limit = int(keep.sum()) + add, min(self.in_features, self.out_features)
-        if add < 0 or new_rank > limit:
-            raise ValueError(
-                f"add={add} would give rank {new_rank}; expected add ≥ 0 and a rank of at most {limit}"
-            )
-        fresh = self._new_ranks(add, self.lora_A.dtype, self.lora_A.device, as_generator(generator))
-        result = {}
-        for name, new in fresh.items():
-            old = self.get_parameter(name)
-            dim = RANK_DIM[name]
-            value = torch.cat([select_ranks(old.detach(), dim, keep), new], dim)
-            result[name] = nn.Parameter(value, requires_grad=old.requires_grad)
-        return result
-
-    def _new_ranks(
-        self, rank: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    def initial_ranks(
+        self, count: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        # Drawn in float32 on the generator's device, so that a seed gives one result for every dtype and device.
+        """The start of `count` ranks: lora_A (count, d_in), lora_B (d_out, count), perhaps gate.
+
+        Their ΔW is exactly zero, since B or the gate is.
+        """
+        # Drawn in float32 on the generator's device, so that a seed gives one result for every
+        # dtype and device.
         draw: dict[str, Any] = {
             "generator": generator,
             "device": generator.device,
             "dtype": torch.float32,
         }
-        A_shape, B_shape = (rank, self.in_features), (self.out_features, rank)
+        A_shape, B_shape = (count, self.in_features), (self.out_features, count)
         B = torch.zeros(B_shape, device=device, dtype=dtype)
         if self.initial_gate is None:
             A = (2 * torch.rand(A_shape, **draw) - 1) / math.sqrt(self.in_features)
         elif self.initial_gate == 0:
-            A, B = 0.02 * torch.randn(A_shape, **draw), 0.02 * torch.randn(B_shape, **draw)
+            A = 0.02 * torch.randn(A_shape, **draw)
+            B = 0.02 * torch.randn(B_shape, **draw)
         else:
             A = torch.randn(A_shape, **draw) / self.reference_rank
         new = {"lora_A": A.to(device, dtype), "lora_B": B.to(device, dtype)}
         if self.initial_gate is not None:
-            new["gate"] = torch.full((rank,), self.initial_gate, device=device, dtype=dtype)
+            new["gate"] = torch.full((count,), self.initial_gate, device=device, dtype=dtype)
         return new
 
-    # ---- merging --------------------------------------------------------------------------------
+    # ---- the function ---------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (…, d_out) for x (…, d_in), in the base's dtype."""
+        y: Tensor = self.base(x)
+        if self.rank == 0 or self.merged or not self.enabled:
+            return y
+        if x.dtype != self.lora_A.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.lora_A.dtype)
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
+        h = F.linear(x, self.lora_A)  # (…, r)
+        if self.gate is not None:
+            h = h * self.gate
+        if h.dtype != y.dtype or y.is_nested:
+            return y + (self.scaling * F.linear(h, self.lora_B)).to(y.dtype)
+        # y + s h Bᵀ as one fused multiply-add: no scaled copy of h Bᵀ, no second pass over y.
+        y_rows, h_rows = y.reshape(-1, self.out_features), h.reshape(-1, self.rank)
+        return torch.addmm(y_rows, h_rows, self.lora_B.t(), alpha=self.scaling).view(y.shape)
+
+    def delta_weight(self) -> Tensor:
+        """ΔW = s · B diag(gate) A, (d_out, d_in): float32 or better, differentiable."""
+        sB, A = self._factors()
+        return sB @ A
 
     @property
-    def merged(self) -> bool:
-        return self._unmerged is not None
+    def weight(self) -> Tensor:
+        """The weight that the layer now stands for, in W's layout and dtype; differentiable.
+
+        Some parents read a child's weight instead of calling it: nn.MultiheadAttention reads that
+        of its out_proj, the fast path of nn.TransformerEncoderLayer those of its linears. They
+        get W + ΔW here; W alone would silently drop the adapter.
+        """
+        return self.base_weight if self.merged or not self.enabled else self.merged_weight()
 
     @property
-    def _base_weight(self) -> nn.Parameter:
-        weight: nn.Parameter = self.base.weight  # type: ignore[assignment]  # linear_shape() has checked it
-        return weight
+    def bias(self) -> Tensor | None:
+        """b, (d_out,), or None: the base's own."""
+        bias = self.base.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
 
-    def merge(self, weight: Tensor) -> None:
-        """Put `weight`, which `merged_weight()` gave, into the base. The original parameter object is kept aside,
-        so that `unmerge` restores it bit for bit. `merge` in wrap.py checks, then calls this for every layer."""
-        self._unmerged = (self._base_weight,)
-        self.base.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    def merged_weight(self) -> Tensor:
+        """W + ΔW of a layer that is not merged, in W's layout and dtype; differentiable.
 
-    def unmerge(self) -> None:
-        if self._unmerged is not None:
-            self.base.weight = self._unmerged[0]
-            self._unmerged = None
+        The sum is computed in float32 or better and rounded once.
+        """
+        W = self.base_weight
+        sB, A = self._factors(W.dtype)
+        left, right = (A.t(), sB.t()) if is_transposed(self.base) else (sB, A)
+        return torch.addmm(W.to(A.dtype), left, right).to(W.dtype)
 
-    def release_base(self) -> nn.Module:
-        """The base, with those parameters trainable again that were; it keeps W + ΔW if merged. This layer is done."""
-        # The weight put aside by a merge may go on living in another module, which it was tied to.
-        parameters = [*self.base.named_parameters(), *(("weight", p) for p in self._unmerged or ())]
-        self._unmerged = None
-        for name, parameter in parameters:
-            if self._base_requires_grad.get(name, False):
-                parameter.requires_grad_(True)
-        return self.base
+    def contributions(self) -> Tensor:
+        """‖s · gate_i · B[:, i] A[i, :]‖_F of every rank i: (r,), float32 or better.
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._unmerged is not None:  # the original weight follows .to(), .half(), …, too
-            self._unmerged[0].data = fn(self._unmerged[0].data)
-        return self
+        Every rank's part of ΔW has rank one, so its norm is that of its column times its row.
+        """
+        sB, A = self._factors()
+        norms: Tensor = sB.detach().norm(dim=0) * A.detach().norm(dim=1)
+        return norms
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self.merged:
-            raise RuntimeError(
-                "the state of a merged layer would hold ΔW twice (in the weight and in A, B): "
-                "unmerge() the model first, or unwrap() it to save a plain model with ΔW in its weights"
-            )
-        super()._save_to_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self.merged:
-            raise RuntimeError(
-                "loading a state into a merged layer would be undone by unmerge(): unmerge() first"
-            )
-        super()._load_from_state_dict(*args, **kwargs)
+    def _factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """s · B diag(gate) and A, in the widest of `dtype`, the adapter's dtype and float32."""
+        work = torch.promote_types(torch.promote_types(self.lora_A.dtype, dtype), torch.float32)
+        sB = self.lora_B.to(work) * self.scaling
+        return sB if self.gate is None else sB * self.gate.to(work), self.lora_A.to(work)
 
     def extra_repr(self) -> str:
-        state = f"{', gated' if self.gate is not None else ''}{', merged' if self.merged else ''}"
-        return f"{self.in_features}, {self.out_features}, rank={self.rank}, scaling={self.scaling:g}{state}"
+        gated = ", gated" if self.gate is not None else ""
+        merged = ", merged" if self.merged else ""
+        size = f"{self.in_features}, {self.out_features}"
+        return f"{size}, rank={self.rank}, scaling={self.scaling:g}{gated}{merged}"
+
+
+def check_scaling(
+    scaling: float | None,
+    alpha: float | None,
+    reference_rank: float | None,
+    rank_stabilized: bool,
+) -> None:
+    """Raise ValueError unless the numbers are finite and positive and fix one scaling."""
+    numbers = {"scaling": scaling, "alpha": alpha, "reference_rank": reference_rank}
+    for name, number in numbers.items():
+        allowed = number is None or 0 < number < math.inf
+        require(allowed, name, number, "a finite positive number")
+    if scaling is not None and (alpha is not None or reference_rank is not None or rank_stabilized):
+        raise ValueError(
+            f"scaling={scaling!r} is the whole scale of the update: give either scaling, or alpha, "
+            "reference_rank and rank_stabilized, from which it is computed"
+        )
+
+
+def _checked_shape(base: nn.Module) -> tuple[int, int]:
+    """(d_out, d_in) of a module that can get a LoRA layer. Raises TypeError."""
+    if isinstance(base, LoRALinear):
+        raise TypeError(
+            "expected a module without an adapter, but this LoRALinear already has an adapter: "
+            "resize() changes its rank"
+        )
+    shape = linear_shape(base)
+    if shape is None:
+        raise TypeError(
+            "expected an nn.Linear-like module with a 2-D floating-point weight, got a "
+            f"{type(base).__name__}"
+        )
+    return shape
+
+
+def _require_numbers(
+    rank: int,
+    shape: tuple[int, int],
+    gate: float | None,
+    dropout: float,
+    dtype: torch.dtype | None,
+) -> None:
+    limit = min(shape)
+    expected = f"an integer from 0 to min(d_in, d_out) = {limit}"
+    require(is_integer(rank, 0, limit), "rank", rank, expected)
+    start = "None (no gate) or a start value from 0 to 1"
+    require(gate is None or 0 <= gate <= 1, "gate", gate, start)
+    require(0 <= dropout < 1, "dropout", dropout, "at least 0 and below 1")
+    require(dtype is None or dtype.is_floating_point, "dtype", dtype, "a floating-point type")

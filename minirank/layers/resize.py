@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checks import as_generator, is_integer
-from .lora import RANK_DIM, LoRALinear, select_ranks
-from .targets import close_names, first_names
-from .wrap import HasRanks, lora_layers, plain_ranks
+from .lora import RANK_DIM, LoRALinear
+from .optimizer_state import carried_state, select_ranks, survivors_then_zeros
+from .targets import did_you_mean, first_names
+from .wrap import AllocationLike, lora_layers, ranks_by_name
 
 
 class Resized(NamedTuple):
@@ -21,92 +23,115 @@ class Resized(NamedTuple):
     old_rank: int
     new_rank: int
     keep: Tensor  # bool (old_rank,): the survivors, which now come first, in their old order
-    state_reset: tuple[
-        str, ...
-    ]  # optimizer entries that could not be sliced, so that their parameter starts afresh
+    state_reset: tuple[str, ...]  # optimizer entries that cannot be sliced; see `resize`
 
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # parameters made in inference mode could not train
 def resize(
     model: nn.Module,
-    ranks: Mapping[str, int] | HasRanks,
+    ranks: Mapping[str, int] | AllocationLike,
     optimizer: Optimizer | None = None,
     *,
     generator: torch.Generator | int = 0,
 ) -> dict[str, Resized]:
-    """Give LoRA layers the ranks of an Allocation or of {name: rank}; layers that are not named stay as they are.
+    """Give LoRA layers the ranks of an Allocation or of {name: rank}.
 
-    Survivors are those of the Allocation's `keep` masks; without masks, the ranks that contribute most to ΔW
-    (`LoRALinear.contributions`; ties: the earlier). New ranks contribute exactly zero, so growing keeps the function,
-    and shrinking takes away the pruned ranks' own contribution. `scaling` does not change. At rank 0 the layer stays,
-    as the base function, without gradients, and can grow again.
+    The survivors are those of the Allocation's `keep` masks. Without masks they are the ranks that
+    contribute most to ΔW (`LoRALinear.contributions`; among equals the earlier). New ranks
+    contribute exactly zero, so growing keeps the function. `scaling` stays. At rank 0 the layer
+    stays in place, computes what its base computes, and can grow again.
 
-    Parameters change shape, so each changed one is a new nn.Parameter. `optimizer` gets it in the old one's place; one
-    that is in use but not given here would keep the old parameters, and the new ones would not train. Moments and
-    gradients of surviving ranks are carried over bit for bit, those of new ranks are zero. Scalars such as the step
-    count stay, and so do averages over ranks (one of Adafactor's two factors). A parameter with an entry whose shape
-    does not say where its ranks are starts afresh, and `Resized.state_reset` names the entry.
+    A parameter that changes its shape is a new nn.Parameter. `optimizer` gets it in the old one's
+    place, with the moments and gradients of surviving ranks bit for bit and zeros for new ranks.
+    An optimizer that is in use but not given here keeps the old parameters: the new ones would not
+    train. An entry whose shape does not say where its ranks are resets its parameter's state, and
+    `Resized.state_reset` names that entry.
+
+    Args:
+        model: holds LoRA layers. Layers that are not named stay as they are.
+        ranks: an Allocation, or {name: rank}, 0 ≤ rank ≤ min(d_in, d_out).
+        optimizer: the one that trains the layers.
+        generator: a torch.Generator or a seed, for the new ranks.
 
     Returns: what happened, for the layers that changed.
 
-    Raises ValueError: unknown name, a rank out of range, a merged layer, masks that do not fit, an optimizer that does
-    not hold a layer's parameters, or two layers that share one. Nothing has changed then.
+    Raises:
+        ValueError: an unknown name, a rank out of range, a merged layer, masks that do not fit, an
+            optimizer that does not hold a layer's parameters, or two layers that share one. Model
+            and optimizer are left unchanged.
+
+    >>> from minirank import resize, wrap
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    >>> layers = wrap(model, {"0": 4, "1": 1})
+    >>> optimizer = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
+    >>> resized = resize(model, {"0": 3, "1": 2}, optimizer)
+    >>> {name: (change.old_rank, change.new_rank) for name, change in resized.items()}
+    {'0': (4, 3), '1': (1, 2)}
     """
     generator = as_generator(generator)
-    plan: dict[str, tuple[LoRALinear, Tensor, dict[str, nn.Parameter]]] = {}
-    for name, (layer, rank, keep) in _wanted(model, ranks).items():
+    changes: dict[str, _Change] = {}
+    for name, (layer, rank, keep) in _requested(model, ranks).items():
         if rank != layer.rank or not keep.all():
-            plan[name] = (
-                layer,
-                keep,
-                layer.resized(keep, rank - int(keep.sum()), generator=generator),
-            )
+            added = rank - int(keep.sum())
+            parameters = resized_parameters(layer, keep, added, generator=generator)
+            changes[name] = _Change(layer, keep, parameters)
+    slots = _optimizer_slots(optimizer)
+    for name, change in changes.items():
+        _carry_gradients(change)
+        if optimizer is not None:
+            _carry_optimizer_state(name, change, optimizer, slots)
+    resized = {name: change.summary() for name, change in changes.items()}
+    for change in changes.values():
+        _put_in(change, optimizer, slots)
+    return resized
 
-    places = {
-        id(p): (group["params"], i)
-        for group in (optimizer.param_groups if optimizer else [])
-        for i, p in enumerate(group["params"])
-    }
-    report: dict[str, Resized] = {}
-    states: dict[nn.Parameter, dict[str, Any]] = {}
-    for name, (layer, keep, parameters) in plan.items():
-        reset: list[str] = []
-        rank = parameters["lora_A"].shape[0]
-        for key, new in parameters.items():
-            old = layer.get_parameter(key)
-            if (
-                old.grad is not None and rank > 0
-            ):  # with an empty one, optimizers would count steps, or divide by zero
-                new.grad = _carry(old.grad, RANK_DIM[key], keep, rank)
-            if optimizer is None:
-                continue
-            if id(old) not in places:
-                if not old.requires_grad:
-                    continue  # frozen by the user, who need not have given it to the optimizer
-                raise ValueError(
-                    f"the optimizer does not hold {name}.{key}: make it after wrap(), from model.parameters()"
-                )
-            states[new], lost = _carry_state(
-                optimizer.state.get(old, {}), old, RANK_DIM[key], keep, rank
-            )
-            reset += [f"{key}.{entry}" for entry in lost]
-        report[name] = Resized(layer.rank, rank, keep, tuple(reset))
 
-    for layer, _, parameters in plan.values():
-        for key, new in parameters.items():
-            old = layer.get_parameter(key)
-            setattr(layer, key, new)
-            if optimizer is not None and new in states:
-                group, index = places[id(old)]
-                group[index] = new
-                optimizer.state.pop(old, None)
-                if states[new]:
-                    optimizer.state[new] = states[new]
-    return report
+def resized_parameters(
+    layer: LoRALinear, keep: Tensor, add: int = 0, *, generator: torch.Generator | int = 0
+) -> dict[str, nn.Parameter]:
+    """The parameters that `layer` would have with other ranks; the layer is left unchanged.
+
+    Args:
+        keep: bool (r,), the ranks that survive, in their order.
+        add: number of new ranks after them, started as in a new layer: they contribute exactly
+            zero, so that growing leaves the function as it is.
+        generator: a torch.Generator or a seed, for the new ranks.
+
+    Raises:
+        ValueError: a mask or a number of ranks that does not fit.
+
+    >>> layer = LoRALinear(nn.Linear(8, 4), rank=2)
+    >>> new = resized_parameters(layer, torch.tensor([False, True]), add=2)
+    >>> new["lora_A"].shape, torch.equal(new["lora_A"][0], layer.lora_A[1])
+    (torch.Size([3, 8]), True)
+    """
+    if keep.dtype != torch.bool or keep.shape != (layer.rank,):
+        raise ValueError(
+            f"keep must be bool of shape ({layer.rank},), got {keep.dtype} of shape "
+            f"{tuple(keep.shape)}"
+        )
+    new_rank, limit = int(keep.sum()) + add, min(layer.in_features, layer.out_features)
+    if add < 0 or new_rank > limit:
+        raise ValueError(
+            f"add={add} would give rank {new_rank}; expected add ≥ 0 and a rank of at most {limit}"
+        )
+    dtype, device = layer.lora_A.dtype, layer.lora_A.device
+    result = {}
+    for name, new in layer.initial_ranks(add, dtype, device, as_generator(generator)).items():
+        old, axis = layer.get_parameter(name), RANK_DIM[name]
+        value = torch.cat([select_ranks(old.detach(), axis, keep), new], axis)
+        result[name] = nn.Parameter(value, requires_grad=old.requires_grad)
+    return result
 
 
 def separate_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """`lora_layers`. Raises ValueError if two of them share a parameter, so that the ranks of one are the other's."""
+    """`lora_layers`, none of which shares a parameter with another.
+
+    Raises ValueError if two of them do, since the ranks of one would be the ranks of the other.
+
+    >>> separate_layers(nn.Sequential(nn.Linear(4, 2)))
+    {}
+    """
     layers = lora_layers(model)
     owners: dict[nn.Parameter, str] = {}
     for name, layer in layers.items():
@@ -114,111 +139,141 @@ def separate_layers(model: nn.Module) -> dict[str, LoRALinear]:
             owner = owners.setdefault(parameter, name)
             if owner != name:
                 raise ValueError(
-                    f"{owner!r} and {name!r} share their {key}, so that their ranks are no ranks of their own: give "
-                    "each its own parameter, or use one module in both places"
+                    f"{owner!r} and {name!r} share their {key}, so that a rank of one is a rank of "
+                    "the other: give each its own parameter, or use one module in both places"
                 )
     return layers
 
 
-def _wanted(
-    model: nn.Module, ranks: Mapping[str, int] | HasRanks
+# ---- what is asked for --------------------------------------------------------------------------
+
+
+def _requested(
+    model: nn.Module, ranks: Mapping[str, int] | AllocationLike
 ) -> dict[str, tuple[LoRALinear, int, Tensor]]:
+    """{first name: (layer, new rank, its survivors)}, checked."""
     masks: Mapping[str, Tensor] = getattr(ranks, "keep", None) or {}
-    layers = separate_layers(model)
-    first = first_names(model)
-    wanted: dict[str, tuple[LoRALinear, int, Tensor]] = {}
-    for alias, rank in plain_ranks(ranks).items():
+    layers, first = separate_layers(model), first_names(model)
+    requested: dict[str, tuple[LoRALinear, int, Tensor]] = {}
+    for alias, rank in ranks_by_name(ranks).items():
         name = first.get(alias, alias)
-        layer = layers.get(name)
-        if layer is None:
+        if name not in layers:
             if name in first and rank == 0:
                 continue  # wrap() left it plain
-            hint = (
-                close_names(alias, layers)
-                if layers and alias not in first
-                else "wrap() puts one in"
-            )
-            raise ValueError(f"{alias!r} has no adapter to resize: {hint}")
-        limit = min(layer.in_features, layer.out_features)
-        if not is_integer(rank, 0, limit):
-            raise ValueError(
-                f"rank of {alias!r}: expected an integer from 0 to {limit}, got {rank!r}"
-            )
-        if layer.merged:
-            raise ValueError(f"{alias!r} is merged: unmerge() the model before resizing it")
+            raise ValueError(f"{alias!r} has no adapter to resize: {_hint(alias, layers, first)}")
+        layer = layers[name]
+        _require_resizable(alias, layer, rank)
         keep = masks[alias] if alias in masks else _largest(layer.contributions(), rank)
-        if keep.shape != (layer.rank,) or int(keep.sum()) > rank:
+        _require_fitting_mask(alias, keep, layer.rank, rank)
+        if name in requested and requested[name][1] != rank:
             raise ValueError(
-                f"the keep mask of {alias!r} has shape {tuple(keep.shape)} and {int(keep.sum())} survivors; expected "
-                f"shape ({layer.rank},) and at most {rank}: score and allocate again after a resize"
+                f"{alias!r} and {name!r} are one module, but got ranks {rank} and "
+                f"{requested[name][1]}: give it one rank"
             )
-        if name in wanted and wanted[name][1] != rank:
-            raise ValueError(
-                f"{alias!r} and {name!r} are one module, but got ranks {rank} and {wanted[name][1]}"
-            )
-        wanted[name] = layer, rank, keep
-    return wanted
+        requested[name] = layer, rank, keep
+    return requested
+
+
+def _hint(alias: str, layers: Mapping[str, LoRALinear], first: Mapping[str, str]) -> str:
+    if layers and alias not in first:
+        return did_you_mean(alias, layers)
+    return "wrap() puts one in"
+
+
+def _require_resizable(alias: str, layer: LoRALinear, rank: int) -> None:
+    limit = min(layer.in_features, layer.out_features)
+    if not is_integer(rank, 0, limit):
+        raise ValueError(f"rank of {alias!r}: expected an integer from 0 to {limit}, got {rank!r}")
+    if layer.merged:
+        raise ValueError(f"{alias!r} is merged: unmerge() the model before resizing it")
+
+
+def _require_fitting_mask(alias: str, keep: Tensor, old_rank: int, rank: int) -> None:
+    if keep.shape != (old_rank,) or int(keep.sum()) > rank:
+        raise ValueError(
+            f"the keep mask of {alias!r} has shape {tuple(keep.shape)} and {int(keep.sum())} "
+            f"survivors; expected shape ({old_rank},) and at most {rank}: score and allocate again "
+            "after a resize"
+        )
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
+    """A bool mask of the `count` largest values, the earlier among equals, NaN last."""
     keep = torch.zeros(values.shape, dtype=torch.bool, device="cpu")
     broken_last = values.cpu().nan_to_num(nan=-1.0)
     keep[torch.sort(broken_last, descending=True, stable=True).indices[:count]] = True
     return keep
 
 
-def _carry(value: Tensor, dim: int, keep: Tensor, new_rank: int) -> Tensor:
-    """The survivors of `value` along `dim`, then zeros up to the new rank."""
-    kept = select_ranks(value, dim, keep)
-    result = value.new_zeros([new_rank if d == dim else size for d, size in enumerate(value.shape)])
-    result.narrow(dim, 0, kept.shape[dim]).copy_(kept)
-    return result
+# ---- the change ---------------------------------------------------------------------------------
 
 
-def _carry_state(
-    state: Mapping[str, Any], old: Tensor, dim: int, keep: Tensor, new_rank: int
-) -> tuple[dict[str, Any], list[str]]:
-    """(new state, entries that could not be carried). An optimizer expects all of its entries or none, so one that
-    cannot be carried resets the parameter's state."""
-    carried: dict[str, Any] = {}
-    lost: list[str] = []
-    for key, value in state.items():
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            carried[key] = value
-            if isinstance(value, list | tuple | dict):  # LBFGS's history of flat vectors, say
-                lost.append(key)
-            continue
-        axes = _rank_axes(key, value.shape, old.shape, dim)
-        if len(axes) != 1:
-            lost.append(key)
-        else:
-            axis = axes.pop()
-            carried[key] = value if axis is None else _carry(value, axis, keep, new_rank)
-    return ({}, lost) if lost else (carried, [])
+@dataclass
+class _Change:
+    """One layer's new parameters, and what the optimizer will know of them."""
+
+    layer: LoRALinear
+    keep: Tensor  # bool (old rank,)
+    parameters: dict[str, nn.Parameter]
+    states: dict[str, dict[str, Any]] = field(default_factory=dict)  # where an optimizer holds them
+    state_reset: list[str] = field(default_factory=list)
+
+    @property
+    def new_rank(self) -> int:
+        return self.parameters["lora_A"].shape[0]
+
+    def summary(self) -> Resized:
+        return Resized(self.layer.rank, self.new_rank, self.keep, tuple(self.state_reset))
 
 
-# torch.optim.Adafactor's factored second moment: means over the other axis of the parameter, which they keep at size 1.
-# At rank 1 their shapes alone could not be told from a full moment's.
-FACTORS = {"row_var": 0, "col_var": 1}
+def _carry_gradients(change: _Change) -> None:
+    if change.new_rank == 0:
+        return  # with an empty gradient, optimizers would count steps or divide by zero
+    for key, new in change.parameters.items():
+        gradient = change.layer.get_parameter(key).grad
+        if gradient is not None:
+            new.grad = survivors_then_zeros(gradient, RANK_DIM[key], change.keep, change.new_rank)
 
 
-def _rank_axes(key: str, shape: torch.Size, parameter: torch.Size, dim: int) -> set[int | None]:
-    """The axes of an optimizer entry that may count the ranks, None for "it has no such axis"; one if that is sure.
+def _optimizer_slots(optimizer: Optimizer | None) -> dict[int, tuple[list[nn.Parameter], int]]:
+    """{id of a parameter: (the list of its parameter group, its index there)}."""
+    groups = [group["params"] for group in optimizer.param_groups] if optimizer else []
+    return {id(parameter): (group, i) for group in groups for i, parameter in enumerate(group)}
 
-    An entry is taken for a full moment, or for a statistic that keeps some axes of the parameter and has averaged the
-    others away (to size 1, or dropped). One that has averaged over the ranks does not depend on their number.
-    """
-    if key in FACTORS and len(shape) == len(parameter) == 2:
-        return {dim if FACTORS[key] == dim else None}
-    if shape == parameter:
-        return {dim}
-    if len(shape) == len(parameter):
-        fits = all(size in (1, full) for size, full in zip(shape, parameter, strict=True))
-        if not fits or parameter[dim] == 1:
-            return set()
-        return {dim if shape[dim] == parameter[dim] else None}
-    if len(shape) == 1:  # one number per entry of one axis
-        return {
-            0 if axis == dim else None for axis, size in enumerate(parameter) if size == shape[0]
-        }
-    return set()
+
+def _carry_optimizer_state(
+    name: str,
+    change: _Change,
+    optimizer: Optimizer,
+    slots: Mapping[int, tuple[list[nn.Parameter], int]],
+) -> None:
+    for key in change.parameters:
+        old = change.layer.get_parameter(key)
+        if id(old) in slots:
+            state = optimizer.state.get(old, {})
+            change.states[key], lost = carried_state(
+                state, old.shape, RANK_DIM[key], change.keep, change.new_rank
+            )
+            change.state_reset += [f"{key}.{entry}" for entry in lost]
+        elif old.requires_grad:  # the user need not have given a frozen one to the optimizer
+            raise ValueError(
+                f"the optimizer does not hold {name}.{key}: make it after wrap(), from "
+                "model.parameters()"
+            )
+
+
+def _put_in(
+    change: _Change,
+    optimizer: Optimizer | None,
+    slots: Mapping[int, tuple[list[nn.Parameter], int]],
+) -> None:
+    """Put the new parameters into the layer and, with their states, into the optimizer."""
+    for key, new in change.parameters.items():
+        old = change.layer.get_parameter(key)
+        setattr(change.layer, key, new)
+        if optimizer is not None and key in change.states:
+            group, index = slots[id(old)]
+            group[index] = new
+            optimizer.state.pop(old, None)
+            if change.states[key]:
+                optimizer.state[new] = change.states[key]

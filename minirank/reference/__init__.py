@@ -1,1 +1,55 @@
-"""The papers in plain torch."""
+"""The papers in plain torch: read these files, copy them, hold a faster version against them.
+
+    lora.py          the layer; merging and unmerging
+    resize.py        pruning and adding ranks, Adam's moments included
+    sensitivity.py   Sensitivity-LoRA: the input second moment, and θ (Eqs 8-14)
+    budget.py        from one score for each module to whole ranks (Eq 15)
+    best_ranks.py    from one score for each rank to the ranks that stay
+    l1ra.py          L1RA: shrink, prune, reassign; a training
+    shapley.py       Shapley values by definition; ShapLoRA's coalitions
+    shaplora.py      ShapLoRA: the sensitivity of ranks in coalitions (Eqs 6-10)
+    hessian.py       the Hessian diagonal: exact, and Hutchinson's estimate
+    gauss_newton.py  the Gauss-Newton diagonal
+    fisher.py        the empirical Fisher diagonal
+    peft_format.py   what a PEFT folder of mixed ranks and alphas has to compute
+
+Each file imports torch and the standard library alone. Copied to an empty folder it works. Run as
+a script (`python l1ra.py`) it shows its method on a toy. The files check no arguments, know no
+devices and spare no memory. The hardened twin of each function stands in one of the other folders.
+"""
+
+from .best_ranks import best_ranks
+from .budget import ranks_from_shares
+from .fisher import empirical_fisher
+from .gauss_newton import gauss_newton_diagonal
+from .hessian import hessian_diagonal, hutchinson
+from .l1ra import l1ra_reassign, l1ra_shrink
+from .lora import Layer, lora_forward, merged_weight
+from .peft_format import peft_delta_weight, peft_export
+from .resize import resize
+from .sensitivity import input_second_moment, sensitivity_theta
+from .shapley import coalition_masks, exact_shapley_values
+from .shaplora import san, shapley_sensitivity
+
+__all__ = [
+    "Layer",
+    "best_ranks",
+    "coalition_masks",
+    "empirical_fisher",
+    "exact_shapley_values",
+    "gauss_newton_diagonal",
+    "hessian_diagonal",
+    "hutchinson",
+    "input_second_moment",
+    "l1ra_reassign",
+    "l1ra_shrink",
+    "lora_forward",
+    "merged_weight",
+    "peft_delta_weight",
+    "peft_export",
+    "ranks_from_shares",
+    "resize",
+    "san",
+    "sensitivity_theta",
+    "shapley_sensitivity",
+]

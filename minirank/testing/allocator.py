@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..allocators.allocation import Allocation, Allocator
-from ..layers.targets import layer_shape, walk
+from ..layers.targets import layer_shape, modules_by_name
 from .model_state import unchanged
 
 
@@ -41,7 +41,7 @@ def check_allocator(allocator: Allocator) -> None:
     with unchanged(model):
         scores = allocator.score()
     assert scores, "score() returned no module"
-    modules = dict(walk(model))
+    modules = modules_by_name(model)
     limits = {}
     for name, score in scores.items():
         shape = layer_shape(modules[name])

@@ -1,4 +1,5 @@
-"""Ways in which a curvature could be wrong without a word, or refuse what is sound: each found by an attack once."""
+"""Ways in which a curvature could be wrong without a word, or refuse what is sound: each found by
+an attack once."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from minirank.curvature import (
     hutchinson_weights,
     input_second_moment,
 )
-from minirank.curvature.sampling import outer_products
+from minirank.curvature.outer_products import outer_products
 
 every = pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
 
@@ -39,7 +40,8 @@ def confident(margin, dtype):
 @pytest.mark.parametrize("margin", [8, 10, 12, 15, 18, 25])
 @pytest.mark.parametrize("estimate", [exact_hessian_diagonal, gauss_newton, empirical_fisher])
 def test_float32_rounding_of_a_confident_model_is_no_interaction(estimate, margin):
-    """Beyond a margin of 12, a cross-entropy's Hessian in float32 is rounding; Gauss-Newton knows its closed form."""
+    """Beyond a margin of 12, a cross-entropy's Hessian in float32 is rounding; Gauss-Newton knows
+    its closed form."""
     exact = hessian_diagonal_reference(*loss_of(confident(margin, torch.float64)))["0"]
     if estimate is exact_hessian_diagonal and margin == 25:
         pytest.skip("float32 has p = 1 and a Hessian of zero")
@@ -128,7 +130,8 @@ def test_gradient_checkpointing_is_followed_or_refused(estimate):
 )
 @every
 def test_compiled_parts_run_as_written(estimate):
-    """By torch.compile's plainest backend, which needs no C++ compiler: hooks inside are skipped all the same."""
+    """By torch.compile's plainest backend, which needs no C++ compiler: hooks inside are skipped
+    all the same."""
 
     class Partly(Frozen):
         def __init__(self):
@@ -270,7 +273,7 @@ def test_a_layer_that_casts_its_input():
 
 @pytest.mark.parametrize("block", [1, 100, 10**6])
 def test_outer_products_in_blocks_of_samples(block, monkeypatch):
-    monkeypatch.setattr("minirank.curvature.sampling.BLOCK", block)
+    monkeypatch.setattr("minirank.curvature.outer_products.BLOCK", block)
     generator = seeded()
     u, v = torch.randn(2, 4, 5, 3, 6, generator=generator, dtype=torch.float64)
     x = torch.randn(5, 3, 7, generator=generator, dtype=torch.float64)
@@ -284,7 +287,8 @@ def test_outer_products_in_blocks_of_samples(block, monkeypatch):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_stability_answers_where_few_groups_tell_little(seed):
-    """Draws within wide errors can have a negative mean trace, which no minimum has: they still give ranks."""
+    """Draws within wide errors can have a negative mean trace, which no minimum has: they still
+    give ranks."""
     model = build(
         lambda: nn.Sequential(
             nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)

@@ -1,5 +1,6 @@
-"""What every curvature that differentiates the loss must bear: models that must be left alone, odd batches and
-precisions, losses that cannot be used; for the exact ones, samples that interact too."""
+"""What every curvature that differentiates the loss must bear: models that must be left alone, odd
+batches and precisions, losses that cannot be used; for the exact ones, samples that interact
+too."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def contrastive(model, batch):
 
 
 class SequenceFirst(nn.Module):
-    """Positions before samples, which attention mixes: the first dimension does not count samples."""
+    """Positions before samples, which attention mixes: the first dimension does not count
+    samples."""
 
     def __init__(self):
         super().__init__()

@@ -13,6 +13,7 @@ from helpers.estimators import coverage_of_traces, seeded
 from torch import nn
 
 from minirank.curvature import empirical_fisher, exact_hessian_diagonal, gauss_newton
+from minirank.curvature.output_hessian import DENSE_LIMIT
 from minirank.measure import batch_length
 
 # torch.func.hessian's own, in torch 2.13
@@ -24,7 +25,8 @@ module = importlib.import_module("minirank.curvature.gauss_newton")
 
 
 def dense_gauss_newton(model, loss_of_output, batches, name):
-    """diag(Jᵀ H J), weighted by samples, from the dense J and H; loss_of_output(y, labels) -> mean loss."""
+    """diag(Jᵀ H J), weighted by samples, from the dense J and H; loss_of_output(y, labels) -> mean
+    loss."""
     weight = model.get_parameter(f"{name}.weight").detach()
     model.eval()
     total = torch.zeros(weight.numel(), dtype=weight.dtype)
@@ -183,7 +185,7 @@ def test_a_95_percent_interval_of_a_sampled_trace_covers_92_to_98_percent():
 
 
 def test_many_classes_need_no_dense_matrix():
-    classes = module.DENSE_LIMIT + 100
+    classes = DENSE_LIMIT + 100
     model = build(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, classes)))
     batches = [(torch.randn(2, 3, dtype=torch.float64, generator=seeded()), torch.tensor([5, 600]))]
     exact = gauss_newton(model, classify, batches, chunk_size=classes)

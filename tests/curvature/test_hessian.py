@@ -1,4 +1,5 @@
-"""hessian.py: both exact diagonals against the dense Hessian of torch.func, on every kind of module they claim."""
+"""hessian.py: both exact diagonals against the dense Hessian of torch.func, on every kind of module
+they claim."""
 
 from __future__ import annotations
 

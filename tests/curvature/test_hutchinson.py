@@ -1,5 +1,5 @@
-"""hutchinson.py and probes.py: every vector of signs enumerated gives the exact diagonal and the stated variance;
-drawn ones cover it as often as their standard errors say."""
+"""hutchinson.py and sampling.py: every vector of signs enumerated gives the exact diagonal and the
+stated variance; drawn ones cover it as often as their standard errors say."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def two_classes(model, batch):
 
 
 def enumerate_signs(monkeypatch, shapes):
-    """Let the estimator draw every combination of signs over tensors of these shapes; returns how many there are."""
+    """Let the estimator draw every combination of signs over tensors of these shapes; returns how
+    many there are."""
     total = sum(torch.Size(shape).numel() for shape in shapes)
     every = torch.tensor(list(itertools.product([1.0, -1.0], repeat=total)), dtype=torch.float64)
     parts = [
@@ -196,7 +197,8 @@ def test_one_sign_vector_per_sample_whatever_the_chunks():
 
 @pytest.mark.parametrize("estimate", BOTH)
 def test_batches_of_unequal_size_weigh_as_told(estimate):
-    """Every sample has the same Hessian, c · I: so the batches' means c differ, and no sign matters."""
+    """Every sample has the same Hessian, c · I: so the batches' means c differ, and no sign
+    matters."""
     model = nn.Sequential(nn.Linear(1, 2, bias=False)).double()
 
     def scaled(model, batch):
@@ -215,6 +217,16 @@ def test_batches_of_unequal_size_weigh_as_told(estimate):
         )
 
 
+@pytest.mark.parametrize("independent", [True, False])
+def test_independence_is_checked_on_every_batch_of_the_first_pass_alone(independent, monkeypatch):
+    """Each check costs three Hessian-vector products."""
+    checks = []
+    monkeypatch.setattr(hutchinson, "check_independent", lambda *tensors: checks.append(tensors))
+    options = {"samples": 6, "chunk_size": 2, "independent": independent, "generator": seeded()}
+    hutchinson_outputs(build(mlp), classify, pairs((5,), (4, 2, 3)), **options)
+    assert len(checks) == (3 if independent else 0)
+
+
 @pytest.mark.parametrize("estimate", BOTH)
 def test_tolerance_stops_on_the_standard_error(estimate):
     model, batches = build(mlp), pairs((5,), (6,))
@@ -229,7 +241,8 @@ def test_tolerance_stops_on_the_standard_error(estimate):
 
 @pytest.mark.parametrize("estimate", BOTH)
 def test_a_negative_trace_does_not_stop_early(estimate):
-    """With no curvature upwards at all; a rule on the relative change of a running trace stops at once here."""
+    """With no curvature upwards at all; a rule on the relative change of a running trace stops at
+    once here."""
     model, batches = build(mlp), pairs((5,), (6,))
     exact = exact_hessian_diagonal(model, lambda m, b: -classify(m, b), batches)
     found = estimate(

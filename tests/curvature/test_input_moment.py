@@ -1,4 +1,5 @@
-"""curvature.py: the input second moment against plain formulas; masks, errors, and that the model is left alone."""
+"""input_moment.py: the input second moment against plain formulas; masks, errors, and that the
+model is left unchanged."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from minirank.curvature import input_second_moment
 
 
 class Encoder(nn.Module):
-    """Embedding, a shared projection called twice, attention, dropout and BatchNorm, a pooled head."""
+    """Embedding, a shared projection called twice, attention, dropout and BatchNorm, a pooled
+    head."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -9,7 +9,8 @@ from torch import nn
 
 
 class Attention(nn.Module):
-    """Embedding, attention by the default kernel, LayerNorm, GELU, residuals, a projection called twice, pooling."""
+    """Embedding, attention by the default kernel, LayerNorm, GELU, residuals, a projection called
+    twice, pooling."""
 
     def __init__(self):
         super().__init__()

@@ -9,7 +9,8 @@ from minirank.measure import batch_length
 
 
 def dense_diagonal(model, loss_fn, batches, name):
-    """The diagonal of the dense Hessian of the sample-weighted mean loss over one layer's real weight."""
+    """The diagonal of the dense Hessian of the sample-weighted mean loss over one layer's real
+    weight."""
     key = f"{name}.weight"
 
     class Loss(nn.Module):

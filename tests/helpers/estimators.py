@@ -1,4 +1,5 @@
-"""Every curvature that differentiates the loss, under one call: for tests of what they all must do."""
+"""Every curvature that differentiates the loss, under one call: for tests of what they all must
+do."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ def sampled(estimate):
 
 
 def coverage_of_traces(estimate, exact, model, loss_fn, batches, runs=250):
-    """How often 95 % intervals of the layers' traces from 40 samples hold the exact ones; 2.02 is Student's t for 39
-    degrees of freedom."""
+    """How often 95 % intervals of the layers' traces from 40 samples hold the exact ones; 2.02 is
+    Student's t for 39 degrees of freedom."""
     generator, hits = seeded(3), 0
     for _ in range(runs):
         found = estimate(model, loss_fn, batches, generator=generator, samples=40, chunk_size=40)

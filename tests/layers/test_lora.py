@@ -13,6 +13,7 @@ from helpers.models import Conv1DLike, LinearLike, delta_by_hand, formula, input
 from torch import nn
 
 from minirank import LoRALinear
+from minirank.layers.resize import resized_parameters
 
 GATES = [None, 1.0, 0.5, 0.0]
 EXACT = {"rtol": 1e-13, "atol": 1e-13}
@@ -234,7 +235,7 @@ def test_a_seed_reproduces_and_the_global_generator_is_not_touched(gate):
     base = nn.Linear(6, 6)
     state = torch.get_rng_state()
     one, same, other = (LoRALinear(base, 3, gate=gate, generator=seed) for seed in (1, 1, 2))
-    one.resized(torch.tensor([True, False, True]), 2, generator=0)
+    resized_parameters(one, torch.tensor([True, False, True]), 2, generator=0)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(one.lora_A, same.lora_A)
     assert torch.equal(one.lora_B, same.lora_B)
@@ -292,39 +293,3 @@ def test_only_linear_modules_are_taken_and_only_once():
             LoRALinear(module, 1)
     with pytest.raises(TypeError, match="already has an adapter"):
         LoRALinear(layer(), 1)
-
-
-# ---- other ranks -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("gate", GATES)
-def test_resized_gives_survivors_bit_for_bit_and_new_ranks_that_contribute_nothing(gate):
-    lora = layer(gate=gate)
-    before = {name: p.detach().clone() for name, p in lora.named_parameters()}
-    new = lora.resized(torch.tensor([True, False, True]), add=2)
-    assert new.keys() == before.keys() - {"base.weight", "base.bias"}
-    assert torch.equal(new["lora_A"][:2], before["lora_A"][[0, 2]])
-    assert torch.equal(new["lora_B"][:, :2], before["lora_B"][:, [0, 2]])
-    assert new["lora_A"].shape == (4, 5)
-    assert new["lora_B"].shape == (7, 4)
-    assert new["lora_A"][2:].ne(0).all()
-    if gate is not None:
-        assert torch.equal(new["gate"][:2], before["gate"][[0, 2]])
-        assert new["gate"][2:].eq(gate).all()
-    added = new["lora_B"][:, 2:] if gate != 0 else new["gate"][2:]
-    assert added.eq(0).all()
-    for name, parameter in lora.named_parameters():
-        assert torch.equal(parameter, before[name])
-    lora.lora_A.requires_grad_(False)
-    new = lora.resized(torch.ones(3, dtype=torch.bool), add=1)
-    assert [new["lora_A"].requires_grad, new["lora_B"].requires_grad] == [False, True]
-
-
-def test_resized_refuses_masks_and_ranks_that_do_not_fit():
-    lora, keep = layer(), torch.ones(3, dtype=torch.bool)
-    for mask in (keep[:2], keep.int(), torch.ones(4, dtype=torch.bool)):
-        with pytest.raises(ValueError, match="keep must be bool"):
-            lora.resized(mask)
-    for add in (-1, 3):
-        with pytest.raises(ValueError, match=f"add={add} would give rank.*at most 5"):
-            lora.resized(keep, add=add)

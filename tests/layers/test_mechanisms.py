@@ -13,7 +13,7 @@ from helpers.models import formula, inputs, layer, randomize
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minirank import LoRALinear
+from minirank import LoRALinear, merge, unmerge
 
 EXACT = {"rtol": 1e-13, "atol": 1e-13}
 
@@ -110,13 +110,13 @@ def test_copies_are_equal_and_independent(copied, merged):
     lora, x = layer(gate=0.5), inputs(4, 5)
     weight = lora.base.weight.detach().clone()
     if merged:
-        lora.merge(lora.merged_weight())
+        merge(lora)
     twin = copied(lora)
     assert torch.equal(twin(x), lora(x))
     randomize(twin, seed=9)
-    lora.unmerge()
+    unmerge(lora)
     torch.testing.assert_close(lora(x), formula(lora, x, 2), **EXACT)
-    twin.unmerge()
+    unmerge(twin)
     assert torch.equal(twin.base.weight, weight)
     assert not torch.equal(twin(x), lora(x))
 
@@ -137,7 +137,7 @@ def test_state_dict_has_the_expected_keys_and_restores_the_function():
 def test_the_state_of_a_merged_layer_is_neither_saved_nor_loaded():
     lora = layer()
     state = lora.state_dict()
-    lora.merge(lora.merged_weight())
+    merge(lora)
     weight = lora.base.weight.detach().clone()
     with pytest.raises(RuntimeError, match=r"unmerge\(\)"):
         lora.state_dict()
@@ -180,7 +180,7 @@ def test_a_new_layer_takes_the_mode_of_its_base():
 def test_half_and_double_reach_the_weight_that_a_merge_put_aside():
     lora, x = layer(dtype=torch.float32), inputs(4, 5)
     weight = lora.base.weight.detach().clone()
-    lora.merge(lora.merged_weight())
-    lora.double().unmerge()
+    merge(lora)
+    unmerge(lora.double())
     assert torch.equal(lora.base.weight, weight.double())
     torch.testing.assert_close(lora(x), formula(lora, x, 2), **EXACT)

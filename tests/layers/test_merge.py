@@ -1,4 +1,4 @@
-"""wrap.py, merging and the way out: W + ΔW by hand on a deep copy, and every bit of the base back afterwards."""
+"""merge.py: W + ΔW by hand on a deep copy, and every bit of the base back afterwards."""
 
 from __future__ import annotations
 
@@ -7,45 +7,16 @@ import math
 import pytest
 import torch
 from helpers.models import (
-    RANKS,
     TOKENS,
-    ZOO_LINEAR,
     assert_unchanged,
     randomize,
     snapshot,
     with_deltas_by_hand,
     wrapped,
-    zoo,
 )
 from torch import nn
 
-from minirank import LoRALinear, disabled, lora_layers, merge, unmerge, unwrap, wrap
-
-
-def test_unwrap_restores_modules_bits_and_flags():
-    model = zoo()
-    model.like.weight.requires_grad_(False)
-    before, keys = snapshot(model), list(model.state_dict())
-    randomize(wrap(model, RANKS, gate=1.0, trainable=None))
-    merge(model, untie=True)
-    unmerge(model)
-    assert unwrap(model) == [name for name in ZOO_LINEAR if name in RANKS]
-    assert_unchanged(model, before)
-    assert list(model.state_dict()) == keys
-    assert unwrap(model) == []
-
-
-@pytest.mark.parametrize("calls", [1, 2])
-def test_unwrap_makes_a_weight_trainable_again_that_two_layers_share(calls):
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
-    model[1].weight = model[0].weight
-    model[2].requires_grad_(False)
-    before = snapshot(model)
-    for ranks in [{"0": 1, "1": 1, "2": 1}] if calls == 1 else [{"0": 1}, {"1": 1, "2": 1}]:
-        wrap(model, ranks, trainable=None)
-    model[2].requires_grad_(True)
-    unwrap(model)
-    assert_unchanged(model, before)
+from minirank import LoRALinear, lora_layers, merge, unmerge, unwrap, wrap
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -156,19 +127,6 @@ def test_the_functions_take_a_single_layer_as_the_model():
     assert merge(layer) == unmerge(layer) == [""]
 
 
-def test_unwrapping_a_merged_model_leaves_a_plain_one_with_the_sum():
-    plain, model, layers = wrapped(trainable=None)
-    expected = with_deltas_by_hand(plain, layers)
-    merge(model, untie=True)
-    unwrap(model)
-    assert not lora_layers(model)
-    assert [name for name, _ in model.named_modules()] == [
-        name for name, _ in plain.named_modules()
-    ]
-    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-13, atol=1e-13)
-    assert all(p.requires_grad for p in model.parameters())
-
-
 def test_changing_the_dtype_while_merged_changes_the_weight_that_comes_back():
     plain, model, layers = wrapped(torch.float32)
     merge(model, untie=True)
@@ -178,25 +136,6 @@ def test_changing_the_dtype_while_merged_changes_the_weight_that_comes_back():
     assert torch.equal(layers["body.up"].base.weight, plain.body["up"].weight.double())
     expected = with_deltas_by_hand(plain.double(), layers)
     torch.testing.assert_close(model(TOKENS), expected(TOKENS), rtol=1e-12, atol=1e-12)
-
-
-def test_disabled_is_the_base_model_inside_the_block_only():
-    plain, model, layers = wrapped()
-    y = model(TOKENS)
-    layers["like"].enabled = False
-    partly = model(TOKENS)
-    with disabled(model):
-        assert torch.equal(model(TOKENS), plain(TOKENS))
-    with pytest.raises(ZeroDivisionError), disabled(model):
-        raise ZeroDivisionError
-    assert torch.equal(model(TOKENS), partly)
-    layers["like"].enabled = True
-    assert torch.equal(model(TOKENS), y)
-    merge(model, untie=True)
-    with pytest.raises(ValueError, match=r"unmerge\(\)"), disabled(model):
-        pass
-    assert torch.equal(model(TOKENS), model(TOKENS))
-    assert all(layer.enabled for layer in layers.values())
 
 
 class Masked(nn.Linear):

@@ -17,9 +17,14 @@ from helpers.models import (
     wrapped,
     zoo,
 )
+from helpers.models import (
+    layer as make_layer,
+)
 from torch import nn
 
-from minirank import L1RA, LoRALinear, ShapLoRA, lora_layers, merge, resize, wrap
+from minirank import L1RA, ShapLoRA, lora_layers, merge, resize, wrap
+from minirank.layers import resize as resize_file
+from minirank.layers.resize import resized_parameters
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.001),
@@ -215,74 +220,6 @@ def test_survivors_keep_values_gradients_and_moments_bit_for_bit_and_new_ranks_s
 
 
 AVERAGED_OVER_RANKS = {"lora_A": "col_var", "lora_B": "row_var"}  # Adafactor's
-
-
-def carried_entries(old_rank, new_rank, **entries):
-    """State entries of A after a resize of a 5 → 4 layer; and what the report says was reset."""
-    model = nn.Sequential(nn.Linear(5, 4))
-    layer = wrap(model, {"0": old_rank})["0"]
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    optimizer.state[layer.lora_A].update(entries)
-    report = resize(model, {"0": new_rank}, optimizer)["0"]
-    return optimizer.state.get(layer.lora_A, {}), report.state_reset
-
-
-def test_entries_of_other_shapes_are_cut_where_their_shape_says_where_the_ranks_are():
-    per_rank, per_input = torch.arange(1.0, 4.0), torch.arange(1.0, 6.0)
-    entries = {
-        "full": per_rank[:, None] * per_input,
-        "row": per_rank,
-        "row_kept": per_rank[:, None],
-        "column": per_input,
-        "column_kept": per_input[None],
-        "scalar": torch.tensor(7.0),
-        "number": 3,
-        "nothing": None,
-    }
-    state, reset = carried_entries(3, 4, **entries)
-    assert reset == ()
-    grown = torch.tensor([1.0, 2.0, 3.0, 0.0])
-    expected = {
-        **entries,
-        "full": grown[:, None] * per_input,
-        "row": grown,
-        "row_kept": grown[:, None],
-    }
-    assert state.keys() == expected.keys()
-    for key, value in expected.items():
-        assert (
-            torch.equal(state[key], value)
-            if isinstance(value, torch.Tensor)
-            else state[key] is value
-        )
-    state, reset = carried_entries(3, 2, **entries)
-    assert reset == ()
-    assert torch.equal(state["row"], per_rank[:2])
-    assert state["full"].shape == (2, 5)
-
-
-@pytest.mark.parametrize(
-    ("old_rank", "entry"),
-    [
-        (4, torch.ones(7)),  # neither the ranks nor the inputs
-        (4, torch.ones(2, 5)),
-        (4, torch.ones(1, 4, 5)),
-        (1, torch.ones(1, 1)),  # one rank, or an average over ranks?
-        (4, [torch.ones(4, 5)]),
-    ],
-)
-def test_an_entry_whose_shape_does_not_say_resets_its_parameter_and_is_named(old_rank, entry):
-    state, reset = carried_entries(old_rank, 2, odd=entry, moment=torch.ones(old_rank, 5))
-    assert state == {}
-    assert reset == ("lora_A.odd",)
-
-
-def test_a_vector_that_could_belong_to_either_axis_is_not_guessed():
-    model = nn.Sequential(nn.Linear(3, 4))
-    layer = wrap(model, {"0": 3})["0"]
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    optimizer.state[layer.lora_A]["either"] = torch.ones(3)
-    assert resize(model, {"0": 2}, optimizer)["0"].state_reset == ("lora_A.either",)
 
 
 @pytest.mark.skipif("adafactor" not in OPTIMIZERS, reason="from torch 2.5")
@@ -498,15 +435,15 @@ def test_a_merged_layer_is_refused():
 
 def test_an_exception_halfway_changes_nothing(monkeypatch):
     model, _, optimizer = in_training()
-    calls, resized = [], LoRALinear.resized
+    calls, resized = [], resize_file.resized_parameters
 
-    def fail_at_the_third(self, *args, **kwargs):
-        calls.append(self)
+    def fail_at_the_third(layer, *args, **kwargs):
+        calls.append(layer)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return resized(self, *args, **kwargs)
+        return resized(layer, *args, **kwargs)
 
-    monkeypatch.setattr(LoRALinear, "resized", fail_at_the_third)
+    monkeypatch.setattr(resize_file, "resized_parameters", fail_at_the_third)
     before, state = snapshot(model), pickle.dumps(optimizer.state_dict())
     with pytest.raises(KeyboardInterrupt):
         resize(model, NEW, optimizer)
@@ -521,3 +458,39 @@ def test_a_rank_that_is_not_finite_goes_first():
     with torch.no_grad():
         layer.lora_B[0, 1] = float("nan")
     assert resize(model, {"0": 2})["0"].keep.tolist() == [True, False, True]
+
+
+# ---- one layer's parameters ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate", [None, 1.0, 0.5, 0.0])
+def test_resized_gives_survivors_bit_for_bit_and_new_ranks_that_contribute_nothing(gate):
+    lora = make_layer(gate=gate)
+    before = {name: p.detach().clone() for name, p in lora.named_parameters()}
+    new = resized_parameters(lora, torch.tensor([True, False, True]), add=2)
+    assert new.keys() == before.keys() - {"base.weight", "base.bias"}
+    assert torch.equal(new["lora_A"][:2], before["lora_A"][[0, 2]])
+    assert torch.equal(new["lora_B"][:, :2], before["lora_B"][:, [0, 2]])
+    assert new["lora_A"].shape == (4, 5)
+    assert new["lora_B"].shape == (7, 4)
+    assert new["lora_A"][2:].ne(0).all()
+    if gate is not None:
+        assert torch.equal(new["gate"][:2], before["gate"][[0, 2]])
+        assert new["gate"][2:].eq(gate).all()
+    added = new["lora_B"][:, 2:] if gate != 0 else new["gate"][2:]
+    assert added.eq(0).all()
+    for name, parameter in lora.named_parameters():
+        assert torch.equal(parameter, before[name])
+    lora.lora_A.requires_grad_(False)
+    new = resized_parameters(lora, torch.ones(3, dtype=torch.bool), add=1)
+    assert [new["lora_A"].requires_grad, new["lora_B"].requires_grad] == [False, True]
+
+
+def test_resized_refuses_masks_and_ranks_that_do_not_fit():
+    lora, keep = make_layer(), torch.ones(3, dtype=torch.bool)
+    for mask in (keep[:2], keep.int(), torch.ones(4, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="keep must be bool"):
+            resized_parameters(lora, mask)
+    for add in (-1, 3):
+        with pytest.raises(ValueError, match=f"add={add} would give rank.*at most 5"):
+            resized_parameters(lora, keep, add=add)

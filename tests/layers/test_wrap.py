@@ -1,4 +1,4 @@
-"""wrap.py, the way in: what wrap changes, what it leaves alone, and that a refused call changes nothing."""
+"""wrap.py: what wrap changes and leaves alone, refused calls, and the way out."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from helpers.models import (
 )
 from torch import nn
 
-from minirank import LoRALinear, lora_layers, merge, unwrap, wrap
+from minirank import LoRALinear, disabled, lora_layers, merge, unmerge, unwrap, wrap
 
-# ---- wrap ---------------------------------------------------------------------------------------
+# ---- the way in ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gate", [None, 1.0, 0.0])
@@ -267,15 +267,15 @@ def test_a_refused_wrap_changes_nothing(case):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_exception_halfway_changes_nothing(error, monkeypatch):
-    calls, new_ranks = [], LoRALinear._new_ranks
+    calls, initial_ranks = [], LoRALinear.initial_ranks
 
     def fail_at_the_third(self, *args):
         calls.append(self)
         if len(calls) == 3:
             raise error
-        return new_ranks(self, *args)
+        return initial_ranks(self, *args)
 
-    monkeypatch.setattr(LoRALinear, "_new_ranks", fail_at_the_third)
+    monkeypatch.setattr(LoRALinear, "initial_ranks", fail_at_the_third)
     model = zoo()
     before = snapshot(model)
     with pytest.raises(error):
@@ -330,3 +330,64 @@ def test_trainable_that_names_only_adapted_layers_is_refused():
         *("head.weight", "head.bias"),
         *("norm.weight", "norm.bias"),
     }
+
+
+# ---- the way out --------------------------------------------------------------------------------
+
+
+def test_unwrap_restores_modules_bits_and_flags():
+    model = zoo()
+    model.like.weight.requires_grad_(False)
+    before, keys = snapshot(model), list(model.state_dict())
+    randomize(wrap(model, RANKS, gate=1.0, trainable=None))
+    merge(model, untie=True)
+    unmerge(model)
+    assert unwrap(model) == [name for name in ZOO_LINEAR if name in RANKS]
+    assert_unchanged(model, before)
+    assert list(model.state_dict()) == keys
+    assert unwrap(model) == []
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_unwrap_makes_a_weight_trainable_again_that_two_layers_share(calls):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    model[2].requires_grad_(False)
+    before = snapshot(model)
+    for ranks in [{"0": 1, "1": 1, "2": 1}] if calls == 1 else [{"0": 1}, {"1": 1, "2": 1}]:
+        wrap(model, ranks, trainable=None)
+    model[2].requires_grad_(True)
+    unwrap(model)
+    assert_unchanged(model, before)
+
+
+def test_unwrapping_a_merged_model_leaves_a_plain_one_with_the_sum():
+    plain, model, layers = wrapped(trainable=None)
+    expected = with_deltas_by_hand(plain, layers)
+    merge(model, untie=True)
+    unwrap(model)
+    assert not lora_layers(model)
+    assert [name for name, _ in model.named_modules()] == [
+        name for name, _ in plain.named_modules()
+    ]
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-13, atol=1e-13)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_disabled_is_the_base_model_inside_the_block_only():
+    plain, model, layers = wrapped()
+    y = model(TOKENS)
+    layers["like"].enabled = False
+    partly = model(TOKENS)
+    with disabled(model):
+        assert torch.equal(model(TOKENS), plain(TOKENS))
+    with pytest.raises(ZeroDivisionError), disabled(model):
+        raise ZeroDivisionError
+    assert torch.equal(model(TOKENS), partly)
+    layers["like"].enabled = True
+    assert torch.equal(model(TOKENS), y)
+    merge(model, untie=True)
+    with pytest.raises(ValueError, match=r"unmerge\(\)"), disabled(model):
+        pass
+    assert torch.equal(model(TOKENS), model(TOKENS))
+    assert all(layer.enabled for layer in layers.values())

@@ -1,4 +1,4 @@
-"""estimate.py: running means and standard errors against their textbook formulas."""
+"""averaging.py: running means and standard errors against their textbook formulas; estimate.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirank.curvature.estimate import MIN_SAMPLES, DiagonalMean, Estimate, RunningMean
+from minirank.curvature import Estimate
+from minirank.curvature.averaging import MIN_SAMPLES, BatchAverage, RunningMean, TraceAverage
 
 values = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=30)
 
@@ -32,7 +33,8 @@ def test_equal_weights_give_s_over_root_n(xs):
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.floats(0.1, 10)), min_size=2, max_size=30))
 def test_unequal_weights_give_the_weighted_mean_and_its_error(pairs):
-    """The unbiased variance for reliability weights, times Σw² / (Σw)²; here from two passes over all values."""
+    """The unbiased variance for reliability weights, times Σw² / (Σw)²; here from two passes over
+    all values."""
     running = RunningMean()
     for x, w in pairs:
         running.add(x, w)
@@ -60,7 +62,8 @@ def test_fewer_than_two_values_tell_nothing_of_the_error():
 
 
 def test_unequal_weights_cover_as_stated():
-    """Means of n = 1 … 40 samples as batches: 95 % intervals from 30 such batches (t = 2.05) cover 92 to 98 %."""
+    """Means of n = 1 … 40 samples as batches: 95 % intervals from 30 such batches (t = 2.05) cover
+    92 to 98 %."""
     generator = torch.Generator().manual_seed(0)
     hits, runs = 0, 1000
     for _ in range(runs):
@@ -77,46 +80,44 @@ def diagonal(*numbers):
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-def test_diagonal_mean_weighs_and_counts_none_as_zero():
-    total = DiagonalMean(["a", "b"])
-    total.add("a", diagonal(1, 2), 1)
-    total.add("a", diagonal(5, 6), 3)
-    total.add("b", None, 1)
-    total.add("b", diagonal(4.0), 3)
-    total.add("b", diagonal(9.0), 0)
-    result = total.result()
+def test_batch_average_weighs_and_counts_none_as_zero():
+    average = BatchAverage(["a", "b"])
+    average.add("a", diagonal(1, 2), 1)
+    average.add("a", diagonal(5, 6), 3)
+    average.add("b", None, 1)
+    average.add("b", diagonal(4.0), 3)
+    average.add("b", diagonal(9.0), 0)
+    result = average.estimate()
     assert result["a"].tolist() == [4.0, 5.0]
     assert result["b"].tolist() == [3.0]
     assert result.weights == {"a": 4.0, "b": 4.0}
     assert (result.samples, result.over) == (2, "batches")
     assert set(result.standard_errors) == {"a", "b"}
-    later = DiagonalMean(["b"])
+    later = BatchAverage(["b"])
     later.add("b", diagonal(4.0), 3)
     later.add("b", None, 1)
-    assert later.result()["b"].tolist() == [3.0]
+    assert later.estimate()["b"].tolist() == [3.0]
 
 
-def test_known_to_compares_with_the_mean_trace_over_layers():
-    total = DiagonalMean(["large", "small"])
+def test_errors_are_held_against_the_mean_trace_over_layers():
+    traces = TraceAverage(["large", "small"])
     for i in range(MIN_SAMPLES - 1):
         for name, mean in (("large", 1.8), ("small", -0.2)):
-            total.add(name, diagonal(mean + (0.3 if i % 2 else -0.3)), 1)
-    assert not total.known_to(10.0)  # too few to say
-    total.add("large", diagonal(2.1), 1)
-    total.add("small", diagonal(0.1), 1)
-    worst = max(
-        running.standard_error for running in total.traces.values()
-    )  # 0.1 = s / √n of ±0.3, ten times
-    assert math.isclose(worst, 0.1, rel_tol=1e-9)
-    assert total.known_to(0.1001)  # the mean of |1.8| and |−0.2| is 1
-    assert not total.known_to(0.0999)
-    assert not total.known_to(None)
+            traces.add(name, mean + (0.3 if i % 2 else -0.3))
+    assert not traces.errors_within(10.0)  # too few to say
+    traces.add("large", 2.1)
+    traces.add("small", 0.1)
+    # 0.1 = s / √n of ±0.3, ten times
+    assert math.isclose(max(traces.standard_errors.values()), 0.1, rel_tol=1e-9)
+    assert traces.errors_within(0.1001)  # the mean of |1.8| and |−0.2| is 1
+    assert not traces.errors_within(0.0999)
+    assert not traces.errors_within(None)
 
 
 @pytest.mark.parametrize("weight", [-1, math.inf, math.nan])
 def test_weights_out_of_range_are_errors(weight):
     with pytest.raises(ValueError, match="batch_weight must give a number of at least 0"):
-        DiagonalMean(["a"]).add("a", diagonal(1), weight)
+        BatchAverage(["a"]).add("a", diagonal(1), weight)
 
 
 def test_an_estimate_survives_copy_and_pickle():

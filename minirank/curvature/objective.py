@@ -1,0 +1,70 @@
+"""The function whose curvature is taken, and the loop over its batches that all exact estimators
+share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..checks import require
+from ..layers.linear import applies_weight
+from ..layers.targets import Targets, linear_targets
+from ..measure import LossFn, differentiable_loss, differentiable_twice, repeatable
+from .averaging import BatchAverage
+from .estimate import Estimate
+
+# {name: diagonal of one batch's mean loss}; None for a layer that the batch does not reach
+BatchDiagonals = Mapping[str, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The weighted mean over `batches` of loss_fn(model, batch), as a function of the weights of
+    `layers`."""
+
+    model: nn.Module
+    loss_fn: LossFn
+    batches: Iterable[Any]
+    layers: Mapping[str, nn.Module]
+    batch_weight: Callable[[Any], float]
+
+    def loss(self, batch: Any) -> Tensor:
+        """The mean loss of one batch, (), with its graph."""
+        return differentiable_loss(self.model, self.loss_fn, batch)
+
+
+def curvature_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
+    """The layers that `linear_targets` selects. ValueError if one does not compute W x + b."""
+    layers = linear_targets(model, targets)
+    for name, layer in layers.items():
+        if not applies_weight(layer):
+            raise ValueError(
+                f"{name!r} is a {type(layer).__name__} that does not compute W x + b from its "
+                "weight, as this curvature needs: leave it out of targets"
+            )
+    return layers
+
+
+def check_chunk_size(chunk_size: int) -> None:
+    require(chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
+
+
+def mean_over_batches(
+    objective: Objective,
+    batch_diagonals: Callable[[Any], BatchDiagonals],
+    tolerance: float | None = None,
+) -> Estimate:
+    """The weighted mean of batch_diagonals(batch) over the batches, or over the first of them if
+    the standard errors are within `tolerance` before the end."""
+    average = BatchAverage(objective.layers)
+    with differentiable_twice(objective.model):
+        for batch in repeatable(objective.model, objective.loss_fn, objective.batches):
+            weight = objective.batch_weight(batch)
+            for name, diagonal in batch_diagonals(batch).items():
+                average.add(name, diagonal, weight)
+            if average.traces.errors_within(tolerance):
+                break
+    return average.estimate()

@@ -1,0 +1,97 @@
+"""ShapLoRA (arXiv 2601.17921): ranks by their Shapley sensitivity, after a first training.
+
+    ΔW = s · P diag(λ) Q (Eq 3). Rank i of a module is a player: (λ_i, P[:, i], Q[i, :])
+
+    λ       gate  (r,)        starts at zero and is trained
+    P       P     (d_out, r)  like LoRA's B, but Gaussian at the start
+    Q       Q     (r, d_in)   like LoRA's A
+    S       mask  bool (Σ r,) a coalition of players, over all modules: λ = 0 outside (Eq 6)
+    L       loss              the mean loss over all samples of the validation set
+    ipt(w)                    Eq 8: |w · ∂L/∂w|, entry by entry
+    SAN     san   (r,)        Eq 7: the importance of each rank in one coalition
+
+The workflow: train with more ranks than the budget, score them on validation data, keep the best of
+all modules together, throw the trained adapters away, and train anew with the ranks found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Adapters = dict[str, dict[str, Tensor]]  # {module name: {"gate", "P", "Q"}}
+
+
+def ipt(w: Tensor, gradient: Tensor) -> Tensor:
+    return (w * gradient).abs()  # Eq 8
+
+
+def san(
+    gate: Tensor, P: Tensor, Q: Tensor, grad_gate: Tensor, grad_P: Tensor, grad_Q: Tensor
+) -> Tensor:
+    """SAN(i | S) of every rank i of one module, with λ as it is in S: (r,)."""
+    return ipt(gate, grad_gate) + ipt(P, grad_P).mean(0) + ipt(Q, grad_Q).mean(1)  # Eq 7
+
+
+def shapley_sensitivity(
+    loss: Callable[[Adapters, Any], Tensor], params: Adapters, batches: Iterable[Any], masks: Tensor
+) -> dict[str, Tensor]:
+    """The mean of SAN(i | S) over the coalitions `masks`, bool (K, Σ r): {name: (r,)}."""
+    batches = list(batches)
+    sizes = [length(batch) for batch in batches]
+    ranks = [len(own["gate"]) for own in params.values()]
+    scores = {name: torch.zeros_like(own["gate"]) for name, own in params.items()}
+    for mask in masks:
+        inside = mask.split(ranks)
+        S: Adapters = {}
+        for (name, own), members in zip(params.items(), inside, strict=True):
+            S[name] = {key: w.detach().clone() for key, w in own.items()}
+            S[name]["gate"][~members] = 0.0  # Eq 6
+        w = [x.requires_grad_() for own in S.values() for x in (own["gate"], own["P"], own["Q"])]
+        L = torch.stack([n * loss(S, b) for n, b in zip(sizes, batches, strict=True)]).sum() / sum(
+            sizes
+        )
+        gradients = torch.autograd.grad(L, w, materialize_grads=True)
+        for i, score in enumerate(scores.values()):
+            one = slice(3 * i, 3 * i + 3)
+            score += san(*w[one], *gradients[one]).detach() / len(masks)  # Eqs 9, 10
+    return scores
+
+
+def length(batch: Any) -> int:
+    """How many samples: the first dimension of the batch's first tensor."""
+    first = next(iter(batch.values())) if isinstance(batch, dict) else batch
+    return len(first[0] if isinstance(first, (tuple, list)) else first)
+
+
+def demo() -> None:
+    """Two maps are trained with 4 ranks each; one has to change by rank 3, the other not at all."""
+    torch.manual_seed(0)
+    goals = {"idle": torch.zeros(8, 8), "needs 3": torch.randn(8, 3) @ torch.randn(3, 8) / 3}
+    params = {}
+    for name in goals:
+        params[name] = {"gate": torch.zeros(4), "P": torch.randn(8, 4), "Q": torch.randn(4, 8)}
+
+    def loss(adapters: Adapters, x: Tensor) -> Tensor:
+        deltas = {name: (own["P"] * own["gate"]) @ own["Q"] for name, own in adapters.items()}
+        errors = [x @ (deltas[name] - goal).T for name, goal in goals.items()]
+        return torch.stack(errors).square().mean(1).sum()
+
+    adam = torch.optim.Adam([w.requires_grad_() for own in params.values() for w in own.values()])
+    for _ in range(1000):
+        adam.zero_grad()
+        torch.autograd.backward(loss(params, torch.randn(32, 8)))
+        adam.step()
+    masks = torch.rand(90, 8) < 0.5  # shapley.py draws the paper's coalitions
+    scores = shapley_sensitivity(loss, params, [torch.randn(64, 8)], masks)
+    for name, score in scores.items():
+        print(f"{name:8} scores of its ranks:", [round(s, 4) for s in score.tolist()])
+    best = torch.cat(list(scores.values())).topk(3).indices // 4
+    print("of the best 3 ranks:", {name: int((best == i).sum()) for i, name in enumerate(goals)})
+
+
+if __name__ == "__main__":
+    demo()
