@@ -8,7 +8,15 @@ import warnings
 import peft
 import pytest
 import torch
-from helpers.models import TOKENS, assert_unchanged, inputs, snapshot, with_deltas_by_hand, wrapped
+from helpers.models import (
+    TOKENS,
+    assert_unchanged,
+    delta_by_hand,
+    inputs,
+    snapshot,
+    with_deltas_by_hand,
+    wrapped,
+)
 from helpers.peft_cases import (
     REGEX,
     SUFFIXES,
@@ -24,7 +32,7 @@ from helpers.peft_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirank import export_peft, import_peft, linear_targets, lora_layers, resize
+from minirank import export_peft, import_peft, linear_targets, lora_layers, reference, resize
 
 # PEFT says so of every mixture of nn.Linear and Conv1D, and then uses the right layout for each.
 mixed = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
@@ -207,6 +215,64 @@ def test_random_adapters_survive_the_way_to_peft_and_back(
         }
         assert all(layer.dropout == dropout and layer.gate is None for layer in layers.values())
         torch.testing.assert_close(back(x), model(x), **bound)
+
+
+# ---- the reference ------------------------------------------------------------------------------
+
+NAMES = [*SUFFIXES, *REGEX]
+
+
+def as_reference(layers):
+    """Layers as `reference.peft_export` takes them."""
+    return {
+        name: {
+            "A": layer.lora_A.detach(),
+            "B": layer.lora_B.detach(),
+            "gate": None if layer.gate is None else layer.gate.detach(),
+            "scaling": layer.scaling,
+        }
+        for name, layer in layers.items()
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ranks=st.dictionaries(st.sampled_from(NAMES), st.integers(1, 4), min_size=1),
+    emptied=st.sets(st.sampled_from(NAMES)),
+    alphas=st.tuples(st.floats(0.01, 100), st.floats(0.01, 100)),
+    gates=st.tuples(*2 * [st.sampled_from([None, 0.0, 0.3, 1.0])]),
+    stabilized=st.booleans(),
+    transposed=st.sampled_from([(), NAMES, NAMES[::2]]),
+    portable=st.booleans(),
+)
+def test_random_adapters_have_the_delta_weights_of_the_reference(
+    tmp_path_factory, ranks, emptied, alphas, gates, stabilized, transposed, portable
+):
+    """Two calls of `wrap` with scalings and gates of their own; some layers pruned to rank 0."""
+    folder, model = tmp_path_factory.mktemp("adapter"), chain(NAMES, transposed)
+    for half, alpha, gate in zip((NAMES[::2], NAMES[1::2]), alphas, gates, strict=True):
+        if part := {name: rank for name, rank in ranks.items() if name in half}:
+            trained(model, [(part, {"alpha": alpha, "gate": gate, "rank_stabilized": stabilized})])
+    emptied = [name for name in ranks if name in emptied][: len(ranks) - 1]
+    if emptied:
+        resize(model, dict.fromkeys(emptied, 0))
+    export_peft(model, folder, portable=portable)
+    tensors, config = tensors_of(folder), config_of(folder)
+    layers = lora_layers(model)
+    for name in NAMES:
+        delta = reference.peft_delta_weight(tensors, config, name)
+        if name not in ranks or name in emptied:
+            assert delta is None
+            continue
+        by_hand = delta_by_hand(layers[name])
+        expected = by_hand.T if config["fan_in_fan_out"] else by_hand
+        atol = 1e-14 * float(by_hand.abs().max())
+        torch.testing.assert_close(delta, expected, rtol=1e-14, atol=atol)
+    if not portable:
+        their_tensors, their_config = reference.peft_export(as_reference(layers))
+        torch.testing.assert_close(tensors, their_tensors, rtol=1e-15, atol=0)
+        for key in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern"):
+            assert config[key] == their_config[key]
 
 
 # ---- portable ----------------------------------------------------------------------------------
