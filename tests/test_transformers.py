@@ -1,4 +1,4 @@
-"""Models of transformers work as they are: three families through every method, every file and back."""
+"""Models of transformers work as they are: three families through every method and every file."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ from helpers.transformer_models import (
 )
 
 pytestmark = [
-    # transformers 5 renames what PEFT 0.21 asks every model for, and what users of older versions call.
+    # transformers 5 renames what PEFT 0.21 asks every model for.
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
     # torch 2.4's own checkpointing meets torch's deprecation.
     pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast.* is deprecated:FutureWarning"),
-    # PEFT 0.15 looks on the hub for the configuration of any base model, also of one that has no name.
+    # PEFT 0.15 looks on the hub for the configuration of any base model, even one without a name.
     pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume:UserWarning"),
 ]
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -81,11 +81,18 @@ def adapted(family, seed=0, trainable=(), **options):
     return model
 
 
+def trainable_names(model):
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
 # ---- every method ------------------------------------------------------------------------------
 
 
 def words(batch):
-    """What the loss is a mean over (a decoder's of one less per sentence, and as many sentences in each batch)."""
+    """How many words the loss is a mean over.
+
+    A decoder's is one less for each sentence; but all batches have as many sentences.
+    """
     return (batch["labels"] != -100).sum().item()
 
 
@@ -193,10 +200,11 @@ def test_a_saved_adapter_and_head_come_back_bit_for_bit_on_the_same_base_only(
 ):
     model = adapted(family, trainable=[family.head], gate=gate, dropout=0.1)
     train(model)
-    save_adapter(model, tmp_path / "a.safetensors", modules=[family.head])
+    save_adapter(model, tmp_path / "a.safetensors")
     again = family()
     load_adapter(again, tmp_path / "a.safetensors")
     assert same_bits(logits(again), logits(model))
+    assert trainable_names(again) == trainable_names(model)
     assert not torch.allclose(logits(again), logits(family()), atol=1e-2)
 
     other = family(seed=1)
@@ -210,7 +218,7 @@ def test_a_saved_adapter_and_head_come_back_bit_for_bit_on_the_same_base_only(
 def test_a_trained_head_that_is_not_saved_is_warned_of(family, tmp_path):
     model = adapted(family, trainable=[family.head])
     with pytest.warns(UserWarning, match="will not be in the file"):
-        save_adapter(model, tmp_path / "a.safetensors")
+        save_adapter(model, tmp_path / "a.safetensors", modules=())
 
 
 @every_family

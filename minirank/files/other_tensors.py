@@ -65,7 +65,7 @@ def _trains_as_a_whole(module: nn.Module) -> bool:
 
 
 def _all_tensors(prefix: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of parameters and persistent buffers, of inner modules too, LoRA layers not."""
+    """(name, parameter or persistent buffer), also of inner modules; none of LoRA layers."""
     for name, inner in modules_by_name(module, prefix).items():
         yield from _own_parameters(name, inner)
         if not isinstance(inner, LoRALinear):

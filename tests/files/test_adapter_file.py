@@ -200,7 +200,7 @@ def test_shaplora_scores_the_same_from_the_file(path):
 
 
 def test_names_may_be_other_names_of_the_same_modules(path):
-    """The file has the first name; where the model is put together in another order that is its second one."""
+    """The file has the first name. In a model put together in another order, it is the second."""
 
     def model(order):
         with torch.random.fork_rng():
@@ -254,7 +254,7 @@ def test_saved_on_a_gpu_loads_on_the_cpu_and_back(path):
     )
 
 
-# ---- where the ranks came from ---------------------------------------------------------------------------
+# ---- where the ranks came from ------------------------------------------------------------------
 
 
 def test_the_file_says_where_its_ranks_came_from(path):
@@ -581,7 +581,7 @@ MODELS = {
     "the model has no 'body.up', which the file has an adapter for: is it the whole model": lacking,
     "the model has no 'body.up', 'body.conv'.*did you mean 'bodies.up'": renamed,
     "'like' already has an adapter": adapted,
-    "the file holds 'body.norm.weight', .*shape \\(8,\\); the model has .*shape \\(7,\\)": other_norm,
+    "the file holds 'body.norm.weight', .*\\(8,\\); the model has .*shape \\(7,\\)": other_norm,
     "'.*' is on the meta device: load its weights": lambda: zoo().to("meta"),
 }
 

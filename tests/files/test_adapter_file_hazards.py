@@ -1,4 +1,4 @@
-"""A load that fails changes nothing; one that does not gives what was saved, wherever and whenever it runs."""
+"""An interrupted load changes nothing, and the default device changes nothing about a whole one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def path(tmp_path):
 
 
 def interrupted(call, model, line):
-    """Whether call(model) was interrupted, which happens when it comes to its n-th line in the package."""
+    """Run call(model), interrupted at its n-th line in the package; whether it came that far."""
     lines = 0
 
     def trace(frame, event, _):
@@ -60,6 +60,8 @@ def assert_all_or_nothing(call, every):
 
 def test_an_interrupted_load_leaves_the_model(path):
     _, model, _ = wrapped(ranks={"like": 2, "body.up": 1}, trainable=["body.norm"])
+    with torch.no_grad():
+        model.body["norm"].weight += 1  # as if trained
     save_adapter(model, path)
     assert_all_or_nothing(lambda model: load_adapter(model, path), every=11)
     assert_all_or_nothing(

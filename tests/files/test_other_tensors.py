@@ -194,6 +194,23 @@ def test_adapters_alone_are_all_that_the_file_holds_and_that_trains(path):
     assert trains(again) == {"body.0.lora_A", "body.0.lora_B"}
 
 
+class WeightInBuffer(nn.Module):
+    """A linear layer without parameters, so that its adapter is all that could train in it."""
+
+    in_features = out_features = 4
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.eye(4))
+
+
+def test_buffers_beside_adapters_do_not_count_as_trained(path):
+    model = nn.Sequential(WeightInBuffer(), nn.BatchNorm1d(4, affine=False))
+    wrap(model, {"0": 2})
+    save_adapter(model, path)
+    assert not read_adapter(path).other_tensors
+
+
 def test_what_trains_is_remembered_even_where_it_is_not_in_the_file(path):
     model = trained(frozen_norm, trainable=["head"])
     with pytest.warns(UserWarning, match="require a gradient"):
@@ -218,6 +235,7 @@ def test_tied_parameters_train_again_under_every_name(path):
         model.head.weight += 1
     save_adapter(model, path)
     assert list(read_adapter(path).other_tensors) == ["emb.weight"]
+    assert read_adapter(path).trainable == ("emb.weight",)
     again = zoo()
     load_adapter(again, path)
     assert torch.equal(again(TOKENS), model(TOKENS))

@@ -1,4 +1,4 @@
-"""export_peft: real PEFT computes the same function from the folder, and writes the same tensors again."""
+"""export_peft: real PEFT computes the same function from the folder, and saves the same tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ import warnings
 import peft
 import pytest
 import torch
-from helpers.models import TOKENS, assert_unchanged, inputs, snapshot, with_deltas_by_hand, wrapped
+from helpers.models import (
+    TOKENS,
+    assert_unchanged,
+    delta_by_hand,
+    inputs,
+    snapshot,
+    with_deltas_by_hand,
+    wrapped,
+)
 from helpers.peft_cases import (
     REGEX,
     SUFFIXES,
@@ -24,7 +32,7 @@ from helpers.peft_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirank import export_peft, import_peft, linear_targets, lora_layers, resize
+from minirank import export_peft, import_peft, linear_targets, lora_layers, reference, resize
 
 # PEFT says so of every mixture of nn.Linear and Conv1D, and then uses the right layout for each.
 mixed = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
@@ -93,8 +101,8 @@ def test_peft_merges_it_to_the_weights_built_by_hand(tmp_path):
     torch.testing.assert_close(merged.state_dict(), expected.state_dict(), rtol=1e-12, atol=1e-12)
 
 
-# PEFT asks transformers by an old name, warns of a tied head, whose adapter does not touch the embedding unless merged,
-# and PEFT 0.15 looks for the files of a model that never had any.
+# PEFT asks transformers by an old name. It warns of a tied head, whose adapter does not touch the
+# embedding unless merged. PEFT 0.15 looks for the files of a model that never had any.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume:UserWarning")
 @pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True` and")
@@ -139,7 +147,8 @@ def test_layers_of_rank_zero_are_left_out(tmp_path):
     torch.testing.assert_close(theirs(x), model(x), rtol=1e-12, atol=1e-12)
 
 
-# One rounding of the adapter's part per layer and side; PEFT adds in the wider type, minirank in the base's.
+# One rounding of the adapter's part per layer and side. PEFT adds in the wider type, minirank in
+# the base's.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -158,7 +167,8 @@ def test_every_adapter_type_is_kept(tmp_path, base, adapter, portable):
     model = trained(chain(dtype=base), [({"fc": 1, "enc.fc": 3}, {"alpha": 3, "dtype": adapter})])
     export_peft(model, tmp_path, portable=portable)
     assert {value.dtype for value in tensors_of(tmp_path).values()} == {adapter}
-    # By default PEFT widens half-precision adapters to float32; one beside such a base must stay as wide as it is.
+    # By default PEFT widens half-precision adapters to float32. An adapter that already is float32,
+    # beside a half-precision base, must stay so.
     theirs = in_peft(chain(dtype=base), tmp_path, autocast_adapter_dtype=adapter != base)
     x = inputs(3, 6, dtype=base)
     assert theirs(x).dtype == model(x).dtype
@@ -205,6 +215,65 @@ def test_random_adapters_survive_the_way_to_peft_and_back(
         }
         assert all(layer.dropout == dropout and layer.gate is None for layer in layers.values())
         torch.testing.assert_close(back(x), model(x), **bound)
+
+
+# ---- the reference ------------------------------------------------------------------------------
+
+NAMES = [*SUFFIXES, *REGEX]
+
+
+def as_reference(layers):
+    """Layers as `reference.peft_export` takes them."""
+    return {
+        name: {
+            "A": layer.lora_A.detach(),
+            "B": layer.lora_B.detach(),
+            "gate": None if layer.gate is None else layer.gate.detach(),
+            "scaling": layer.scaling,
+        }
+        for name, layer in layers.items()
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ranks=st.dictionaries(st.sampled_from(NAMES), st.integers(1, 4), min_size=1),
+    emptied=st.sets(st.sampled_from(NAMES)),
+    alphas=st.tuples(st.floats(0.01, 100), st.floats(0.01, 100)),
+    gates=st.tuples(*2 * [st.sampled_from([None, 0.0, 0.3, 1.0])]),
+    stabilized=st.booleans(),
+    transposed=st.sampled_from([(), NAMES, NAMES[::2]]),
+    portable=st.booleans(),
+)
+def test_random_adapters_have_the_delta_weights_of_the_reference(
+    tmp_path_factory, ranks, emptied, alphas, gates, stabilized, transposed, portable
+):
+    """Two calls of `wrap` with scalings and gates of their own; some layers pruned to rank 0."""
+    folder, model = tmp_path_factory.mktemp("adapter"), chain(NAMES, transposed)
+    for half, alpha, gate in zip((NAMES[::2], NAMES[1::2]), alphas, gates, strict=True):
+        if part := {name: rank for name, rank in ranks.items() if name in half}:
+            trained(model, [(part, {"alpha": alpha, "gate": gate, "rank_stabilized": stabilized})])
+    emptied = [name for name in ranks if name in emptied][: len(ranks) - 1]
+    if emptied:
+        resize(model, dict.fromkeys(emptied, 0))
+    export_peft(model, folder, portable=portable)
+    tensors, config = tensors_of(folder), config_of(folder)
+    layers = {name: layer for name, layer in lora_layers(model).items() if layer.rank > 0}
+    assert config["fan_in_fan_out"] == all(name in transposed for name in layers)
+    for name in NAMES:
+        delta = reference.peft_delta_weight(tensors, config, name)
+        if name not in layers:
+            assert delta is None
+            continue
+        by_hand = delta_by_hand(layers[name])
+        expected = by_hand.T if config["fan_in_fan_out"] else by_hand
+        atol = 1e-14 * float(by_hand.abs().max())
+        torch.testing.assert_close(delta, expected, rtol=1e-14, atol=atol)
+    if not portable:
+        their_tensors, their_config = reference.peft_export(as_reference(layers))
+        torch.testing.assert_close(tensors, their_tensors, rtol=1e-15, atol=0)
+        for key in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern"):
+            assert config[key] == their_config[key]
 
 
 # ---- portable ----------------------------------------------------------------------------------
@@ -290,7 +359,7 @@ def test_peft_takes_a_list_of_names_for_suffixes():
 
 
 def test_peft_rescales_when_the_rank_changes_and_export_does_not(tmp_path):
-    """The fault in PEFT: fewer ranks at one lora_alpha are a larger scaling. Here the trained function stays."""
+    """The fault in PEFT: fewer ranks at one lora_alpha scale more. Here the function stays."""
     model, x = trained(chain(), [({"fc": 4}, {"alpha": 8})]), inputs(3, 6)
     with torch.no_grad():
         lora_layers(model)["fc"].lora_B[:, 1:] = 0  # three ranks that do nothing

@@ -119,7 +119,7 @@ def test_a_module_in_two_places_is_refused_because_peft_adapts_one(tmp_path):
     assert_unchanged(plain, before)
 
 
-# PEFT 0.21 sees the second name of the parameters in the model but not in the file, and sets them all the same.
+# PEFT 0.21 misses the parameters' second name in the file, but sets them all the same.
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
 def test_a_module_in_a_parent_that_is_shared_has_one_place_and_is_exported(tmp_path):
     plain, x = made(SharedParent), inputs(3, 6)

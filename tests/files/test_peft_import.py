@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 
 import peft
@@ -21,6 +22,9 @@ from helpers.peft_cases import (
     tensors_of,
     trained,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 from minirank import (
@@ -29,10 +33,12 @@ from minirank import (
     load_adapter,
     lora_layers,
     merge,
+    reference,
     resize,
     save_adapter,
     wrap,
 )
+from minirank.reference.peft_format import of_layer
 
 ALL = ["fc", "enc.fc", "xfc", "enc.xfc", "fc2"]
 
@@ -70,12 +76,24 @@ CONFIGS = {
 }
 
 
+def assert_same_delta_weights(layers, tensors, config):
+    """Those of the reference. Only `layers` have one."""
+    for name, layer in layers.items():
+        expected = reference.peft_delta_weight(tensors, config, name)
+        delta = layer.delta_weight().detach()
+        delta = delta.T if config.get("fan_in_fan_out") else delta
+        atol = 1e-14 * float(delta.abs().max())
+        torch.testing.assert_close(delta, expected, rtol=1e-14, atol=atol)
+    assert len(tensors) == 2 * len(layers)
+
+
 def check_import(plain, folder, theirs, x, names):
     """The imported layers, equal to those of `theirs`: bits, scaling, function."""
     model = copy.deepcopy(plain)
     layers = import_peft(model, folder, trainable=[])
     assert sorted(layers) == sorted(names)
     assert {name: layer.scaling for name, layer in layers.items()} == scalings(theirs)
+    assert_same_delta_weights(layers, tensors_of(folder), config_of(folder))
     for name, layer in layers.items():
         for key, value in layer.named_parameters(recurse=False):
             assert torch.equal(value, tensors_of(folder)[f"base_model.model.{name}.{key}.weight"])
@@ -113,6 +131,47 @@ def test_what_peft_trained_computes_the_same_here(tmp_path, case):
     }
 
 
+PATTERNS = ["fc", "^fc", r"^enc\.fc", "enc.fc", ".fc", ".*xfc", "x?fc", "fc2", r"a\+b", r"w\[0\]"]
+PATTERNS += [re.escape(name) for name in REGEX] + [name for name in REGEX if name[0].isalpha()]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    names=st.sets(st.sampled_from([*ALL, *REGEX]), min_size=1),
+    rank_pattern=st.dictionaries(st.sampled_from(PATTERNS), st.integers(1, 4)),
+    alpha_pattern=st.dictionaries(st.sampled_from(PATTERNS), st.floats(0.01, 100)),
+    defaults=st.fixed_dictionaries({"r": st.integers(1, 4)}, optional={"lora_alpha": st.just(3)}),
+    use_rslora=st.booleans(),
+    transposed=st.booleans(),
+)
+def test_random_folders_have_the_delta_weights_of_the_reference(
+    tmp_path_factory, names, rank_pattern, alpha_pattern, defaults, use_rslora, transposed
+):
+    """Mixed ranks and alphas, by patterns of which several match one name, or by the defaults."""
+    config = {
+        "peft_type": "LORA",
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "use_rslora": use_rslora,
+        "fan_in_fan_out": transposed,
+        **defaults,
+    }
+    every_name = [*ALL, *REGEX]
+    model = chain(every_name, every_name if transposed else ())
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name in names:
+        rank = of_layer(rank_pattern, name, defaults["r"])
+        d_out = 4 if name == every_name[-1] else 6
+        for key, shape in (("lora_A", (rank, 6)), ("lora_B", (d_out, rank))):
+            tensors[f"base_model.model.{name}.{key}.weight"] = torch.randn(
+                shape, generator=generator, dtype=torch.float64
+            )
+    folder = tmp_path_factory.mktemp("adapter")
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert_same_delta_weights(import_peft(model, folder), tensors, config)
+
+
 def test_the_first_key_that_matches_wins(tmp_path):
     """The order in the file counts, not the length of the key or of the match."""
     peft_trained(chain(), peft.LoraConfig(target_modules=["fc"], r=2), inputs(3, 6), tmp_path)
@@ -124,7 +183,7 @@ def test_the_first_key_that_matches_wins(tmp_path):
 
 
 def test_peft_sorts_the_keys_when_it_saves(tmp_path):
-    """The fault in PEFT: what it trained is not what anyone can load. Import does as PEFT's from_pretrained."""
+    """The fault in PEFT: what it trained is not what it loads. Import does as PEFT's loading."""
     config = peft.LoraConfig(target_modules=["fc"], r=2, alpha_pattern={"fc": 5, "enc.fc": 7})
     theirs, x = peft_trained(chain(), config, inputs(3, 6), tmp_path), inputs(3, 6)
     assert scalings(theirs) == {"fc": 5 / 2, "enc.fc": 5 / 2}
@@ -141,7 +200,7 @@ def test_peft_sorts_the_keys_when_it_saves(tmp_path):
         import_peft(chain(), tmp_path)
 
 
-# PEFT looks for the key among those that match as patterns, but gives the layer its rank all the same.
+# PEFT warns since the key matches no name as a pattern, but gives the layer its rank all the same.
 @pytest.mark.filterwarnings(
     "ignore:The following (rank|alpha)_pattern keys did not match any targeted module"
 )
@@ -159,7 +218,7 @@ def test_a_key_that_is_the_name_counts_where_it_does_not_match_as_a_pattern(tmp_
     check_import(chain(REGEX), tmp_path, theirs, x, REGEX[:-1])
 
 
-# PEFT asks transformers by an old name; PEFT 0.15 looks for the files of a model that never had any.
+# PEFT asks transformers by an old name. PEFT 0.15 looks for the files of a model without any.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume:UserWarning")
 @pytest.mark.parametrize(
@@ -246,7 +305,7 @@ def test_a_start_that_changes_the_base_counts_once_peft_has_converted_it(tmp_pat
     ("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)]
 )
 def test_models_in_other_types(tmp_path, dtype, bound):
-    """PEFT's adapters are float32 beside a half-precision base, and stay so; only the sum is rounded otherwise."""
+    """PEFT's adapters are float32 beside a half-precision base, and stay so."""
     x = inputs(3, 6, dtype=dtype)
     config = peft.LoraConfig(target_modules=["fc"], r=2, lora_alpha=3)
     theirs = peft_trained(chain(dtype=dtype), config, x, tmp_path)
@@ -337,7 +396,7 @@ def test_an_imported_adapter_is_resized_trained_merged_saved_and_exported_again(
 
 
 def test_each_pattern_is_compiled_once(tmp_path, monkeypatch):
-    """re keeps 512 patterns: beyond that, trying all of them on all layers would compile each anew, every time."""
+    """re keeps 512 patterns. More of them, tried on all layers, would be compiled over and over."""
     count = 600
     model, plain = (nn.ModuleList(nn.Linear(2, 2) for _ in range(count)) for _ in range(2))
     wrap(model, {str(i): 1 for i in range(count)})

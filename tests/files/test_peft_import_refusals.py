@@ -81,7 +81,8 @@ def test_real_adapters_of_other_methods_are_refused_by_name(tmp_path, config, na
     import_refused(chain(), tmp_path, f"peft_type {named}, expected 'LORA'", "merge_and_unload()")
 
 
-# PEFT warns of the tied embedding, asks transformers by an old name, and looks for the files of a model without any.
+# PEFT warns of the tied embedding, asks transformers by an old name, and looks for the files of a
+# model without any.
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume:UserWarning")

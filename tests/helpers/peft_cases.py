@@ -1,4 +1,4 @@
-"""Models whose names are hard for PEFT's patterns, and PEFT itself, without a trace in the global RNG."""
+"""Models whose names are hard for PEFT's patterns, and PEFT itself, away from the global RNG."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def chain(*args, **options):
 
 
 def gpt2(dtype=torch.float64):
-    """Two blocks of transformers' GPT-2, whose linear layers are Conv1D but for the head, which is tied."""
+    """Two blocks of GPT-2. Its linear layers are Conv1D, but for the head, which is tied."""
     sizes = {"n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": 11, "n_positions": 8}
     return made(GPT2LMHeadModel, GPT2Config(**sizes, bos_token_id=0, eos_token_id=0), dtype=dtype)
 

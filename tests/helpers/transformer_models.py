@@ -162,7 +162,7 @@ def other_family(kind: str) -> nn.Module:
 
 
 def batches(model: nn.Module, count: int = 2) -> list[dict[str, torch.Tensor]]:
-    """Sentences of different lengths, padded; padding is masked and has no label. For ViT: pictures."""
+    """Padded sentences; the padding is masked and has no label. For ViT: pictures."""
     generator = torch.Generator().manual_seed(3)
     if model.main_input_name == "pixel_values":
         pictures = torch.randn(count, 4, 3, 8, 8, generator=generator)
