@@ -1,13 +1,20 @@
-"""Shapley values of any game, exact and sampled, and the coalitions that ShapLoRA samples. Knows nothing of LoRA.
+"""Shapley values of any game, exact and sampled, and the coalitions that ShapLoRA samples.
 
-A game of n players is a function `value(mask)`: mask is bool (n,), a fresh CPU tensor that is true for the players of
-the coalition S, and the result is what S is worth, v(S), any finite number. The Shapley value of player i is what i
-adds to those who came before, v(S ∪ {i}) - v(S), averaged over all n! orders in which the players can come:
+A game of n players is a function `value(mask)`. The mask is a bool tensor (n,) on the CPU, a new
+one for each call, and True for the players of a coalition S. The function returns what S is worth,
+v(S), as a finite number. The Shapley value of player i is what i adds to those who came before,
+v(S ∪ {i}) − v(S), averaged over all n! orders in which the players can come:
 
-    φ_i = Σ over S without i of |S|! (n - |S| - 1)! / n! · (v(S ∪ {i}) - v(S))
+    φ_i = Σ over S without i of |S|! (n − |S| − 1)! / n! · (v(S ∪ {i}) − v(S))
 
-It is the only rule with these four properties (L. S. Shapley, 1953): the φ_i sum to v(all) - v(none); players whose
-contributions are always equal have equal φ; one that never adds anything has 0; φ of v + w is φ of v plus φ of w.
+It is the only rule with these four properties (L. S. Shapley, 1953):
+
+- efficiency: all φ_i together are v(all players) − v(no player);
+- symmetry: two players whose contributions are always equal have equal φ;
+- null player: a player who never adds anything has φ = 0;
+- additivity: φ of the game v + w is φ of v plus φ of w.
+
+This file knows nothing of LoRA. `minirank.reference.shapley` has the same by definition.
 """
 
 from __future__ import annotations
@@ -28,38 +35,48 @@ PROBABILITIES = tuple(k / 10 for k in range(1, 10))  # ShapLoRA's p
 
 
 def exact_shapley_values(value: Game, n_players: int) -> Tensor:
-    """φ of every player by the formula above: (n,) float64, on the CPU.
+    """The Shapley value of every player, by the formula at the top of this file.
 
-    Every one of the 2^n coalitions is evaluated once, in the order of the binary numbers whose bit i is player i.
+    Args:
+        value: the game. It is called once for each of the 2^n coalitions, in the order of the
+            binary numbers whose bit i is player i.
+        n_players: from 1 to 20.
 
-    Raises ValueError: n_players is not from 1 to 20, or a coalition is worth NaN or infinity.
+    Returns: φ, (n,), float64, on the CPU.
+
+    Raises:
+        ValueError: `n_players` is out of range, or a coalition is worth NaN or infinity.
+
+    Two left gloves and a right one; only a pair is worth something:
+
+    >>> exact_shapley_values(lambda mask: float(min(mask[0] + mask[1], mask[2])), 3)
+    tensor([0.1667, 0.1667, 0.6667], dtype=torch.float64)
     """
     require_integer("n_players", n_players, 1)
     if n_players > MAX_EXACT_PLAYERS:
         raise ValueError(
-            f"{n_players} players have 2^{n_players} coalitions; exact Shapley values are for at most "
-            f"{MAX_EXACT_PLAYERS} players: take sampled_shapley_values"
+            f"{n_players} players have 2^{n_players} coalitions; exact Shapley values are for at "
+            f"most {MAX_EXACT_PLAYERS} players: take sampled_shapley_values"
         )
     players = torch.arange(n_players, device="cpu")
     masks = (torch.arange(2**n_players, device="cpu")[:, None] >> players) & 1 == 1  # (2^n, n)
-    worths = [_worth(value, masks[number]) for number in range(2**n_players)]
+    worths = [_worth(value, mask) for mask in masks]
     worth = torch.tensor(worths, dtype=torch.float64, device="cpu")
     size = masks.sum(1)
-    # |S|! (n - |S| - 1)! / n! for |S| = 0 … n - 1, without the factorials
+    # |S|! (n − |S| − 1)! / n! for |S| = 0 … n − 1, without the factorials
     weight = worth.new_tensor(
         [1 / (n_players * math.comb(n_players - 1, s)) for s in range(n_players)]
     )
-    result = worth.new_empty(n_players)
+    phi = worth.new_empty(n_players)
     for i in range(n_players):
-        without = ~masks[
-            :, i
-        ]  # in the same order as those with i, since the bits above and below agree
-        result[i] = (weight[size[without]] * (worth[masks[:, i]] - worth[without])).sum()
-    return result
+        # Both selections are in the order of the players other than i, so that they pair up.
+        with_i, without_i = worth[masks[:, i]], worth[~masks[:, i]]
+        phi[i] = (weight[size[~masks[:, i]]] * (with_i - without_i)).sum()
+    return phi
 
 
 class Sampled(NamedTuple):
-    """An estimate of Shapley values: each (n,) float64, on the CPU."""
+    """An estimate of Shapley values: each (n,), float64, on the CPU."""
 
     values: Tensor
     standard_errors: Tensor
@@ -68,19 +85,29 @@ class Sampled(NamedTuple):
 def sampled_shapley_values(
     value: Game, n_players: int, *, pairs: int = 100, generator: torch.Generator | int = 0
 ) -> Sampled:
-    """φ estimated from random orders of the players, each taken forwards and backwards (antithetic pairs).
+    """An unbiased estimate of the Shapley values, from random orders of the players.
 
-    Unbiased, and the estimates sum to v(all) - v(none) as φ does. Standard errors are over the pairs, which are
-    independent, and fall as 1 / sqrt(pairs). Where players interact only two by two, every pair is exact: whoever does
-    not come before a player in one of its orders does so in the other.
+    Each order is taken forwards and backwards (an antithetic pair). The estimates sum to
+    v(all) − v(none), as φ does. If players interact only two by two, every single pair is exact:
+    whoever comes after a player in one of its orders comes before that player in the other.
 
     Args:
-        pairs: at least 2. Costs 2 + 2 · pairs · (n - 1) evaluations.
-        generator: a torch.Generator or a seed.
+        value: the game. It is called 2 + 2 · pairs · (n − 1) times.
+        n_players: at least 1.
+        pairs: how many orders are drawn, at least 2. Standard errors fall as 1 / sqrt(pairs).
+        generator: a torch.Generator or a seed, for the orders.
 
-    Source: Castro, Gómez, Tejada (2009); with antithetic pairs Mitchell, Cooper, Frank, Holmes (2022).
+    Returns: the values, and their standard errors over the pairs, which are independent.
 
-    Raises ValueError: a count out of its range, or a coalition is worth NaN or infinity.
+    Raises:
+        ValueError: a count is out of range, or a coalition is worth NaN or infinity.
+
+    Source: Castro, Gómez and Tejada (2009); antithetic pairs: Mitchell, Cooper, Frank and Holmes
+    (2022).
+
+    >>> estimate = sampled_shapley_values(lambda mask: float(mask.sum()) ** 2, 4, pairs=2)
+    >>> estimate.values
+    tensor([4., 4., 4., 4.], dtype=torch.float64)
     """
     require_integer("n_players", n_players, 1)
     require_integer("pairs", pairs, 2)
@@ -109,45 +136,53 @@ def sampled_shapley_values(
 def coalition_masks(
     n_players: int, coalitions: int = 90, *, generator: torch.Generator | int = 0
 ) -> Tensor:
-    """ShapLoRA's sample of coalitions (arXiv 2601.17921, after Eq 10): bool (coalitions, n), on the CPU.
+    """ShapLoRA's sample of coalitions (arXiv 2601.17921, after Eq 10).
 
-    For p = 0.1, 0.2, … 0.9 every player is in with probability p, independently; each mask is followed by its
-    complement; and all that `coalitions` / 18 times. So every player is in exactly half of them.
+    For p = 0.1, 0.2, … 0.9 every player is in with probability p, independently. Each mask is
+    followed by its complement. All of this is done `coalitions` / 18 times. So every player is in
+    exactly half of the coalitions.
 
-    Raises ValueError: `coalitions` is not a positive multiple of 18.
+    Args:
+        n_players: at least 1.
+        coalitions: a positive multiple of 18; the paper takes 18, 90 or 900.
+        generator: a torch.Generator or a seed. One seed gives one sample on every device.
+
+    Returns: bool (coalitions, n), on the CPU.
+
+    Raises:
+        ValueError: a count is out of range.
+
+    >>> coalition_masks(5, 18).sum(0)
+    tensor([9, 9, 9, 9, 9])
     """
     require_integer("n_players", n_players, 1)
     per_repeat = 2 * len(PROBABILITIES)
     require_integer("coalitions", coalitions, per_repeat)
     if coalitions % per_repeat:
         raise ValueError(
-            f"coalitions must be a multiple of {per_repeat} (p = 0.1 … 0.9, each mask with its complement), got "
-            f"{coalitions}: the paper takes 18, 90 or 900"
+            f"coalitions must be a multiple of {per_repeat} (p = 0.1 … 0.9, each mask with its "
+            f"complement), got {coalitions}: the paper takes 18, 90 or 900"
         )
     generator = as_generator(generator)
-    # In float32, whatever the default type: one seed, one sample.
+    # float32, whatever the default dtype is, so that a seed always gives the same sample
     p = torch.tensor(PROBABILITIES * (coalitions // per_repeat), dtype=torch.float32, device="cpu")[
         :, None
     ]
-    drawn = (
-        torch.rand(
-            len(p), n_players, generator=generator, device=generator.device, dtype=p.dtype
-        ).cpu()
-        < p
+    uniform = torch.rand(
+        len(p), n_players, generator=generator, device=generator.device, dtype=p.dtype
     )
-    return torch.stack([drawn, ~drawn], dim=1).flatten(0, 1)
+    masks = uniform.cpu() < p
+    return torch.stack([masks, ~masks], dim=1).flatten(0, 1)
 
 
 def standard_error(samples: Tensor) -> Tensor:
-    """Of the mean over the first axis, from independent samples: (k, …) → (…)."""
+    """Of the mean over the first axis, for independent samples: (k, …) → (…)."""
     return samples.std(dim=0) / math.sqrt(len(samples))
 
 
 def _worth(value: Game, mask: Tensor) -> float:
     given = value(mask.clone())
-    worth = float(
-        given.detach() if isinstance(given, Tensor) else given
-    )  # a loss may come with its graph
+    worth = float(given.detach() if isinstance(given, Tensor) else given)  # may come with a graph
     if not math.isfinite(worth):
         members = mask.nonzero().flatten().tolist()
         raise ValueError(

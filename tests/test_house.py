@@ -1,98 +1,117 @@
-"""Imports inside the package point one way, and runtime dependencies stay at three."""
+"""The house: folders import one way, reference files stand alone, there are three dependencies."""
 
 from __future__ import annotations
 
 import ast
-import re
 import sys
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "minirank"
+import minirank
 
-ORDER = [
-    "linear",
-    "lora",
-    "targets",
-    "wrap",
-    "resize",
-    "budget",
-    "reassign",
-    "table",
-    "history",
-    "allocation",
-    "measure",
-    "estimate",
-    "outputs",
-    "hessian",
-    "probes",
-    "hutchinson",
-    "gauss_newton",
-    "fisher",
-    "curvature",
-    "stability",
-    "sensitivity",
-    "gates",
-    "l1ra",
-    "shapley",
-    "shaplora",
-    "files",
-    "fingerprint",
-    "saved",
-    "checkpoint",
-    "peft_export",
-    "peft_import",
-    "testing",
-]
+PACKAGE = Path(minirank.__file__).parent
+
+# A file imports from its own folder and from those before it; "" are the files beside the folders.
+FLOORS = ["", "layers", "curvature", "allocators", "files", "testing"]
+BESIDE = {"checks", "budget", "shapley", "measure"}
 
 
-def imports(path):
-    """(modules of the package, top-level names of others) that a file imports anywhere."""
+def modules():
+    """{dotted name inside the package: path}, faces (__init__.py) under their folder's name."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name):
+    """(modules of the package, top-level names of others) that a module imports anywhere."""
+    path = MODULES[name]
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     inside, outside = set(), set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            inside |= {node.module} if node.module else {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}: imports from outside the package's folder"
-            outside.add(node.module.split(".")[0])
-        elif isinstance(node, ast.Import):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
             outside |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            outside.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".") if package else []
+            assert node.level - 1 <= len(parts), f"{name} imports from outside the package"
+            base = parts[: len(parts) - node.level + 1] + (node.module or "").split(".")
+            base = ".".join(part for part in base if part)
+            for alias in node.names:
+                full = f"{base}.{alias.name}" if base else alias.name
+                inside.add(full if full in MODULES else base)
     return inside, outside
 
 
-def test_every_file_has_its_place_in_the_order():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {*ORDER, "__init__"}
+def floor(name):
+    return FLOORS.index(name.partition(".")[0] if "." in name or name in FLOORS else "")
 
 
-def test_a_file_imports_only_from_files_above_it():
-    for position, name in enumerate(ORDER):
-        inside, _ = imports(PACKAGE / f"{name}.py")
-        assert inside <= set(ORDER[:position]), (
-            f"{name}.py imports {inside - set(ORDER[:position])} from below"
-        )
+def test_every_folder_has_its_place():
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders == {*FLOORS, "reference"} - {""}
+    assert {path.stem for path in PACKAGE.glob("*.py")} == BESIDE | {"__init__"}
+
+
+def test_a_folder_imports_only_from_folders_before_it():
+    for name in MODULES:
+        if name and not name.startswith("reference"):
+            for other in imports(name)[0]:
+                assert not other.startswith("reference"), f"{name} imports {other}"
+                assert floor(other) <= floor(name), f"{name} imports {other}, a later folder"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    done, active = set(), []
+
+    def visit(name):
+        assert name not in active, f"a circle: {' → '.join([*active, name])}"
+        if name not in done:
+            active.append(name)
+            for other in sorted(imports(name)[0]):
+                visit(other)
+            active.pop()
+            done.add(name)
+
+    for name in MODULES:
+        visit(name)
 
 
 def test_only_relative_imports_so_that_a_copied_folder_works_under_any_name():
-    for path in PACKAGE.glob("*.py"):
-        assert "minirank" not in imports(path)[1], path.name
+    assert not [name for name in MODULES if "minirank" in imports(name)[1]]
+
+
+def test_reference_files_import_torch_and_the_standard_library_alone():
+    for name in MODULES:
+        if name.startswith("reference."):
+            inside, outside = imports(name)
+            assert not inside, name
+            assert outside <= {"torch", *sys.stdlib_module_names}, name
 
 
 def test_runtime_dependencies_are_torch_safetensors_tqdm():
     allowed = {*sys.stdlib_module_names, "torch", "safetensors", "tqdm"}
-    optional = {"table.py": {"matplotlib"}}
-    for path in PACKAGE.glob("*.py"):
-        assert imports(path)[1] <= allowed | optional.get(path.name, set()), path.name
+    optional = {"allocators.plot": {"matplotlib"}}
+    for name in MODULES:
+        assert imports(name)[1] <= allowed | optional.get(name, set()), name
 
 
 def test_budget_needs_no_torch():
-    assert "torch" not in imports(PACKAGE / "budget.py")[1]
+    assert "torch" not in imports("budget")[1]
 
 
-def test_files_can_be_read_in_one_sitting():
-    lengths = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
-    assert all(length <= 280 for length in lengths.values()), lengths
+def test_lines_have_at_most_100_columns():
+    for folder in (PACKAGE, PACKAGE.parent / "tests", PACKAGE.parent / "examples"):
+        for path in folder.rglob("*.py"):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            assert max(map(len, lines), default=0) <= 100, path
 
 
-def test_the_readme_lists_the_files_in_this_order():
-    readme = (PACKAGE.parent / "README.md").read_text()
-    listed = re.findall(r"^\| \[?`(\w+)\.py`", readme, flags=re.MULTILINE)
-    assert listed == ORDER
+def test_the_tests_mirror_the_folders():
+    folders = {path.name for path in (PACKAGE.parent / "tests").iterdir() if path.is_dir()}
+    assert {name for name in FLOORS if name} | {"reference"} <= folders

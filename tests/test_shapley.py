@@ -1,8 +1,8 @@
-"""shapley.py: games whose values are known, brute force over all orders, the axioms, and how often a game is asked."""
+"""shapley.py: games of known values, all orders by brute force, the axioms, how often a game is
+asked."""
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minirank import reference
 from minirank.shapley import (
     coalition_masks,
     exact_shapley_values,
@@ -18,22 +19,9 @@ from minirank.shapley import (
 )
 
 
-def over_all_orders(value, n):
-    """The definition: what each player adds, averaged over all n! orders, with Python's own numbers."""
-    total = [0.0] * n
-    for order in itertools.permutations(range(n)):
-        mask = torch.zeros(n, dtype=torch.bool)
-        before = value(mask)
-        for player in order:
-            mask[player] = True
-            after = value(mask)
-            total[player] += after - before
-            before = after
-    return torch.tensor(total, dtype=torch.float64) / math.factorial(n)
-
-
 def table_game(worth):
-    """v(S) from a list of 2^n numbers, in the order of the binary numbers whose bit i is player i."""
+    """v(S) from a list of 2^n numbers, in the order of the binary numbers whose bit i is player
+    i."""
     return lambda mask: worth[sum(2**i for i, present in enumerate(mask.tolist()) if present)]
 
 
@@ -71,7 +59,8 @@ def test_the_glove_game(left, right, expected):
 
 
 def test_the_airport_game():
-    """A runway costs what the largest aeroplane in S needs: players share each stretch of it that they use."""
+    """A runway costs what the largest aeroplane in S needs: players share each stretch of it that
+    they use."""
     cost = [8.0, 11.0, 13.0, 18.0]
     shares = [8 / 4, 8 / 4 + 3 / 3, 8 / 4 + 3 / 3 + 2 / 2, 8 / 4 + 3 / 3 + 2 / 2 + 5 / 1]
     close(
@@ -91,7 +80,8 @@ def test_a_unanimity_game_is_shared_by_those_who_are_needed(needed):
 @pytest.mark.parametrize("n", range(1, 7))
 def test_random_games_against_all_orders(n):
     close(
-        exact_shapley_values(random_game(n, seed=n), n), over_all_orders(random_game(n, seed=n), n)
+        exact_shapley_values(random_game(n, seed=n), n),
+        reference.exact_shapley_values(random_game(n, seed=n), n),
     )
 
 
@@ -196,7 +186,8 @@ def test_tensors_and_integers_are_values_too():
 
 
 def test_a_value_may_come_with_its_graph():
-    """Minus a loss, say. torch warns of a number taken from such a tensor, and the tests treat warnings as errors."""
+    """Minus a loss, say. torch warns of a number taken from such a tensor, and the tests treat
+    warnings as errors."""
     weights = torch.tensor([1.0, 2.0], requires_grad=True)
     close(exact_shapley_values(lambda mask: (weights * mask).sum(), 2), [1.0, 2.0])
     close(sampled_shapley_values(lambda mask: (weights * mask).sum(), 2).values, [1.0, 2.0])
@@ -204,7 +195,8 @@ def test_a_value_may_come_with_its_graph():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_torchs_defaults_do_not_matter(dtype):
-    """The meta device stands for an accelerator: nothing can be computed on it, so that one slip would show."""
+    """The meta device stands for an accelerator: nothing can be computed on it, so that one slip
+    would show."""
     game = random_game(4)
     expected = [
         exact_shapley_values(game, 4),
@@ -230,7 +222,8 @@ def test_torchs_defaults_do_not_matter(dtype):
     [
         (
             21,
-            r"2\^21 coalitions; exact Shapley values are for at most 20 players: take sampled_shapley_values",
+            r"2\^21 coalitions; exact Shapley values are for at most 20 players: "
+            "take sampled_shapley_values",
         ),
         (0, "n_players must be an integer of at least 1, got 0"),
         (-1, "at least 1"),
@@ -299,7 +292,8 @@ def test_sampling_is_unbiased_with_honest_standard_errors():
     values, errors = (
         torch.stack([getattr(r, name) for r in runs]) for name in ("values", "standard_errors")
     )
-    # The mean of 200 runs is within 4.5 of its own standard errors (7e-6 by chance, times 6 players).
+    # The mean of 200 runs is within 4.5 of its own standard errors (7e-6 by chance, times 6
+    # players).
     assert ((values.mean(0) - exact).abs() < 4.5 * values.std(0) / math.sqrt(seeds)).all()
     # The stated variance agrees with the true one. Either has a relative error of about 0.1 here.
     ratio = errors.square().mean(0) / values.var(0)

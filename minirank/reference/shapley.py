@@ -13,7 +13,8 @@ p       a number  the chance of a player to be in a sampled coalition
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import combinations
+from functools import cache
+from itertools import permutations
 from math import factorial
 
 import torch
@@ -21,20 +22,19 @@ from torch import Tensor
 
 
 def exact_shapley_values(value: Callable[[Tensor], float], n: int) -> Tensor:
-    """φ: (n,), float64. It asks for all 2ⁿ coalitions, so n should be small."""
+    """φ: (n,), float64. All n! orders are taken, so n should be at most 8."""
 
-    def v(coalition: tuple[int, ...]) -> float:
+    @cache
+    def v(S: frozenset[int]) -> float:
         mask = torch.zeros(n, dtype=torch.bool)
-        mask[list(coalition)] = True
+        mask[list(S)] = True
         return float(value(mask))
 
-    worth = {S: v(S) for size in range(n + 1) for S in combinations(range(n), size)}
-    phi = torch.zeros(n, dtype=torch.float64)
-    for S in worth:
-        weight = factorial(len(S)) * factorial(n - len(S) - 1) / factorial(n) if len(S) < n else 0
-        for i in set(range(n)) - set(S):
-            phi[i] += weight * (worth[tuple(sorted((*S, i)))] - worth[S])
-    return phi
+    phi = [0.0] * n
+    for order in permutations(range(n)):
+        for k, player in enumerate(order):
+            phi[player] += v(frozenset(order[: k + 1])) - v(frozenset(order[:k]))
+    return torch.tensor(phi, dtype=torch.float64) / factorial(n)
 
 
 def coalition_masks(ranks: list[int], coalitions: int, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""gauss_newton.py against dense JᵀHJ from torch.func, fisher.py against a loop over samples."""
+"""gauss_newton.py and fisher.py against the plain reference: dense Jᵀ H J, a loop over samples."""
 
 from __future__ import annotations
 
@@ -8,41 +8,16 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.curvature_cases import CASES, build, classify, mlp, pairs
+from helpers.curvature_cases import CASES, assert_equals, build, by_reference, classify, mlp, pairs
 from helpers.estimators import coverage_of_traces, seeded
 from torch import nn
 
+from minirank import reference
 from minirank.curvature import empirical_fisher, exact_hessian_diagonal, gauss_newton
 from minirank.curvature.output_hessian import DENSE_LIMIT
 from minirank.measure import batch_length
 
-# torch.func.hessian's own, in torch 2.13
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
-)
-
 module = importlib.import_module("minirank.curvature.gauss_newton")
-
-
-def dense_gauss_newton(model, loss_of_output, batches, name):
-    """diag(Jᵀ H J), weighted by samples, from the dense J and H; loss_of_output(y, labels) -> mean
-    loss."""
-    weight = model.get_parameter(f"{name}.weight").detach()
-    model.eval()
-    total = torch.zeros(weight.numel(), dtype=weight.dtype)
-    for x, labels in batches:
-
-        def output(w, x=x):
-            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-                return torch.func.functional_call(model, {f"{name}.weight": w}, (x,))
-
-        y = output(weight).detach()
-        J = torch.func.jacrev(output)(weight).reshape(y.numel(), weight.numel())
-        H = torch.func.hessian(lambda y, labels=labels: loss_of_output(y, labels))(y).reshape(
-            y.numel(), y.numel()
-        )
-        total += len(x) * (J.t() @ H @ J).diagonal()
-    return (total / sum(len(x) for x, _ in batches)).reshape(weight.shape)
 
 
 def smoothed(y, labels):
@@ -72,28 +47,27 @@ def mixed(y, labels):
     ).mean()
 
 
+def of_model(loss_of_output):
+    """loss(y, labels) as a loss_fn(model, batch)."""
+    return lambda model, batch: loss_of_output(model(batch[0]), batch[1])
+
+
 LOSSES = {
     f.__name__: f
     for f in (F.cross_entropy, smoothed, partly_ignored, weighted_classes, squared, binary, mixed)
 }
 
 
-def transposed_like(model, name, h):
-    return h.t() if hasattr(model.get_submodule(name), "nf") else h
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_exact_equals_the_dense_matrix(loss, case):
+def test_exact_equals_the_reference(loss, case):
     make, batches = CASES[case]
-    model, of_output = build(make), LOSSES[loss]
-    found = gauss_newton(model, lambda m, b: of_output(m(b[0]), b[1]), batches)
+    model, loss_fn = build(make), of_model(LOSSES[loss])
+    found = gauss_newton(model, loss_fn, batches)
     assert found.over == "batches"
-    for name, h in found.items():
-        dense = dense_gauss_newton(model, of_output, batches, name)
-        torch.testing.assert_close(
-            transposed_like(model, name, h), dense, rtol=1e-7, atol=1e-13, msg=name
-        )
+    expected = by_reference(reference.gauss_newton_diagonal, model, loss_fn, batches, found)
+    assert_equals(found, expected, rtol=1e-7, atol=1e-13)
+    for h in found.values():
         assert float(h.min()) >= 0
         assert float(h.max()) > 1e-6
 
@@ -128,18 +102,12 @@ def token_loss(y, labels):
 
 def test_one_prediction_per_position():
     model, batches = build(TokenModel), pairs((3, 4), (2, 3))
-    found = gauss_newton(model, lambda m, b: token_loss(m(b[0]), b[1]), batches)
-    sampled = gauss_newton(
-        model,
-        lambda m, b: token_loss(m(b[0]), b[1]),
-        batches,
-        samples=400,
-        chunk_size=100,
-        generator=seeded(),
-    )
+    loss_fn = of_model(token_loss)
+    found = gauss_newton(model, loss_fn, batches)
+    expected = by_reference(reference.gauss_newton_diagonal, model, loss_fn, batches, found)
+    assert_equals(found, expected, rtol=1e-7, atol=1e-13)
+    sampled = gauss_newton(model, loss_fn, batches, samples=400, chunk_size=100, generator=seeded())
     for name, h in found.items():
-        dense = dense_gauss_newton(model, token_loss, batches, name)
-        torch.testing.assert_close(h, dense, rtol=1e-7, atol=1e-13)
         assert abs(float(sampled[name].sum() - h.sum())) < 4.5 * sampled.standard_errors[name]
 
 
@@ -225,10 +193,9 @@ def test_an_output_of_one_number_per_sample():
         return (y - labels).square().mean()
 
     model, batches = build(Regression), pairs((5,), (4, 2))
-    for name, h in gauss_newton(model, lambda m, b: error(m(b[0]), b[1]), batches).items():
-        torch.testing.assert_close(
-            h, dense_gauss_newton(model, error, batches, name), rtol=1e-8, atol=1e-14
-        )
+    found = gauss_newton(model, of_model(error), batches)
+    expected = by_reference(reference.gauss_newton_diagonal, model, of_model(error), batches, found)
+    assert_equals(found, expected, rtol=1e-8, atol=1e-14)
 
 
 class LossInside(nn.Module):
@@ -317,33 +284,22 @@ def test_samples_that_meet_inside_the_network_are_detected():
         gauss_newton(model, classify, batches)
     with pytest.raises(ValueError, match="samples of a batch interact"):
         empirical_fisher(model, classify, batches)
-    for name, h in gauss_newton(model, classify, batches, independent=False).items():
-        dense = dense_gauss_newton(model, F.cross_entropy, batches, name)
-        torch.testing.assert_close(h, dense, rtol=1e-7, atol=1e-13)
+    found = gauss_newton(model, classify, batches, independent=False)
+    expected = by_reference(reference.gauss_newton_diagonal, model, classify, batches, found)
+    assert_equals(found, expected, rtol=1e-7, atol=1e-13)
 
 
 # ---- empirical Fisher --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_empirical_fisher_equals_a_loop_over_samples(case):
+def test_empirical_fisher_equals_the_reference(case):
     make, batches = CASES[case]
-    model = build(make).eval()
+    model = build(make)
     found = empirical_fisher(model, classify, batches)
-    weights = {name: model.get_parameter(f"{name}.weight") for name in found}
-    samples = [(x[i : i + 1], y[i : i + 1]) for x, y in batches for i in range(len(x))]
-    expected = {name: torch.zeros_like(w) for name, w in weights.items()}
-    for sample in samples:
-        loss = classify(model, sample)
-        for (name, w), g in zip(
-            weights.items(), torch.autograd.grad(loss, list(weights.values())), strict=True
-        ):
-            expected[name] += g.square() / len(samples)
-            assert w.grad is None
-    for name, h in found.items():
-        torch.testing.assert_close(
-            transposed_like(model, name, h), expected[name], rtol=1e-12, atol=1e-16
-        )
+    assert all(parameter.grad is None for parameter in model.parameters())
+    expected = by_reference(reference.empirical_fisher, model, classify, batches, found)
+    assert_equals(found, expected, rtol=1e-12, atol=1e-16)
     assert found.over == "batches"
     assert found.samples == len(batches)
     assert found.weights == dict.fromkeys(

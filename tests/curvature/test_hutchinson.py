@@ -10,11 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.curvature_cases import CASES, build, classify, mlp, pairs
-from helpers.dense import dense_diagonal
 from helpers.estimators import coverage_of_traces, seeded
 from torch import nn
 
-from minirank import testing
+from minirank import reference, testing
 from minirank.curvature import exact_hessian_diagonal, hutchinson_outputs, hutchinson_weights
 from minirank.curvature.sampling import random_signs
 
@@ -114,9 +113,8 @@ def test_weights_the_mean_over_all_signs_is_the_exact_diagonal_and_the_variance_
     h = hutchinson_weights(
         model, two_classes, batches, generator=seeded(), samples=count, chunk_size=count
     )
-    torch.testing.assert_close(
-        h["0"], dense_diagonal(model, two_classes, batches, "0"), rtol=1e-12, atol=1e-15
-    )
+    expected = reference.hessian_diagonal(model, two_classes, batches, ["0"])
+    torch.testing.assert_close(h["0"], expected["0"], rtol=1e-12, atol=1e-15)
 
     def loss(weight):
         return two_classes(lambda x: torch.tanh(x @ weight.t()), batches[0])
@@ -141,6 +139,24 @@ def test_unbiased_on_every_kind_of_module(estimate, case):
     for name, h in exact.items():
         assert abs(float(found[name].sum() - h.sum())) < 4.5 * found.standard_errors[name]
         assert found.standard_errors[name] < 0.6 * float(h.abs().sum())
+
+
+def test_signs_on_the_weights_have_the_mean_and_the_variance_of_the_reference():
+    """Ratios of deviations from 400 values each: 5 standard errors of 5 %."""
+    model, batches = build(mlp), pairs((5,), (6,))
+    found = hutchinson_weights(
+        model, classify, batches, generator=seeded(1), samples=400, chunk_size=100
+    )
+    generator = seeded(2)
+    singles = [
+        reference.hutchinson(model, classify, batches, list(found), generator=generator, samples=1)
+        for _ in range(400)
+    ]
+    for name, h in found.items():
+        traces = torch.stack([single[name].sum() for single in singles])
+        error = float(traces.std()) / 400**0.5
+        assert 0.75 < found.standard_errors[name] / error < 1.25
+        assert abs(float(h.sum() - traces.mean())) < 4.5 * 2**0.5 * error
 
 
 @pytest.mark.parametrize("case", CASES)

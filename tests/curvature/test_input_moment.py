@@ -7,9 +7,10 @@ import contextlib
 
 import pytest
 import torch
+from helpers.curvature_cases import assert_equals
 from torch import nn
 
-from minirank import testing
+from minirank import reference, testing
 from minirank.curvature import input_second_moment
 
 
@@ -77,6 +78,15 @@ def test_equals_the_mean_square_over_all_rows_of_unequal_batches():
     x = torch.cat(batches)
     assert torch.allclose(h["0"], x.square().mean(0), rtol=1e-14)
     assert torch.allclose(h["2"], model[0](x).relu().square().mean(0), rtol=1e-14)
+
+
+def test_equals_the_reference_with_padding_and_without():
+    model, batches = Encoder().double(), token_batches()
+    unmasked = [{"input_ids": batch["input_ids"]} for batch in batches]
+    for data in (batches, unmasked):
+        found = input_second_moment(model, loss_fn, data)
+        expected = reference.input_second_moment(model, loss_fn, data, list(found))
+        assert_equals(found, expected, rtol=1e-13, atol=0)
 
 
 def test_is_the_hessian_diagonal_of_a_linear_layer_under_squared_error():

@@ -69,6 +69,25 @@ def pairs(shape, sizes, tokens=False):
     return batches
 
 
+def by_reference(function, model, loss_fn, batches, names):
+    """A reference's {name: (d_out, d_in)}; it keeps the layout of the weight, Conv1D's being
+    transposed."""
+    diagonals = function(model, loss_fn, batches, list(names))
+    return {
+        name: h.t() if isinstance(model.get_submodule(name), Conv1DLike) else h
+        for name, h in diagonals.items()
+    }
+
+
+def assert_equals(estimate, expected, rtol, atol):
+    """Two results {name: diagonal} agree for every layer."""
+    assert estimate.keys() == expected.keys()
+    for name, diagonal in expected.items():
+        torch.testing.assert_close(
+            estimate[name], diagonal, rtol=rtol, atol=atol, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
 def siamese():
     class Siamese(nn.Module):
         def __init__(self):

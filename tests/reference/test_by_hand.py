@@ -218,7 +218,7 @@ def test_curvature_of_one_weight():
 
 
 def test_the_models_own_curvature_is_left_out_of_gauss_newton():
-    """y = w² x, L = (y − t)²: ∂²L/∂w² = 2 (2wx)² + 2 (y − t) 2x; Gauss-Newton has the first term."""
+    """y = w² x, L = (y − t)²: ∂²L/∂w² = 2 (2wx)² + 2 (y − t) 2x; Gauss-Newton: the first term."""
 
     class Square(nn.Module):
         def __init__(self):

@@ -1,4 +1,5 @@
-"""Every reference file stands alone: it imports torch and the standard library, and shows itself."""
+"""Every reference file stands alone: it imports torch and the standard library, and shows its
+work."""
 
 from __future__ import annotations
 
