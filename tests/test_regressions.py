@@ -62,10 +62,10 @@ Curvature and budgets: the fault elsewhere, and the test here
         test_fast_diagonal_equals_...[encoder layer], test_input_moment:
         test_the_transformer_fast_path_does_not_...
     BackPACK: no GELU, LayerNorm, branches, attention
-        test_hessian: test_fast_diagonal_equals_the_dense_hessian,
-        test_reference_equals_the_dense_hessian
+        test_hessian: test_fast_diagonal_equals_the_reference,
+        test_entry_by_entry_equals_the_reference
     curvlinops: exact only through H @ I
-        test_hessian: test_fast_diagonal_equals_the_dense_hessian
+        test_hessian: test_fast_diagonal_equals_the_reference
     estimators draw from the global generator
         test_hutchinson: test_the_generator_alone_decides, test_input_moment:
         test_the_model_and_the_rng_are_as_before_...
