@@ -175,7 +175,7 @@ def test_the_smooth_effective_rank_rounds_up_to_the_count(entries, share):
 
 
 def test_the_smooth_effective_rank_does_not_jump_where_the_count_does():
-    """Of 4, 4, 2: two entries reach 0.8 of the sum, and a little more takes a little of the third."""
+    """Of 4, 4, 2: two entries reach 0.8 of the sum. More than that takes a part of the third."""
     h = torch.tensor([4.0, 4.0, 2.0], dtype=torch.float64)
     for share, smooth, count in ((0.6, 1.5, 2), (0.8, 2.0, 2), (0.801, 2.005, 3), (1.0, 3.0, 3)):
         assert interpolated_effective_rank(h, share).item() == pytest.approx(smooth, rel=1e-12)
