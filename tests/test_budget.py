@@ -1,5 +1,5 @@
-"""budget.py: exact sums, bounds and tie-breaks, against closed forms, exhaustive search and random
-hostile scores."""
+"""budget.py: exact sums, bounds and tie-breaks, against closed forms, exhaustive search, random
+hostile scores and the reference."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minirank import reference
 from minirank.budget import best_ranks, proportional_ranks
 
 HOSTILE = st.one_of(
@@ -19,6 +20,9 @@ HOSTILE = st.one_of(
     st.sampled_from([5e-324, 1e-300, 1e300, 1.7976931348623157e308, 0.1, 0.3]),
     st.floats(0, 1e6),
 )
+
+
+IN_PARAMETERS = st.booleans()
 
 
 def bounds(names, low=0, high=100):
@@ -131,6 +135,28 @@ def test_parameter_budget_is_never_exceeded_and_leaves_no_room(problem, data):
     assert not [n for n in scores if ranks[n] < upper[n] and costs[n] <= left]
 
 
+@settings(max_examples=600, deadline=None)
+@given(problems(), IN_PARAMETERS, st.data())
+def test_shares_against_the_reference(problem, in_parameters, data):
+    scores, costs, lower, upper = problem
+    costs = costs if in_parameters else dict.fromkeys(scores, 1)
+    least, most = (sum(bound[n] * costs[n] for n in scores) for bound in (lower, upper))
+    budget = data.draw(st.integers(least, most))
+    options = {"costs": costs if in_parameters else None, "lower": lower, "upper": upper}
+    expected = reference.ranks_from_shares(scores, budget, **options)
+    assert proportional_ranks(scores, budget, **options) == expected
+
+
+def test_without_bounds_only_the_budget_counts():
+    scores = {"a": 2.0, "b": 1.0}
+    assert proportional_ranks(scores, 9) == {"a": 6, "b": 3}
+    assert proportional_ranks(scores, 9) == reference.ranks_from_shares(scores, 9)
+    assert proportional_ranks(scores, 9, lower={"a": 0, "b": 5}) == {"a": 4, "b": 5}
+    assert best_ranks({"a": [2.0, 1.0], "b": [3.0]}, 2) == {"a": [True, False], "b": [True]}
+    with pytest.raises(ValueError, match="above the 3 that all modules"):
+        best_ranks({"a": [2.0, 1.0], "b": [3.0]}, 4)
+
+
 @settings(max_examples=300, deadline=None)
 @given(problems(st.floats(0.01, 100)), st.data())
 def test_every_rank_is_within_one_of_its_ideal_share(problem, data):
@@ -211,6 +237,8 @@ def test_kept_ranks_use_the_budget_and_no_better_rank_is_left_out(problem, in_pa
         scores, budget, costs=costs if in_parameters else None, lower=lower, upper=upper
     )
 
+    options = {"costs": costs if in_parameters else None, "lower": lower, "upper": upper}
+    assert kept == reference.best_ranks(scores, budget, **options)
     ranks = {n: sum(mask) for n, mask in kept.items()}
     left = budget - sum(ranks[n] * cost[n] for n in scores)
     assert all(lower[n] <= ranks[n] <= most[n] for n in scores)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import pickle
 import re
+import weakref
 
 import pytest
 import torch
@@ -135,6 +137,55 @@ def test_scores_per_rank_go_stale_when_ranks_change():
     resize(model, allocator.allocate(4))
     with pytest.raises(RuntimeError, match="stale: '2' was resized"):
         allocator.allocate(4)
+
+
+def test_a_layer_that_is_swapped_for_one_of_the_same_rank_is_noticed():
+    model = mlp()
+    wrap(model, {"0": 3, "2": 2})
+    allocator = scored(model, {"0": [0.1, 5.0, 0.2], "2": [0.3, 0.0]}, RankScores)
+    resize(model, {"0": 2})
+    resize(model, {"0": 3})
+    with pytest.raises(RuntimeError, match="stale: '0' was resized"):
+        allocator.allocate(4)
+
+
+def test_scores_do_not_keep_old_parameters_alive():
+    model = mlp()
+    wrap(model, {"0": 3, "2": 2})
+    allocator = scored(model, {"0": [0.1, 5.0, 0.2], "2": [0.3, 0.0]}, RankScores)
+    old = weakref.ref(lora_layers(model)["0"].lora_A)
+    assert old() is not None
+    resize(model, {"0": 2})
+    assert old() is None
+    with pytest.raises(RuntimeError, match="stale: '0' was resized"):
+        allocator.allocate(4)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_of_model_and_allocator_knows_its_scores(clone):
+    model = mlp()
+    wrap(model, {"0": 3, "2": 2})
+    allocator = scored(model, {"0": [0.1, 5.0, 0.2], "2": [0.3, 0.0]}, RankScores)
+    twin = clone(allocator)
+    assert twin.allocate(3) == allocator.allocate(3)
+    resize(twin.model, {"0": 1})
+    with pytest.raises(RuntimeError, match="stale: '0' was resized"):
+        twin.allocate(3)
+    assert allocator.allocate(3).total_rank == 3
+
+
+def test_scores_of_the_wrong_kind_are_told_so():
+    with pytest.raises(ValueError, match=r"'0' has shape \(2,\): expected one share, \(\)"):
+        scored(mlp(), {"0": [1.0, 2.0], "2": 1.0}).allocate(2)
+    model = mlp()
+    wrap(model, {"0": 3})
+    for scores, match in (
+        ({"0": [1.0, 2.0]}, r"'0' has shape \(2,\): expected one score per existing rank, \(3,\)"),
+        ({"0": 1.0}, r"'0' has shape \(\)"),
+        ({"2": [1.0, 2.0]}, "expected scores of LoRA layers, and '2' is none"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            scored(model, scores, RankScores)
 
 
 def test_shares_of_a_layer_that_is_gone_are_stale():

@@ -12,7 +12,7 @@ from helpers.models import TOKENS, assert_unchanged, snapshot, wrapped
 from torch import nn
 from torch.optim import lr_scheduler
 
-from minirank import L1RA, lora_layers, merge, resize, wrap
+from minirank import L1RA, lora_layers, merge, reference, resize, wrap
 from minirank.allocators.gates import shrink
 
 RANKS = {"body.up": 2, "body.conv": 3, "blocks.0.0": 1, "like": 4}
@@ -78,6 +78,7 @@ def test_the_proximal_step_minimises_its_objective():
     for t in (0.0, 0.05, 0.3, 2.0):
         gates = [c.clone()]
         shrink(gates, t)
+        assert torch.equal(gates[0], reference.l1ra_shrink([c], t)[0])
         objective = 0.5 * (z - c[:, None]) ** 2 + t * z.abs()
         torch.testing.assert_close(gates[0], z[objective.argmin(1)], rtol=0, atol=3e-4)
 
@@ -311,6 +312,36 @@ def test_manual_use_scores_allocates_resizes_and_training_goes_on():
         l1ra.allocate(10)
     assert sum(train_step(model, optimizer, l1ra).ranks.values()) == 10  # the object's own budget
     train_step(model, optimizer, l1ra)
+
+
+def test_allocate_and_updates_have_the_same_lower_bound():
+    model, layers, optimizer, l1ra = made(torch.optim.SGD, interval=1, l1=0.0)
+    set_gates(layers, {"body.up": [0.0, 0.0]})
+    l1ra.score()
+    planned = l1ra.allocate(10)
+    assert planned.ranks["body.up"] == 1
+    assert still_step(model, optimizer, l1ra).ranks == planned.ranks
+    l1ra.score()
+    with pytest.raises(ValueError, match="below the 4 that min_rank takes"):
+        l1ra.allocate(3)
+    assert l1ra.allocate(3, min_rank=0).total_rank == 3
+
+
+def test_updates_and_scores_do_not_touch_each_other():
+    model, layers, optimizer, l1ra = made(torch.optim.SGD, interval=1, l1=0.0)
+    with pytest.raises(RuntimeError, match="call score"):
+        l1ra.allocate(10)  # the constructor's check left no scores behind
+    l1ra.score()
+    scored = l1ra.allocate(8)
+    set_gates(layers, {"like": [0.9, 0.2, 0.3, 0.4]})
+    assert not still_step(model, optimizer, l1ra).pruned
+    assert l1ra.allocate(8) == scored  # of the gates when they were scored
+    l1ra.score()
+    assert l1ra.allocate(8) != scored
+    set_gates(layers, {"like": [0.9, 0.0, 0.3, 0.4]})
+    assert still_step(model, optimizer, l1ra).pruned == {"like": 1}
+    with pytest.raises(RuntimeError, match=r"the scores are stale: 'body\.up' was resized"):
+        l1ra.allocate(8)
 
 
 def test_a_merged_model_is_not_moved():

@@ -398,6 +398,15 @@ def test_a_state_may_have_been_loaded_onto_an_accelerator():
     assert torch.equal(fresh.generator.get_state(), state["generator"])
 
 
+def test_a_state_of_version_0_1_says_rank_for_ranks():
+    state = start()[-1].state_dict()
+    state["options"]["unit"] = "rank"
+    fresh = start()[-1]
+    fresh.load_state_dict(state)
+    assert fresh.unit == "ranks"
+    assert state["options"]["unit"] == "rank"  # the caller's own
+
+
 def test_a_state_between_the_optimizers_step_and_ours_is_complete():
     runs = []
     for saves in (False, True):

@@ -1,14 +1,15 @@
-"""reassign.py: L1RA's rule against a simulation written from its words, and what must hold whatever
-the gates."""
+"""reassign.py: L1RA's rule against the reference, and what must hold whatever the gates."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minirank import reference
 from minirank.allocators.reassign import reassign
 
 
@@ -25,58 +26,17 @@ def run(gates, budget=None, *, lower=1, upper=9, **options):
     )
 
 
-def simulated(gates, budget, costs, lower, upper, threshold):
-    """The rule in its own words, one rank at a time."""
-    alive = {name: list(enumerate(values)) for name, values in gates.items()}
-
-    def weakest(name):
-        return min(alive[name], key=lambda rank: (rank[1], -rank[0]))
-
-    def price():
-        return sum(max(len(ranks), lower[name]) * costs[name] for name, ranks in alive.items())
-
-    for name in gates:
-        while len(alive[name]) > upper[name]:
-            alive[name].remove(weakest(name))
-        while len(alive[name]) > lower[name] and weakest(name)[1] <= threshold:
-            alive[name].remove(weakest(name))
-    while price() > budget:
-        able = [name for name in gates if len(alive[name]) > lower[name]]
-        name = min(able, key=lambda n: (weakest(n)[1], -list(gates).index(n)))
-        alive[name].remove(weakest(name))
-    total = {name: max(len(alive[name]), lower[name]) for name in gates}
-    smallest = {name: weakest(name)[1] if alive[name] else -math.inf for name in gates}
-    ordered = sorted(gates, key=lambda name: -smallest[name])
-    intact = [
-        n
-        for n in ordered
-        if len(alive[n]) == len(gates[n]) and not [g for g in gates[n] if g <= threshold]
-    ]
-    for receivers in (intact, [name for name in ordered if name not in intact]):
-        while True:
-            served = False
-            for name in receivers:
-                spent = sum(total[n] * costs[n] for n in gates)
-                if total[name] < upper[name] and spent + costs[name] <= budget:
-                    total[name] += 1
-                    served = True
-            if not served:
-                break
-    return total, {
-        name: [i in dict(alive[name]) for i in range(len(gates[name]))] for name in gates
-    }
-
-
+BOOLEANS = st.booleans()
 GATE = st.sampled_from([0.0, 0.0, 0.0, 0.1, 0.25, 0.5, 0.9, 1.0, 1.0])
 
 
 @st.composite
-def cases(draw):
+def cases(draw, with_costs=BOOLEANS):
     names = [f"m{i}" for i in range(draw(st.integers(1, 5)))]
     upper = {name: draw(st.integers(0, 6)) for name in names}
     lower = {name: draw(st.integers(0, min(2, upper[name]))) for name in names}
     gates = {name: draw(st.lists(GATE, max_size=7)) for name in names}
-    in_parameters = draw(st.booleans())
+    in_parameters = draw(with_costs)
     costs = {name: draw(st.integers(1, 9)) if in_parameters else 1 for name in names}
     least, most = (sum(bound[n] * costs[n] for n in names) for bound in (lower, upper))
     budget = draw(st.integers(least, most))
@@ -92,11 +52,12 @@ def cases(draw):
 
 @settings(max_examples=1500, deadline=None)
 @given(case=cases())
-def test_against_the_simulation_and_the_invariants(case):
+def test_against_the_reference_and_the_invariants(case):
     gates, budget, costs, lower, upper, threshold = case
-    result = reassign(gates, budget, costs=costs, lower=lower, upper=upper, threshold=threshold)
+    result = reassign(gates, budget, lower, upper, costs=costs, threshold=threshold)
+    if costs is None:
+        assert result == reference.l1ra_reassign(gates, budget, lower, upper, threshold)
     ones = costs or dict.fromkeys(gates, 1)
-    assert result == simulated(gates, budget, ones, lower, upper, threshold)
     spent = sum(rank * ones[name] for name, rank in result.ranks.items())
     assert spent == budget if costs is None else spent <= budget
     assert not [
@@ -107,10 +68,72 @@ def test_against_the_simulation_and_the_invariants(case):
         assert len(result.keep[name]) == len(gates[name])
         assert sum(result.keep[name]) <= rank
         kept = [gate for gate, keep in zip(gates[name], result.keep[name], strict=True) if keep]
-        fallen = [
+        pruned = [
             gate for gate, keep in zip(gates[name], result.keep[name], strict=True) if not keep
         ]
-        assert not kept or not fallen or max(fallen) <= min(kept)
+        assert not kept or not pruned or max(pruned) <= min(kept)
+
+
+@settings(max_examples=300, deadline=None)
+@given(case=cases(), cost=st.integers(1, 9), rest=st.integers(0, 8))
+def test_equal_costs_divide_the_budget(case, cost, rest):
+    gates, _, _, lower, upper, threshold = case
+    ranks = (sum(lower.values()) + sum(upper.values())) // 2
+    rest = min(rest, cost - 1) if ranks < sum(upper.values()) else 0
+    result = reassign(
+        gates,
+        ranks * cost + rest,
+        lower,
+        upper,
+        costs=dict.fromkeys(gates, cost),
+        threshold=threshold,
+    )
+    assert result == reference.l1ra_reassign(gates, ranks, lower, upper, threshold)
+
+
+@settings(max_examples=600, deadline=None)
+@given(case=cases(st.just(True)))
+def test_with_costs_ranks_are_pruned_in_the_order_of_the_reference(case):
+    """The masks are those of the largest budget in ranks, from what the threshold leaves down,
+    whose ranks can be paid."""
+    gates, budget, costs, lower, upper, threshold = case
+    keep = reassign(gates, budget, lower, upper, costs=costs, threshold=threshold).keep
+    ranks = sum(upper.values())  # nothing is pruned beyond the threshold and the upper bounds
+    while True:
+        _, expected = reference.l1ra_reassign(gates, ranks, lower, upper, threshold)
+        left = {name: max(sum(mask), lower[name]) for name, mask in expected.items()}
+        if sum(left[name] * costs[name] for name in gates) <= budget:
+            break
+        ranks = sum(left.values()) - 1
+    assert keep == expected
+
+
+@settings(max_examples=600, deadline=None)
+@given(case=cases(st.just(True)))
+def test_with_costs_ranks_go_round_the_modules_in_order(case):
+    gates, budget, costs, lower, upper, threshold = case
+    ranks, keep = reassign(gates, budget, lower, upper, costs=costs, threshold=threshold)
+    given = {name: ranks[name] - max(sum(keep[name]), lower[name]) for name in gates}
+    left = budget - sum(rank * costs[name] for name, rank in ranks.items())
+
+    def smallest(name):
+        kept = [gate for gate, stays in zip(gates[name], keep[name], strict=True) if stays]
+        return min(kept, default=-math.inf)
+
+    ordered = sorted(gates, key=lambda name: -smallest(name))
+    intact = [n for n in ordered if all(keep[n]) and all(gate > threshold for gate in gates[n])]
+    others = [name for name in ordered if name not in intact]
+    for receivers in (intact, others):
+        for first, second in itertools.combinations(receivers, 2):
+            # A module falls behind only when it is full, or when the other's rank costs less.
+            if given[first] < given[second]:
+                assert ranks[first] == upper[first] or costs[first] > costs[second]
+            if given[second] < given[first] - 1:
+                assert ranks[second] == upper[second] or costs[second] > costs[first]
+    # The others get what no intact module could take.
+    after_intact = left + sum(given[name] * costs[name] for name in others)
+    for name in intact:
+        assert ranks[name] == upper[name] or costs[name] > after_intact
 
 
 def test_the_papers_rule():

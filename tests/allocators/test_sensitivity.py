@@ -1,18 +1,16 @@
-"""sensitivity.py: each equation against an independent NumPy transcription of the paper, then the
-allocator."""
+"""sensitivity.py: the equations by hand and against the reference, then the allocator."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from minirank import SensitivityLoRA, curvature
+from minirank import LoRALinear, SensitivityLoRA, curvature, reference, unwrap, wrap
 from minirank.allocators.sensitivity import (
     effective_rank,
     matrix_metrics,
@@ -29,27 +27,6 @@ def sensitivity_metrics(diagonals, topk_fraction=0.5, effective_share=0.85):
     return of_matrices(matrix_metrics(diagonals, topk_fraction, effective_share))
 
 
-def paper_theta(diagonals, topk=0.5, share=0.85):
-    """Eqs 8–14 transcribed a second time, with NumPy and loops. Diagonals are nonnegative."""
-    S_g, S_topk, S_er = [], [], []
-    for h in diagonals:
-        h = sorted(np.asarray(h, dtype=np.float64).ravel().tolist(), reverse=True)
-        S_g.append(math.fsum(h))
-        k = max(1, int(len(h) * topk))
-        S_topk.append(math.fsum(h[:k]) / k)
-        total, running, count = math.fsum(h), 0.0, 0
-        while count < len(h) and running < share * total:
-            running += h[count]
-            count += 1
-        S_er.append(count)
-
-    def weight(values):
-        return np.std(values) / np.mean(values) ** 2
-
-    S_l = weight(S_topk) * np.array(S_topk) + weight(S_er) * np.array(S_er)
-    return weight(S_g) * np.array(S_g) + weight(S_l) * S_l
-
-
 # ---- the equations -----------------------------------------------------------------------------
 
 
@@ -63,17 +40,30 @@ def test_metrics_of_a_diagonal_worked_by_hand():
     assert weighted(torch.tensor([1.0, 3.0])).tolist() == [0.25, 0.75]  # Eq 11: σ = 1, μ = 2
 
 
+def test_theta_worked_by_hand():
+    """S_g = 4, 12 has σ/μ² = 4/8²; S_topk = 4, 8 has 2/6²; S_er = 1, 2 has (1/2)/(3/2)². So S_l =
+    4/9, 8/9, of which σ/μ² is 1/2."""
+    diagonals = {"a": torch.tensor([4.0, 0.0]), "b": torch.tensor([8.0, 4.0])}
+    metrics = sensitivity_metrics(diagonals.values())
+    assert metrics.local.tolist() == pytest.approx([4 / 9, 8 / 9], rel=1e-14)
+    assert metrics.theta.tolist() == pytest.approx([17 / 36, 43 / 36], rel=1e-14)
+    theta = reference.sensitivity_theta(diagonals)
+    assert theta["b"] / theta["a"] == pytest.approx(43 / 17, rel=1e-14)
+
+
 @pytest.mark.parametrize(("topk", "share"), [(0.5, 0.85), (1 / 3, 0.8), (1.0, 1.0)])
 @pytest.mark.parametrize("seed", range(5))
-def test_theta_equals_an_independent_transcription(seed, topk, share):
-    rng = np.random.default_rng(seed)
-    diagonals = [
-        rng.exponential(10.0 ** rng.integers(-3, 3), size=n) for n in rng.integers(1, 200, size=7)
-    ]
-    ours = sensitivity_metrics(
-        [torch.tensor(h) for h in diagonals], topk_fraction=topk, effective_share=share
-    )
-    np.testing.assert_allclose(ours.theta.numpy(), paper_theta(diagonals, topk, share), rtol=1e-12)
+def test_theta_equals_the_reference(seed, topk, share):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(1, 200, (7,), generator=generator).tolist()
+    scales = 10.0 ** torch.randint(-3, 3, (7,), generator=generator)
+    diagonals = {
+        str(i): -scale * torch.rand(n, generator=generator, dtype=torch.float64).log()
+        for i, (n, scale) in enumerate(zip(sizes, scales, strict=True))
+    }
+    ours = sensitivity_metrics(diagonals.values(), topk_fraction=topk, effective_share=share)
+    expected = reference.sensitivity_theta(diagonals, topk, share)
+    assert ours.theta.tolist() == pytest.approx(list(expected.values()), rel=1e-12)
 
 
 def test_the_shape_of_a_diagonal_does_not_matter():
@@ -150,10 +140,11 @@ def test_score_is_theta_of_the_input_second_moment():
     allocator = SensitivityLoRA(model, loss_fn, batches, progress=False)
     scores = allocator.score()
     x = torch.cat(batches)
-    expected = paper_theta([x.square().mean(0), model[1](model[0](x)).detach().square().mean(0)])
+    moments = {"0": x.square().mean(0), "2": model[1](model[0](x)).detach().square().mean(0)}
+    expected = reference.sensitivity_theta(moments)
     assert list(scores) == ["0", "2"]
     assert all(score.shape == () for score in scores.values())
-    np.testing.assert_allclose([float(s) for s in scores.values()], expected, rtol=1e-12)
+    assert {n: float(s) for n, s in scores.items()} == pytest.approx(expected, rel=1e-12)
     assert set(allocator.metrics["0"]) == {"trace", "topk_mean", "effective_rank", "local", "theta"}
     assert allocator.metrics["2"]["theta"] == float(scores["2"])
     assert torch.allclose(allocator.curvatures["0"], x.square().mean(0), rtol=1e-14)
@@ -235,12 +226,30 @@ def test_options_out_of_range_are_errors(option):
         ({"loss_fn": "mse"}, "loss_fn must be a function, got str"),
         ({"curvature": {"0": torch.ones(6)}}, "curvature must be a function, got dict"),
         ({"batches": 3}, "batches must be an iterable of what loss_fn takes, got one int"),
+        ({"batches": {"x": 3}}, r"what loss_fn takes, got one dict: put a single batch in a list"),
     ],
 )
 def test_arguments_of_the_wrong_kind_are_told_at_once(change, match):
     model, batches = model_and_batches()
     with pytest.raises(TypeError, match=match):
         SensitivityLoRA(model, **{"loss_fn": loss_fn, "batches": batches, **change})
+
+
+def test_layers_that_have_an_adapter_already_are_named():
+    model, batches = model_and_batches()
+    wrap(model, {"0": 2})
+    with pytest.warns(UserWarning, match=r"'0' will get no rank here.*unwrap\(model\) first"):
+        allocator = SensitivityLoRA(model, loss_fn, batches, progress=False)
+    assert allocator.score().keys() == {"2"}
+    # filterwarnings = error: where the other layers were named, nobody is warned.
+    assert SensitivityLoRA(model, loss_fn, batches, targets="2").targets.keys() == {"2"}
+    assert SensitivityLoRA(model, loss_fn, batches, targets=nn.Linear).targets.keys() == {"2"}
+    assert isinstance(model[0], LoRALinear)
+    wrap(model, {"2": 1})
+    with pytest.raises(ValueError, match=r"every linear layer has an adapter \('0', '2'\)"):
+        SensitivityLoRA(model, loss_fn, batches)
+    unwrap(model)
+    assert SensitivityLoRA(model, loss_fn, batches).targets.keys() == {"0", "2"}
 
 
 def test_progress_shows_a_bar_and_can_be_switched_off(capsys):

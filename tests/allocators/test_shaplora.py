@@ -1,4 +1,4 @@
-"""shaplora.py: Eqs 6–10 against plain loops, the facts that follow from them, and the ranks that
+"""shaplora.py: Eqs 6–10 against the reference, the facts that follow from them, and the ranks that
 they give."""
 
 from __future__ import annotations
@@ -10,7 +10,16 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.models import randomize
-from helpers.shaplora_cases import PLAYERS, RANKS, SCALING, data, flat, loss_fn, scored, trained
+from helpers.shaplora_cases import (
+    PLAYERS,
+    RANKS,
+    data,
+    flat,
+    loss_fn,
+    sample_of_sans,
+    scored,
+    trained,
+)
 from torch import nn
 
 from minirank import ShapLoRA, lora_layers, resize, wrap
@@ -21,52 +30,11 @@ from minirank.shapley import coalition_masks, exact_shapley_values
 # ---- the equations ------------------------------------------------------------------------------
 
 
-def oracle(model, batches, masks):
-    """Eqs 6–10 a second time: the network written out, one loss over all samples, loops over every
-    entry."""
-    x, y = (torch.cat(part) for part in zip(*batches, strict=True))
-    norm = model.norm
-    san_of_coalition = []
-    for mask in masks:
-        parts = {}
-        position = 0
-        for name in RANKS:
-            layer = getattr(model, name)
-            inside = mask[position : position + layer.rank].double()
-            position += layer.rank
-            values = (layer.gate.detach() * inside, layer.lora_B.detach(), layer.lora_A.detach())
-            parts[name] = [v.clone().requires_grad_() for v in values]
-
-        def apply(name, h, parts=parts):
-            gate, P, Q = parts[name]
-            W, b = getattr(model, name).base.weight, getattr(model, name).base.bias
-            z = h @ (W if name == "mid" else W.T) + (0 if b is None else b)
-            for i in range(len(gate)):
-                z = z + SCALING * gate[i] * torch.outer(h @ Q[i], P[:, i])
-            return z
-
-        h = torch.tanh(apply("up", x))
-        h = (h - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
-        ((apply("down", torch.tanh(apply("mid", h))) - y) ** 2).mean().backward()
-        sans = []
-        for (gate, P, Q), (g_gate, g_P, g_Q) in [
-            ([v.detach() for v in p], [v.grad for v in p]) for p in parts.values()
-        ]:
-            for i in range(len(gate)):
-                of_P = [abs(float(P[j, i] * g_P[j, i])) for j in range(len(P))]
-                of_Q = [abs(float(Q[i, j] * g_Q[i, j])) for j in range(Q.shape[1])]
-                sans.append(
-                    abs(float(gate[i] * g_gate[i])) + sum(of_P) / len(of_P) + sum(of_Q) / len(of_Q)
-                )
-        san_of_coalition.append(sans)
-    return torch.tensor(san_of_coalition, dtype=torch.float64)
-
-
 @pytest.mark.parametrize("coalitions", [18, 90])
-def test_scores_and_standard_errors_equal_plain_loops(coalitions):
+def test_scores_and_standard_errors_equal_the_reference(coalitions):
     model = trained()
     scores, allocator = scored(model, coalitions=coalitions, generator=5)
-    sample = oracle(model, data(), coalition_masks(PLAYERS, coalitions, generator=5))
+    sample = sample_of_sans(model, data(), coalition_masks(PLAYERS, coalitions, generator=5))
     assert {name: score.shape for name, score in scores.items()} == {
         name: (r,) for name, r in RANKS.items()
     }
@@ -83,7 +51,7 @@ def test_scores_and_standard_errors_equal_plain_loops(coalitions):
 def test_no_coalitions_is_the_plain_sensitivity():
     model = trained()
     scores, allocator = scored(model, coalitions=0)
-    expected = oracle(model, data(), [torch.ones(PLAYERS, dtype=torch.bool)])[0]
+    expected = sample_of_sans(model, data(), torch.ones(1, PLAYERS, dtype=torch.bool))[0]
     torch.testing.assert_close(flat(scores), expected, rtol=1e-12, atol=0)
     assert allocator.standard_errors == {}
 

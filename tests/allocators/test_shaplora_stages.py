@@ -191,6 +191,20 @@ def test_an_untrained_model_is_told_so(importance):
         allocator.score()
 
 
+@pytest.mark.parametrize("coalitions", [0, 18])
+def test_an_untrained_model_with_gates_of_one_is_told_so(coalitions):
+    """B is zero, and every product of a parameter with its gradient too."""
+    model = Net().double()
+    wrap(model, RANKS, gate=1.0)
+    before = snapshot(model)
+    allocator = ShapLoRA(model, loss_fn, data(), coalitions=coalitions, progress=False)
+    with pytest.raises(ValueError, match=r"every rank is exactly zero.*: train the model first"):
+        allocator.score()
+    with pytest.raises(RuntimeError, match="call score"):
+        allocator.allocate(3)
+    assert_unchanged(model, before)
+
+
 def test_one_trained_gate_is_enough():
     model = Net().double()
     layers = wrap(model, RANKS, gate=0.0)
@@ -225,6 +239,11 @@ def test_frozen_after_it_was_made():
             {"batches": 3},
             TypeError,
             "batches must be an iterable of what loss_fn takes, got one int",
+        ),
+        (
+            {"batches": {"x": 3}},
+            TypeError,
+            r"what loss_fn takes, got one dict: put a single batch in a list, \[batch\]",
         ),
     ],
 )

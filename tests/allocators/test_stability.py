@@ -3,6 +3,7 @@ SensitivityLoRA reports."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -173,6 +174,14 @@ def test_the_smooth_effective_rank_rounds_up_to_the_count(entries, share):
         assert abs(float(nudged - smooth)) < 1e-4
 
 
+def test_the_smooth_effective_rank_does_not_jump_where_the_count_does():
+    """Of 4, 4, 2: two entries reach 0.8 of the sum. More than that takes a part of the third."""
+    h = torch.tensor([4.0, 4.0, 2.0], dtype=torch.float64)
+    for share, smooth, count in ((0.6, 1.5, 2), (0.8, 2.0, 2), (0.801, 2.005, 3), (1.0, 3.0, 3)):
+        assert interpolated_effective_rank(h, share).item() == pytest.approx(smooth, rel=1e-12)
+        assert effective_rank(h, share) == count
+
+
 # ---- the report --------------------------------------------------------------------------------
 
 
@@ -341,6 +350,52 @@ def test_settle_stops_where_it_was_told_to():
         assert groups_after == whole.stability(60).groups
         assert one.allocate(60) == whole.allocate(60)
     assert width(taken[2]) > 1.5 * width(taken[0])  # fewer batches
+
+
+def results_of(one):
+    """What a run leaves behind: scores by their allocation, metrics, diagonals and stability."""
+    diagonals = {name: h.clone() for name, h in one.curvatures.items()}
+    return one.allocate(12), copy.deepcopy(one.metrics), diagonals, one.stability(12)
+
+
+@pytest.mark.parametrize("fails_at", [2, 11, 37])
+@pytest.mark.parametrize("call", ["settle", "score"])
+def test_a_run_that_fails_leaves_the_results_of_the_one_before(fails_at, call):
+    model, batches = model_and_batches(40)
+    one = allocator(model, batches, groups=4)
+    one.score()
+    before = results_of(one)
+    assert before[-1].batches == 40
+
+    def broken():
+        yield from model_and_batches(fails_at, seed=5)[1]
+        raise OSError("the disk is on fire")
+
+    one.batches = broken()
+    with pytest.raises(OSError, match="on fire"):
+        # max_moved=-1 is never reached, so that settle asks and goes on.
+        one.settle(12, max_moved=-1) if call == "settle" else one.score()
+    after = results_of(one)
+    assert after[:2] == before[:2]
+    assert after[3] == before[3]
+    assert all(torch.equal(after[2][name], h) for name, h in before[2].items())
+    one.batches = iter(batches[:3])  # too few to tell how sure the ranks are
+    with pytest.raises(ValueError, match="3 batches are too few"):
+        one.settle(12)
+    assert results_of(one)[3] == before[3]
+
+
+def test_settle_answers_from_the_batches_that_it_took():
+    model, batches = model_and_batches(40)
+    one = allocator(model, batches, groups=4)
+    one.score()
+    whole = results_of(one)
+    result = one.settle(12, max_moved=12)
+    assert result.batches == 4
+    first_four = allocator(model, batches[:4], groups=4)
+    first_four.score()
+    assert results_of(one)[1] == results_of(first_four)[1] != whole[1]
+    assert results_of(one)[3] == results_of(first_four)[3] == result
 
 
 def test_settle_at_the_end_of_the_batches_says_how_far_it_came():

@@ -6,7 +6,7 @@ import torch
 from helpers.models import Conv1DLike, LinearLike, randomize
 from torch import nn
 
-from minirank import ShapLoRA, wrap
+from minirank import ShapLoRA, reference, wrap
 
 RANKS = {"up": 3, "mid": 2, "down": 2}
 PLAYERS = 7
@@ -14,7 +14,8 @@ SCALING = 1.5
 
 
 class Net(nn.Module):
-    """A nested linear, a transposed one and a look-alike, with things that differ between training and evaluation."""
+    """A nested linear, a transposed one and a look-alike, with layers that differ between training
+    and evaluation."""
 
     def __init__(self, dropout=0.5):
         super().__init__()
@@ -68,3 +69,35 @@ def scored(model=None, batches=None, loss=loss_fn, **options):
 
 def flat(scores):
     return torch.cat(list(scores.values()))
+
+
+def sample_of_sans(model, batches, masks):
+    """SAN of every rank in every coalition by the reference: (coalitions, players)."""
+    loss, parameters = written_out(model)
+    scores = [
+        reference.shapley_sensitivity(loss, parameters, batches, mask[None]) for mask in masks
+    ]
+    return torch.stack([flat(score) for score in scores])
+
+
+def written_out(model):
+    """(loss(params, batch), params) of a `Net`: in evaluation mode, without its modules."""
+    norm = model.norm
+
+    def apply(name, x, gate, P, Q):
+        base = getattr(model, name).base
+        y = x @ (base.weight if name == "mid" else base.weight.T)
+        return y + (0 if base.bias is None else base.bias) + SCALING * ((x @ Q.T) * gate) @ P.T
+
+    def loss(params, batch):
+        x, y = batch
+        h = torch.tanh(apply("up", x, **params["up"]))
+        h = (h - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
+        h = torch.tanh(apply("mid", h, **params["mid"]))
+        return (apply("down", h, **params["down"]) - y).square().mean()
+
+    layers = {name: getattr(model, name) for name in RANKS}
+    return loss, {
+        name: {"gate": x.gate.detach(), "P": x.lora_B.detach(), "Q": x.lora_A.detach()}
+        for name, x in layers.items()
+    }
