@@ -46,13 +46,14 @@ def draw_table(ranks: Mapping[str, int]) -> str:
     """One line per layer and one column per kind of module, with sums in the last column and line.
 
     A heading is stacked at the dots of its name. A bar of full length is the largest rank. "·" is
-    rank 0, and a blank means that the layer has no such module.
+    rank 0, which a last line says. A blank means that the layer has no such module.
 
     >>> print(draw_table({"layer.0.query": 4, "layer.0.value": 1, "layer.1.query": 0}))
              query   value     sum
     layer.0  4 ████  1 █         5
     layer.1  ·                   0
     sum      4       1           5
+    · is rank 0: no adapter
     """
     grid = arrange(ranks)
     top = max(ranks.values(), default=0) or 1
@@ -76,6 +77,8 @@ def draw_table(ranks: Mapping[str, int]) -> str:
         for j in range(len(grid.columns))
     ]
     lines.append(line("sum", sums, sum(sums)))
+    if 0 in ranks.values():
+        lines.append("· is rank 0: no adapter")
     return "\n".join(lines)
 
 

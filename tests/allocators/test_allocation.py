@@ -258,6 +258,7 @@ def test_the_table_shows_every_rank_sums_and_totals():
         ["model.layers.1", "·", "0"],
         ["4", "█▍", "4"],
         ["sum", "2", "12", "4", "18"],
+        ["·", "is", "rank", "0:", "no", "adapter"],
     ]
     assert (
         len({line.rfind(line.split()[-1]) + len(line.split()[-1]) for line in lines[2:]}) == 1
