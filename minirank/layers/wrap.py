@@ -60,9 +60,9 @@ def wrap(
 ) -> dict[str, LoRALinear]:
     """Put a LoRALinear around each named linear layer; the model's function stays the same.
 
-    A later call on the same model adds to what trains: whatever trains then (the adapters of earlier
-    calls, the modules that they named) goes on training, and what is frozen stays frozen unless it
-    is named. The base weights of LoRA layers are frozen in every case.
+    A later call on the same model adds to what trains: whatever trains then (the adapters of
+    earlier calls, the modules that they named) goes on training, and what is frozen stays frozen
+    unless it is named. The base weights of LoRA layers are frozen in every case.
 
     Args:
         model: any module. Its layers are replaced in place.
