@@ -477,10 +477,9 @@ def main() -> None:
         f"{len(data.train)} training, {len(data.dev)} dev, {len(data.test)} test sentences, "
         f"{len(data.tags)} tags"
     )
-    unit = options.unit
     print(
         f"{sizes}; {options.steps} steps on {', '.join(options.targets)}, "
-        f"budget {options.budget:,} {unit}"
+        f"budget {options.budget:,} {options.unit}"
     )
     runs = []
     for seed in seeds:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import runpy
 from pathlib import Path
 
 import pytest
 import torch
-
-from minirank import SensitivityLoRA
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
@@ -77,10 +74,6 @@ def test_surgery(printed):
     assert "a plain Linear again, its weight unchanged: True" in text
 
 
-@pytest.mark.skipif(
-    "max_moved" not in inspect.signature(SensitivityLoRA.settle).parameters,
-    reason="settle(max_moved=) has not landed",
-)
 def test_sure_ranks(printed):
     text = printed("sure_ranks")
     given = [
