@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,8 @@ def peers() -> dict[str, Any]:
             extended, loss = extend(model), extend(nn.CrossEntropyLoss())
             with backpack(DiagHessian()):
                 loss(extended(batch[0]), batch[1]).backward()
-            diagonals = [model.get_parameter(name).diag_h.flatten() for name in weights(model)]  # type: ignore[attr-defined]
+            parameters: list[Any] = [model.get_parameter(name) for name in weights(model)]
+            diagonals = [parameter.diag_h.flatten() for parameter in parameters]
             model.zero_grad()
             return torch.cat(diagonals)
 
@@ -204,7 +206,7 @@ def main() -> None:
         ],
     }
     for title, sizes in growth.items():
-        steps: dict[str, Work] = {name: lambda m=m, b=b: ours(m, b) for name, m, b in sizes}  # type: ignore[misc]
+        steps: dict[str, Work] = {name: partial(ours, model, batch) for name, model, batch in sizes}
         results[title] = table(
             f"growth with {title}", interleaved(steps, arguments.repeats), sizes[0][0]
         )

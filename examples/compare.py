@@ -51,6 +51,7 @@ from minirank import (
     curvature,
     wrap,
 )
+from minirank.allocators.allocation import Unit
 from minirank.allocators.history import History
 from minirank.allocators.plot import fill_heat_map, whole_ticks
 from minirank.allocators.sensitivity import Curvature
@@ -69,7 +70,7 @@ FIRST_GATE_LR = 0.3
 @dataclass(frozen=True)
 class Options:
     budget: int
-    unit: str
+    unit: Unit
     targets: list[str]
     steps: int
     device: str
@@ -135,7 +136,7 @@ def sensitivity(model: Tagger, data: Data, options: Options, seed: int) -> Train
 def l1ra(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
     allocator = UniformRanks(model, options.targets)
     allocator.score()
-    start = allocator.allocate(options.budget, unit=options.unit, min_rank=1)  # type: ignore[arg-type]
+    start = allocator.allocate(options.budget, unit=options.unit, min_rank=1)
     # The scaling is that of the other methods. A starts from N(0, 1/16²), as in the authors' code.
     wrap(
         model,
@@ -176,7 +177,7 @@ def shaplora(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
     trial = copy.deepcopy(model)
     uniform_ranks = UniformRanks(trial, options.targets)
     uniform_ranks.score()
-    ranks = uniform_ranks.allocate(2 * options.budget, unit=options.unit)  # type: ignore[arg-type]
+    ranks = uniform_ranks.allocate(2 * options.budget, unit=options.unit)
     wrap(trial, ranks, scaling=SCALING, gate=0.0, trainable=["head"], generator=seed)
     optimizer = make_optimizer(trial, gate_lr=options.first_gate_lr)
     train(trial, data.train, steps=options.steps, seed=seed, optimizer=optimizer)
@@ -213,7 +214,7 @@ def allocate_then_train(
 ) -> Trained:
     start = time.perf_counter()
     allocator.score()
-    allocation = allocator.allocate(options.budget, unit=options.unit)  # type: ignore[arg-type]
+    allocation = allocator.allocate(options.budget, unit=options.unit)
     seconds = time.perf_counter() - start
     wrap(model, allocation, scaling=SCALING, trainable=["head"], generator=seed)
     return Trained(allocation, seconds, train(model, data.train, steps=options.steps, seed=seed))
