@@ -62,7 +62,9 @@ def test_a_folder_imports_only_from_folders_before_it():
     for name in MODULES:
         if name and not name.startswith("reference"):
             for other in imports(name)[0]:
-                assert not other.startswith("reference"), f"{name} imports {other}"
+                if other.startswith("reference"):
+                    assert name.startswith("testing"), f"{name} imports {other}"
+                    continue
                 assert floor(other) <= floor(name), f"{name} imports {other}, a later folder"
 
 

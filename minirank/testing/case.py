@@ -1,0 +1,106 @@
+"""Cases: arguments that an implementation is called with, and what of its outcome is compared."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .comparison import Bits
+
+Implementation = Callable[..., Any]
+
+
+class Arguments(NamedTuple):
+    """The arguments of one call."""
+
+    positional: tuple[Any, ...]
+    options: Mapping[str, Any] = {}  # by keyword
+
+
+def call(implementation: Implementation, arguments: Arguments) -> Any:
+    """The outcome of a plain call."""
+    return implementation(*arguments.positional, **arguments.options)
+
+
+@dataclass(frozen=True)
+class CaseSpec:
+    """One case of a contract, for every dtype.
+
+    Args:
+        name: short, unique in its contract: "rank 0".
+        equation: the equation or rule that it is about.
+        arguments: makes fresh arguments, with the same values at every call, tensors in float64.
+        observe: (implementation, arguments) -> what is compared: nested mappings and sequences of
+            tensors, numbers, `Bits` and `Rule`s. The reference's own outcome is the right one.
+        terms: of how many terms an entry of the outcome is a sum: what rounding may add up to.
+        floating: whether it is run for each dtype. False: once.
+        needs_gradients: whether it differentiates the implementation.
+        repeatable: whether equal arguments must give an equal outcome, and calls must not change
+            what an earlier call returned. The kit then calls three times.
+    """
+
+    name: str
+    equation: str
+    arguments: Callable[[], Arguments]
+    observe: Callable[[Implementation, Arguments], Any] = call
+    terms: float = 1.0
+    floating: bool = True
+    needs_gradients: bool = False
+    repeatable: bool = True
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What an implementation is held to.
+
+    Args:
+        name: of the reference function.
+        source: paper and equations.
+        reference: the function that gives the right outcome.
+        specs: the cases, smallest first.
+        wrong_twins: {what is wrong about it: an implementation that has that fault}. A failed
+            outcome that equals a twin's gets its sentence as a hint: "equals …".
+    """
+
+    name: str
+    source: str
+    reference: Implementation
+    specs: tuple[CaseSpec, ...]
+    wrong_twins: Mapping[str, Implementation] = field(default_factory=dict)
+
+
+def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """`value` with function(tensor) or function(module) in place of each tensor and module."""
+    if isinstance(value, (Tensor, nn.Module)):
+        return function(value)
+    if isinstance(value, Bits):
+        return Bits(function(value.tensor))
+    if isinstance(value, Arguments):
+        return Arguments(mapped(value.positional, function), mapped(value.options, function))
+    if isinstance(value, Mapping):
+        return {key: mapped(item, function) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(item, function) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(mapped(item, function) for item in value)
+    return value
+
+
+def cast(arguments: Arguments, dtype: torch.dtype, device: torch.device | str) -> Arguments:
+    """The arguments with floating-point tensors and modules in `dtype`, all of it on `device`.
+
+    Strides are kept, so that a view stays a view.
+    """
+
+    def of_one(value: Tensor | nn.Module) -> Any:
+        if isinstance(value, nn.Module):
+            return copy.deepcopy(value).to(device, dtype)
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+    result: Arguments = mapped(arguments, of_one)
+    return result

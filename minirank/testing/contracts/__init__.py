@@ -1,0 +1,22 @@
+"""The contracts: for each reference function its cases, smallest first, and its wrong twins.
+
+layer.py      lora_forward, merged_weight, resize, Layer, round_trip
+peft.py       peft_export, peft_delta_weight
+curvature.py  input_second_moment, the Hessian diagonal and its stand-ins, Hutchinson's estimate
+ranks.py      θ, whole ranks from shares, the best ranks, L1RA's rule
+shapley.py    coalitions, SAN, the Shapley sensitivity, Shapley values
+
+A case says how to make fresh arguments and what of the outcome is compared. A wrong twin is an
+implementation with one fault, under a sentence that completes "the result equals …".
+"""
+
+from ..case import Contract
+from . import curvature, layer, peft, ranks, shapley
+
+CONTRACTS: tuple[Contract, ...] = (
+    *layer.CONTRACTS,
+    *peft.CONTRACTS,
+    *curvature.CONTRACTS,
+    *ranks.CONTRACTS,
+    *shapley.CONTRACTS,
+)

@@ -1,0 +1,7 @@
+"""Contracts: peft."""
+
+from __future__ import annotations
+
+from ..case import Contract
+
+CONTRACTS: tuple[Contract, ...] = ()

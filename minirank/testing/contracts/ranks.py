@@ -1,0 +1,7 @@
+"""Contracts: ranks."""
+
+from __future__ import annotations
+
+from ..case import Contract
+
+CONTRACTS: tuple[Contract, ...] = ()
