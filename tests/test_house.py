@@ -98,7 +98,7 @@ def test_reference_files_import_torch_and_the_standard_library_alone():
 
 def test_runtime_dependencies_are_torch_safetensors_tqdm():
     allowed = {*sys.stdlib_module_names, "torch", "safetensors", "tqdm"}
-    optional = {"allocators.plot": {"matplotlib"}}
+    optional = {"allocators.plot": {"matplotlib"}, "testing.kit": {"pytest"}}
     for name in MODULES:
         assert imports(name)[1] <= allowed | optional.get(name, set()), name
 
