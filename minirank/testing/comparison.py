@@ -12,7 +12,8 @@ from torch import Tensor
 class Rule(NamedTuple):
     """An outcome that is right or wrong, where there is no number to compare.
 
-    The reference's own outcome has `holds` True. `expected` says what the rule is.
+    The reference's own outcome has `holds` True. `expected` says what the rule is. A wrong twin
+    breaks it in the same way if its `got` is the same.
     """
 
     holds: bool
@@ -86,7 +87,7 @@ def _difference(
     entry: str, exact: Any, rounded: Any, got: Any, terms: float, tolerance: float | None
 ) -> Difference:
     if isinstance(exact, Rule):
-        holds = isinstance(got, Rule) and got.holds
+        holds = isinstance(got, Rule) and (got.holds if exact.holds else got == exact)
         return Difference(entry, exact.expected, _text(got), 0.0 if holds else INFINITE, 0.0)
     if isinstance(exact, Bits):
         return _of_bits(entry, rounded.tensor, got.tensor if isinstance(got, Bits) else got)
