@@ -147,7 +147,8 @@ class Case:
         return replace(result, status="failed", hint=hint)
 
     def _result(self, worst: Difference) -> Result:
-        call = f"testing.cases(reference.{self.contract.name}, {self.name!r})[0].run(mine)"
+        folder = "testing" if ".testing." in self.contract.reference.__module__ else "reference"
+        call = f"testing.cases({folder}.{self.contract.name}, {self.name!r})[0].run(mine)"
         return Result(
             case=self.name,
             equation=self.spec.equation,
