@@ -14,6 +14,7 @@ report.py         what a check found: Report, Result, ConformanceError
 comparison.py     entry by entry: what is allowed, where the largest error is
 case.py           what a case and a contract are
 contracts/        the cases of every reference function, and wrong twins for hints
+round_trip.py     the reference of files: layers written and read, bit for bit
 allocator.py      the rules of score() and allocate(budget)
 layer.py          the function of a LoRA layer, from its plain matrices
 model_state.py    whether a block of code leaves a model as it was
@@ -27,6 +28,7 @@ from .kit import Case, cases, check, parametrize
 from .layer import check_lora_layer
 from .model_state import unchanged
 from .report import ConformanceError, Report, Result
+from .round_trip import round_trip
 
 __all__ = [
     "Case",
@@ -38,5 +40,6 @@ __all__ = [
     "check_allocator",
     "check_lora_layer",
     "parametrize",
+    "round_trip",
     "unchanged",
 ]

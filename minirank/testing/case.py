@@ -100,7 +100,16 @@ def cast(arguments: Arguments, dtype: torch.dtype, device: torch.device | str) -
     def of_one(value: Tensor | nn.Module) -> Any:
         if isinstance(value, nn.Module):
             return copy.deepcopy(value).to(device, dtype)
-        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+        return _with_strides(value, dtype if value.is_floating_point() else value.dtype, device)
 
     result: Arguments = mapped(arguments, of_one)
     return result
+
+
+def _with_strides(value: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """value.to(device, dtype), where a view with gaps or repeated entries remains such a view."""
+    if value.is_contiguous() or value.requires_grad:
+        return value.to(device, dtype)
+    length = value.untyped_storage().nbytes() // value.element_size()
+    whole = value.as_strided((length,), (1,), 0).to(device, dtype)
+    return whole.as_strided(value.shape, value.stride(), value.storage_offset())

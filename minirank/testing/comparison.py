@@ -12,7 +12,8 @@ from torch import Tensor
 class Rule(NamedTuple):
     """An outcome that is right or wrong, where there is no number to compare.
 
-    The reference's own outcome has `holds` True. `expected` says what the rule is.
+    The reference's own outcome has `holds` True. `expected` says what the rule is. A wrong twin
+    breaks it in the same way if its `got` is the same.
     """
 
     holds: bool
@@ -86,7 +87,7 @@ def _difference(
     entry: str, exact: Any, rounded: Any, got: Any, terms: float, tolerance: float | None
 ) -> Difference:
     if isinstance(exact, Rule):
-        holds = isinstance(got, Rule) and got.holds
+        holds = isinstance(got, Rule) and (got.holds if exact.holds else got == exact)
         return Difference(entry, exact.expected, _text(got), 0.0 if holds else INFINITE, 0.0)
     if isinstance(exact, Bits):
         return _of_bits(entry, rounded.tensor, got.tensor if isinstance(got, Bits) else got)
@@ -105,7 +106,7 @@ def _of_bits(entry: str, expected: Tensor, got: Any) -> Difference:
     if (expected.dtype, expected.shape) != (got.dtype, got.shape):
         return Difference(entry, _kind(expected), _kind(got), INFINITE, 0.0)
     a, b = (t.detach().cpu().contiguous().reshape(-1) for t in (expected, got))
-    unequal = (a.view(torch.uint8) != b.view(torch.uint8)).reshape(len(a), -1).any(1)
+    unequal = (a.view(torch.uint8) != b.view(torch.uint8)).reshape(len(a), a.element_size()).any(1)
     if not unequal.any():
         return Difference(entry, "the same bits", "the same bits", 0.0, 0.0)
     place = int(unequal.nonzero()[0])

@@ -49,6 +49,8 @@ class Case:
         implementation = mine if self.convert is None else converted(mine, self.convert)
         try:
             found = self._differences(implementation)
+        except CannotConvert as refusal:
+            return Result(self.name, self.equation, "skipped", hint=str(refusal))
         except BrokenRule as broken:
             return self._failed("a call without side effects", str(broken), "")
         except Exception as error:
@@ -145,7 +147,8 @@ class Case:
         return replace(result, status="failed", hint=hint)
 
     def _result(self, worst: Difference) -> Result:
-        call = f"testing.cases(reference.{self.contract.name}, {self.name!r})[0].run(mine)"
+        folder = "testing" if ".testing." in self.contract.reference.__module__ else "reference"
+        call = f"testing.cases({folder}.{self.contract.name}, {self.name!r})[0].run(mine)"
         return Result(
             case=self.name,
             equation=self.spec.equation,
@@ -161,6 +164,10 @@ class Case:
 
 class BrokenRule(Exception):
     """A rule beside the numbers is broken; the text says which."""
+
+
+class CannotConvert(Exception):
+    """The other framework has no such dtype."""
 
 
 def cases(
@@ -231,6 +238,8 @@ def check(
         gradients: differentiate `mine`, where the contract is about gradients.
         backward: your gradients, for an implementation without autograd: called with the arguments
             of the forward call and the gradient of the outcome, it returns {argument: gradient}.
+            For lora_forward: backward(x, W, b, A, B, scaling, gate, grad_y), where b and gate may
+            be None, returns "x", "A" and "B", and "gate" if there is one.
         skip: {name or glob of a case: why it is not run}.
         expected_failures: {name or glob of a case: why it fails}. One that passes is an error.
         on_fail: "raise" a ConformanceError, "warn", or None: only return the report.
@@ -353,6 +362,16 @@ def converted(mine: Implementation, convert: Convert) -> Implementation:
         return WithBackward(converted(mine.forward, convert), converted(mine.backward, convert))
     to_mine, from_mine = convert
 
+    def to_array(value: Tensor | nn.Module) -> Any:
+        if isinstance(value, nn.Module):
+            return value
+        try:
+            return to_mine(value.detach())
+        except TypeError as error:
+            if value.dtype in (torch.bfloat16, torch.float16):  # NumPy has no bfloat16
+                raise CannotConvert(f"`convert` does not take {value.dtype}: {error}") from error
+            raise
+
     def of_array(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: of_array(item) for key, item in value.items()}
@@ -360,14 +379,32 @@ def converted(mine: Implementation, convert: Convert) -> Implementation:
             return type(value)(of_array(item) for item in value)
         if isinstance(value, (bool, int, float, str, type(None), Tensor)):
             return value
+        if callable(value):  # an object with methods, such as a layer
+            return ConvertedObject(value, convert)
         return torch.as_tensor(from_mine(value))
 
     def call(*args: Any, **options: Any) -> Any:
-        given = Arguments(args, options)
-        theirs = mapped(given, lambda x: x if isinstance(x, nn.Module) else to_mine(x.detach()))
+        theirs = mapped(Arguments(args, options), to_array)
         return of_array(mine(*theirs.positional, **theirs.options))
 
     return call
+
+
+@dataclass(frozen=True)
+class ConvertedObject:
+    """An object of another framework, with its methods and attributes behind conversions."""
+
+    wrapped: Any
+    convert: Convert
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return converted(self.wrapped, self.convert)(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.wrapped, name)
+        if callable(value):
+            return converted(value, self.convert)
+        return converted(lambda: value, self.convert)()
 
 
 def _judged(case: Case, mine: Implementation, skip: Reasons, expected: Reasons) -> Result:
