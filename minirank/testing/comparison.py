@@ -18,6 +18,7 @@ class Rule(NamedTuple):
     holds: bool
     expected: str
     got: str
+    note: str = ""  # what is odd about it if it holds, a hint if it does not
 
 
 class Bits(NamedTuple):
@@ -34,7 +35,7 @@ class Difference(NamedTuple):
     got: str
     error: float
     allowed: float
-    note: str = ""  # what is odd about it, although it may pass
+    note: str = ""  # what is odd about it, although it may pass; of a Rule also why it fails
 
     @property
     def wrong(self) -> bool:
@@ -87,7 +88,8 @@ def _difference(
 ) -> Difference:
     if isinstance(exact, Rule):
         holds = isinstance(got, Rule) and got.holds
-        return Difference(entry, exact.expected, _text(got), 0.0 if holds else INFINITE, 0.0)
+        note = got.note if isinstance(got, Rule) else ""
+        return Difference(entry, exact.expected, _text(got), 0.0 if holds else INFINITE, 0.0, note)
     if isinstance(exact, Bits):
         return _of_bits(entry, rounded.tensor, got.tensor if isinstance(got, Bits) else got)
     if isinstance(exact, (Tensor, float)):
@@ -105,6 +107,8 @@ def _of_bits(entry: str, expected: Tensor, got: Any) -> Difference:
     if (expected.dtype, expected.shape) != (got.dtype, got.shape):
         return Difference(entry, _kind(expected), _kind(got), INFINITE, 0.0)
     a, b = (t.detach().cpu().contiguous().reshape(-1) for t in (expected, got))
+    if not len(a):
+        return Difference(entry, "no entry", "no entry", 0.0, 0.0)
     unequal = (a.view(torch.uint8) != b.view(torch.uint8)).reshape(len(a), -1).any(1)
     if not unequal.any():
         return Difference(entry, "the same bits", "the same bits", 0.0, 0.0)
