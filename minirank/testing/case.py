@@ -42,6 +42,7 @@ class CaseSpec:
         needs_gradients: whether it differentiates the implementation.
         repeatable: whether equal arguments must give an equal outcome, and calls must not change
             what an earlier call returned. The kit then calls three times.
+        judges_itself: the outcome consists of `Rule`s, and is not compared with the reference's.
     """
 
     name: str
@@ -52,6 +53,7 @@ class CaseSpec:
     floating: bool = True
     needs_gradients: bool = False
     repeatable: bool = True
+    judges_itself: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,15 @@ def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
 def cast(arguments: Arguments, dtype: torch.dtype, device: torch.device | str) -> Arguments:
     """The arguments with floating-point tensors and modules in `dtype`, all of it on `device`.
 
-    Strides are kept, so that a view stays a view.
+    Strides are kept, so that a view stays a view. Parameters keep their gradients.
     """
 
     def of_one(value: Tensor | nn.Module) -> Any:
         if isinstance(value, nn.Module):
-            return copy.deepcopy(value).to(device, dtype)
+            model = copy.deepcopy(value).to(device, dtype)
+            for old, new in zip(value.parameters(), model.parameters(), strict=True):
+                new.grad = None if old.grad is None else old.grad.to(device, dtype, copy=True)
+            return model
         return _with_strides(value, dtype if value.is_floating_point() else value.dtype, device)
 
     result: Arguments = mapped(arguments, of_one)

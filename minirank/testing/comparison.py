@@ -19,6 +19,7 @@ class Rule(NamedTuple):
     holds: bool
     expected: str
     got: str
+    note: str = ""  # what is odd about it if it holds, a hint if it does not
 
 
 class Bits(NamedTuple):
@@ -35,7 +36,7 @@ class Difference(NamedTuple):
     got: str
     error: float
     allowed: float
-    note: str = ""  # what is odd about it, although it may pass
+    note: str = ""  # what is odd about it, although it may pass; of a Rule also why it fails
 
     @property
     def wrong(self) -> bool:
@@ -88,7 +89,8 @@ def _difference(
 ) -> Difference:
     if isinstance(exact, Rule):
         holds = isinstance(got, Rule) and (got.holds if exact.holds else got == exact)
-        return Difference(entry, exact.expected, _text(got), 0.0 if holds else INFINITE, 0.0)
+        note = got.note if isinstance(got, Rule) else ""
+        return Difference(entry, exact.expected, _text(got), 0.0 if holds else INFINITE, 0.0, note)
     if isinstance(exact, Bits):
         return _of_bits(entry, rounded.tensor, got.tensor if isinstance(got, Bits) else got)
     if isinstance(exact, (Tensor, float)):

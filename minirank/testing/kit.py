@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..checks import quoted_names
 from .case import Arguments, CaseSpec, Contract, Implementation, cast, mapped
-from .comparison import Difference, differences
+from .comparison import Bits, Difference, differences
 from .contracts import CONTRACTS
 from .model_state import unchanged
 from .report import ConformanceError, Report, Result
@@ -60,11 +60,10 @@ class Case:
         wrong = [difference for difference in found if difference.wrong]
         if wrong:
             worst = max(wrong, key=_severity)
-            hint = self._hint(implementation)
-            more = f"; {len(wrong)} entries are wrong" if len(wrong) > 1 else ""
-            return replace(
-                self._result(worst), status="failed", hint=hint + more if hint else more[2:]
-            )
+            many = f"{len(wrong)} entries are wrong" if len(wrong) > 1 else ""
+            reasons = [self._hint(implementation), worst.note, many]
+            hint = "; ".join(reason for reason in reasons if reason)
+            return replace(self._result(worst), status="failed", hint=hint)
         worst = max(found, key=_severity, default=Difference("", "", "", 0.0, 0.0))
         notes = sorted({difference.note for difference in found if difference.note})
         status: Literal["noted", "passed"] = "noted" if notes else "passed"
@@ -75,13 +74,14 @@ class Case:
     def _differences(self, implementation: Implementation) -> list[Difference]:
         """Every leaf of what came, also of a second equal call. Raises BrokenRule."""
         first = self._observed(implementation)
-        found = self._compared(first)
+        right = (first, first) if self.spec.judges_itself else self._right_outcomes()
+        found = self._judged(*right, first)
         if self.spec.repeatable and not any(difference.wrong for difference in found):
             before = mapped(first, torch.clone)
             self._disturb(implementation)
             if any(d.wrong for d in _same(before, first)):
                 raise BrokenRule("a later call changed what an earlier call had returned")
-            again = self._compared(self._observed(implementation))
+            again = self._judged(*right, self._observed(implementation))
             if any(difference.wrong for difference in again):
                 raise BrokenRule("a second call with equal arguments gave another outcome")
         return found
@@ -94,7 +94,7 @@ class Case:
         with ModelsUnchanged(arguments):
             outcome = self.spec.observe(implementation, arguments)
         for tensor, old in zip(tensors, before, strict=True):
-            if any(difference.wrong for difference in _same(old, tensor.detach())):
+            if any(difference.wrong for difference in _same(Bits(old), Bits(tensor.detach()))):
                 raise BrokenRule(f"an argument of shape {tuple(old.shape)} was changed in place")
         return outcome
 
@@ -111,16 +111,13 @@ class Case:
         except Exception:  # these numbers may lie outside the contract
             return
 
-    def _compared(self, outcome: Any) -> list[Difference]:
-        exact, rounded = self._right_outcomes(self.contract.reference)
-        return self._judged(exact, rounded, outcome)
-
     def _judged(self, exact: Any, rounded: Any, outcome: Any) -> list[Difference]:
         terms, tolerance = self.spec.terms, self.tolerance
         return list(differences(exact, rounded, outcome, terms=terms, tolerance=tolerance))
 
-    def _right_outcomes(self, reference: Implementation) -> tuple[Any, Any]:
-        """(in float64, in the case's dtype), from the same arguments."""
+    def _right_outcomes(self, twin: Implementation | None = None) -> tuple[Any, Any]:
+        """The reference's, or a twin's: (in float64, in the case's dtype), of equal arguments."""
+        reference = self.contract.reference if twin is None else twin
         arguments = cast(self.spec.arguments(), self.dtype, "cpu")
         exact = self.spec.observe(reference, cast(arguments, torch.float64, "cpu"))
         if self.dtype == torch.float64:

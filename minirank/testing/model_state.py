@@ -14,7 +14,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     """Assert that the block leaves `model` and the global CPU random generator as they were.
 
     Compared are the identity of every module, parameter and buffer, their values, gradients and
-    `requires_grad`, the modes (train or eval), and the numbers of hooks.
+    `requires_grad`, the classes, the modes (train or eval), and the numbers of hooks.
 
     Raises:
         AssertionError: something changed. The message names the first difference.
@@ -49,9 +49,12 @@ def _state(model: nn.Module) -> dict[str, object]:
             len(module._forward_hooks),
             len(module._forward_pre_hooks),
             len(module._backward_hooks),
+            len(module._backward_pre_hooks),
         ]
         key = f"module {name!r} (identity, mode, numbers of hooks)"
         state[key] = (id(module), module.training, hooks)
+        # Parametrizations change the class; some patch the forward method of one instance.
+        state[f"module {name!r} (class, own forward)"] = (type(module), vars(module).get("forward"))
         for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None:
                 continue
