@@ -195,18 +195,22 @@ def cases(
     >>> case.run(reference.l1ra_shrink).status
     'passed'
     """
-    contract = contract_of(like)
+    return [
+        replace(case, device=device, tolerance=tolerance, convert=convert)
+        for case in cases_of(contract_of(like), dtype)
+        if (case.name == only or fnmatch.fnmatchcase(case.name, only))
+        and (gradients or not case.spec.needs_gradients)
+    ]
+
+
+def cases_of(contract: Contract, dtype: torch.dtype | None = None) -> list[Case]:
+    """All cases of a contract, for one dtype, or for float64 and float32."""
     found = []
     for spec in contract.specs:
-        if spec.needs_gradients and not gradients:
-            continue
         dtypes = [dtype] if dtype is not None else [torch.float64, torch.float32]
         for each in dtypes if spec.floating else dtypes[:1]:
             suffix = f", {str(each).removeprefix('torch.')}" if spec.floating else ""
-            name = f"{spec.name}{suffix}"
-            case = Case(name, spec.equation, contract, spec, each, device, tolerance, convert)
-            if name == only or fnmatch.fnmatchcase(name, only):
-                found.append(case)
+            found.append(Case(f"{spec.name}{suffix}", spec.equation, contract, spec, each))
     return found
 
 
