@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import Implementation, recorder
 from .common import (
@@ -209,20 +208,29 @@ def moment_without_copy(model, loss_fn, batches, targets):
 # hessian_diagonal
 
 
-@right("hessian_diagonal", "torch.func.hessian of each layer, and its diagonal.")
+class Loss(nn.Module):
+    """The loss as a module, so that functional_call can exchange the model's weights."""
+
+    def __init__(self, model, loss_fn):
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, batch):
+        return twice(self.loss_fn, self.model, batch)
+
+
+@right("hessian_diagonal", "torch.func's Hessian of each layer, and its diagonal.")
 def hessian_functional(model, loss_fn, batches, targets):
     model, batches, result = eval_copy(model), list(batches), {}
+    whole, n = Loss(model, loss_fn), sum(map(size_of, batches))
     for name, W in weights_in(model, targets).items():
 
-        def loss(flat, name=name, W=W):
-            def call(*inputs, **options):
-                return functional_call(model, {f"{name}.weight": flat.view_as(W)}, inputs, options)
+        def loss(flat, key=f"model.{name}.weight", shape=W.shape):
+            changed = {key: flat.view(shape)}
+            each = [size_of(b) * functional_call(whole, changed, (b,)) for b in batches]
+            return sum(each) / n
 
-            with sdpa_kernel(SDPBackend.MATH):
-                return mean_loss(call, loss_fn, batches)
-
-        flat = W.detach().flatten()
-        H = torch.func.jacrev(torch.func.jacrev(loss))(flat)
+        H = torch.func.jacrev(torch.func.jacrev(loss))(W.detach().flatten())
         result[name] = H.diagonal().view_as(W)
     return result
 
@@ -299,16 +307,13 @@ def gauss_newton_by_samples(model, loss_fn, batches, targets):
 @right("empirical_fisher", "torch.func.grad of each sample, keys in reverse order.")
 def fisher_functional(model, loss_fn, batches, targets):
     model = eval_copy(model)
-    weights = {f"{n}.weight": W.detach() for n, W in weights_in(model, targets).items()}
-
-    def loss(weights, sample):
-        call = lambda *inputs, **options: functional_call(model, weights, inputs, options)  # noqa: E731
-        return loss_fn(call, sample)
-
+    weights = {f"model.{n}.weight": W.detach() for n, W in weights_in(model, targets).items()}
+    whole = Loss(model, loss_fn)
+    loss = lambda weights, sample: functional_call(whole, weights, (sample,))  # noqa: E731
     samples = [sample for batch in batches for sample in samples_of(batch)]
     each = [torch.func.grad(loss)(weights, sample) for sample in samples]
     squares = {key: torch.stack([g[key].square() for g in each]) for key in weights}
-    return {n: squares[f"{n}.weight"].mean(0) for n in reversed(targets)}
+    return {n: squares[f"model.{n}.weight"].mean(0) for n in reversed(targets)}
 
 
 @right("empirical_fisher", "backward() into .grad of a copy, a running mean over samples.")
