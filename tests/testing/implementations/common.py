@@ -93,6 +93,7 @@ def output_of(model, loss_fn, batch):
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+@torch.no_grad()
 def regrown(own, keep, add, A=None, B=None, gate=None):
     """A, B and gate of a dict after pruning and adding; zeros unless the new entries are given."""
     A = own["A"].new_zeros(add, own["A"].shape[1]) if A is None else A
@@ -105,6 +106,7 @@ def regrown(own, keep, add, A=None, B=None, gate=None):
     }
 
 
+@torch.no_grad()
 def fresh(layer, add):
     """New rows of A, columns of B and gates, as the contract wants them."""
     A, B = layer["A"], layer["B"]

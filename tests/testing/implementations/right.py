@@ -65,7 +65,7 @@ def forward_in_chunks(x, W, b, A, B, scaling, gate=None, *, chunk=3):
 @right("lora_forward", "The sum over ranks one rank at a time, added to the bias first.")
 def forward_rank_by_rank(x, W, b, A, B, scaling, gate=None):
     y = nn.functional.linear(x, W, b)
-    update = 0 * (x[..., :1].to(A.dtype) @ A.new_ones(1, len(B)))
+    update = x.new_zeros(*x.shape[:-1], len(B), dtype=A.dtype)
     for i in range(len(A)):
         h = (x.to(A.dtype) * A[i]).sum(-1, keepdim=True)
         update = update + (h if gate is None else h * gate[i]) * B[:, i]
@@ -540,6 +540,8 @@ def best_by_argsort(scores, budget, costs=None, lower=None, upper=None):
 
 @right("l1ra_shrink", "One tensor for all modules, split again; a tuple.")
 def shrink_flat(gates, amount):
+    if not gates:
+        return ()
     flat = torch.cat([c.flatten() for c in gates]) - amount
     flat = torch.minimum(torch.maximum(flat, flat.new_zeros(())), flat.new_ones(()))
     parts = flat.split([c.numel() for c in gates])

@@ -560,7 +560,7 @@ def tokens_divide_everything(model, loss_fn, batches, targets):
 
 @wrong(
     "input_second_moment",
-    "The sum over samples of the mean over tokens: batches and lengths count alike.",
+    "A mean over samples of their means over tokens; samples of unequal length show it.",
 )
 def samples_alike(model, loss_fn, batches, targets):
     def select(x, mask):
@@ -703,7 +703,10 @@ def hessian_leaves_eval_mode(model, loss_fn, batches, targets):
     return full(model.eval(), loss_fn, batches, targets)
 
 
-@wrong("hessian_diagonal", "Puts all modules back into train mode, a frozen one in eval mode too.")
+@wrong(
+    "hessian_diagonal",
+    "All modules end in the model's own mode; one that was in eval mode alone shows it.",
+)
 def hessian_restores_train_mode_everywhere(model, loss_fn, batches, targets):
     result = full(model, loss_fn, batches, targets)
     model.train(model.training)
@@ -2347,7 +2350,7 @@ class MergedWithoutBias(MergeableLayer):
 
 @wrong(
     "Layer",
-    "merge() sets the weight but the forward pass keeps using W and the adapter's rank / 2.",
+    "Only the first half of the ranks is merged.",
 )
 class MergesHalfTheRanks(MergeableLayer):
     def update(self):
@@ -2552,9 +2555,7 @@ def export_without_rank_pattern(layers):
     return exported(layers, rank_pattern={})
 
 
-@wrong(
-    "peft_export", "Pattern keys end in nothing but the last part of the name: equal ends collide."
-)
+@wrong("peft_export", "Pattern keys are the last parts of names: names of equal ends collide.")
 def export_keys_of_last_parts(layers):
     return exported(layers, key=lambda name: re.escape(name.split(".")[-1]))
 
@@ -2604,9 +2605,7 @@ def export_targets_rank_zero(layers):
     return exported(layers, target_modules="(" + "|".join(map(re.escape, layers)) + ")")
 
 
-@wrong(
-    "peft_export", "The square root of the scaling goes into A and B, and alpha counts it again."
-)
+@wrong("peft_export", "The scaling is folded into B, and alpha counts it again.")
 def export_scaling_twice(layers):
     return exported(layers, B_of=lambda own: plain_B(own) * own["scaling"])
 
