@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from .. import reference
+from .case import Implementation
+from .comparison import Difference, differences
+from .contracts.layer import FORWARD_TWINS, LORA
+from .report import ConformanceError, Report, Result
+
+SOURCE = "arXiv 2106.09685"
 
 
 def check_lora_layer(
@@ -33,7 +43,8 @@ def check_lora_layer(
             r) rounding errors of x's type.
 
     Raises:
-        AssertionError: another shape, or a larger difference.
+        ConformanceError: another shape, or a larger difference. Its text is a report of one result,
+            with a hint where the numbers are those of a common fault.
 
     >>> import torch
     >>> from minirank import LoRALinear
@@ -43,33 +54,63 @@ def check_lora_layer(
     >>> matrices = {"weight": base.weight, "bias": base.bias, "A": layer.lora_A, "B": layer.lora_B}
     >>> check_lora_layer(layer, torch.ones(5, 4), **matrices, scaling=3.0)
     """
-    precision = torch.finfo(x.dtype)
-    expected = _exact(x, weight, bias, A, B, scaling, gate)
-    got = layer(x).detach().double()
-    assert got.shape == expected.shape, (
-        f"expected shape {tuple(expected.shape)}, got {tuple(got.shape)}"
-    )
-    allowed = (x.shape[-1] + len(A)) * precision.eps if tolerance is None else tolerance
-    largest = expected.abs().max().clamp(min=precision.tiny)
-    error = float((got - expected).abs().max() / largest)
-    assert error <= allowed, (
-        f"the largest relative difference is {error:.3g}, allowed is {allowed:.3g}"
-    )
+    matrices = (weight, bias, A, B, scaling, gate)
+    if tolerance is None:
+        tolerance = (x.shape[-1] + len(A)) * torch.finfo(x.dtype).eps
+    y = layer(x)
+    difference = _difference(y, reference.lora_forward, x, matrices, tolerance)
+    if difference.wrong:
+        largest = _difference(y, reference.lora_forward, x, matrices, 1.0).allowed
+        twins = _equal_twins(y, x, matrices, tolerance)
+        result = _failed(difference, largest, tolerance, twins)
+        raise ConformanceError(Report("lora_forward", SOURCE, (result,)))
 
 
-def _exact(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    gate: Tensor | None,
-) -> Tensor:
-    """W x + b + s · B (gate ⊙ A x) in float64: (…, d_out)."""
-    x = x.detach().double()
-    h = x @ A.detach().double().t()  # (…, r)
-    if gate is not None:
-        h = h * gate.detach().double()
-    y = x @ weight.detach().double().t() + scaling * (h @ B.detach().double().t())
-    return y if bias is None else y + bias.detach().double()
+def _difference(
+    y: Tensor, function: Implementation, x: Tensor, matrices: tuple[Any, ...], tolerance: float
+) -> Difference:
+    """How far y is from what `function` gives in float64."""
+    wide = [v.detach().double() if isinstance(v, Tensor) else v for v in (x, *matrices)]
+    exact = {"y": function(*wide)}
+    rounded = {"y": exact["y"].to(x.dtype)}
+    (found,) = differences(exact, rounded, {"y": y}, terms=0.0, tolerance=tolerance)
+    return found
+
+
+def _equal_twins(
+    y: Tensor, x: Tensor, matrices: tuple[Any, ...], tolerance: float
+) -> tuple[str, ...]:
+    """The sentences of the wrong twins that gave y."""
+    twins = []
+    for sentence, twin in FORWARD_TWINS.items():
+        try:
+            wrong = _difference(y, twin, x, matrices, tolerance).wrong
+        except Exception:  # this twin cannot do these shapes
+            continue
+        if not wrong:
+            twins.append(sentence)
+    return tuple(twins)
+
+
+def _failed(
+    difference: Difference, largest: float, tolerance: float, twins: tuple[str, ...]
+) -> Result:
+    told = [f"equals {twins[0]}"] if twins else []
+    if difference.allowed:  # the shapes are equal
+        relative = difference.error / largest
+        told = [
+            f"the largest relative difference is {relative:.3g}, allowed is {tolerance:.3g}",
+            *told,
+        ]
+    return Result(
+        case="check_lora_layer",
+        equation=LORA,
+        status="failed",
+        entry=difference.entry,
+        expected=difference.expected,
+        got=difference.got,
+        error=difference.error,
+        allowed=difference.allowed,
+        hint="; ".join(told),
+        twins=twins,
+    )

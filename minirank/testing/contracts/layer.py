@@ -154,24 +154,33 @@ def gradients(
     cotangent: Callable[[Sequence[int], Tensor], Tensor] = random_cotangent,
     passes: int = 1,
 ) -> Any:
-    """The gradients of Σ cotangent · y over the wanted ones of x, A, B and gate."""
+    """y, and the gradients of Σ cotangent · y over the wanted ones of x, A, B and gate."""
     x, W, b, A, B, scaling = arguments.positional
     c = arguments.options.get("gate")
     named = {"x": x, "A": A, "B": B, **({} if c is None else {"gate": c})}
     given_y = cotangent((*x.shape[:-1], len(W)), x)
     backward = getattr(implementation, "backward", None)
     if backward is not None:
-        given = backward(x, W, b, A, B, scaling, c, given_y)
-        return {f"gradient of {name}": given[name] for name in named if name in wanted}
-    values = {name: value.detach().requires_grad_(name in wanted) for name, value in named.items()}
+        y = implementation(*arguments.positional, **arguments.options)
+        for _ in range(passes):
+            given = backward(x, W, b, A, B, scaling, c, given_y)
+        found = {name: given[name] for name in named if name in wanted}
+        return {"y": y} | {f"gradient of {name}": g for name, g in found.items()}
+    values = {name: t.detach().requires_grad_(name in wanted) for name, t in named.items()}
     options = {} if c is None else {"gate": values["gate"]}
     y = implementation(values["x"], W, b, values["A"], values["B"], scaling, **options)
     leaves = {name: value for name, value in values.items() if value.requires_grad}
+    if isinstance(y, Tensor) and not y.requires_grad:
+        raise ValueError(
+            f"y has no gradient, although {', '.join(leaves)} require one: does autograd see the "
+            "operations? Pass backward= for gradients of your own, or gradients=False"
+        )
     for _ in range(passes):
-        found = torch.autograd.grad(
+        given = torch.autograd.grad(
             y, list(leaves.values()), given_y, retain_graph=True, materialize_grads=True
         )
-    return {f"gradient of {name}": g for name, g in zip(leaves, found, strict=True)}
+    found = dict(zip(leaves, given, strict=True))
+    return {"y": y.detach()} | {f"gradient of {name}": g for name, g in found.items()}
 
 
 def half_precision_gradients(implementation: Implementation, arguments: Arguments) -> Any:
