@@ -40,8 +40,8 @@ def combined(right: Implementation, weights: Callable[[Tensor], Any], *task: Any
     """The results of single batches, summed with weights(their sizes)."""
     model, loss_fn, batches, targets = task
     parts = [right(model, loss_fn, [batch], targets) for batch in batches]
-    given = weights(torch.tensor([float(batch_size(batch)) for batch in batches]))
-    factors = torch.as_tensor(given).expand(len(parts))
+    given = weights(torch.tensor([batch_size(batch) for batch in batches]).double())
+    factors = torch.as_tensor(given, dtype=torch.float64).expand(len(parts))
     return {
         name: sum((float(w) * part[name] for w, part in zip(factors, parts, strict=True)),
                   torch.zeros_like(parts[0][name]))
