@@ -120,7 +120,10 @@ def _of_bits(entry: str, expected: Tensor, got: Any) -> Difference:
     if (expected.dtype, expected.shape) != (got.dtype, got.shape):
         return Difference(entry, _kind(expected), _kind(got), INFINITE, 0.0)
     a, b = (t.detach().cpu().contiguous().reshape(-1) for t in (expected, got))
-    unequal = (a.view(torch.uint8) != b.view(torch.uint8)).reshape(len(a), a.element_size()).any(1)
+    unequal = torch.zeros(len(a), dtype=torch.bool)
+    if len(a):
+        bytes_differ = a.view(torch.uint8) != b.view(torch.uint8)
+        unequal = bytes_differ.reshape(len(a), -1).any(1)
     if not unequal.any():
         return Difference(entry, "the same bits", "the same bits", 0.0, 0.0)
     place = int(unequal.nonzero()[0])

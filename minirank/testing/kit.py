@@ -400,13 +400,20 @@ def converted(mine: Implementation, convert: Convert) -> Implementation:
             return value
         if callable(value):  # an object with methods, such as a layer
             return ConvertedObject(value, convert)
-        return torch.as_tensor(from_mine(value))
+        return tensor_of(from_mine(value))
 
     def call(*args: Any, **options: Any) -> Any:
         theirs = mapped(Arguments(args, options), to_array)
         return of_array(mine(*theirs.positional, **theirs.options))
 
     return call
+
+
+def tensor_of(array: Any) -> Tensor:
+    """A tensor that shares the memory of an array, where torch can: not of a reversed view."""
+    flags, strides = getattr(array, "flags", None), getattr(array, "strides", ())
+    writable = flags is None or getattr(flags, "writeable", True)
+    return torch.as_tensor(array if writable and min(strides, default=0) >= 0 else array.copy())
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from minirank import testing
+from minirank.testing.kit import contract_of
 
 
 def failed(mine, like, hint=None):
@@ -14,6 +16,13 @@ def failed(mine, like, hint=None):
     if hint is not None:
         assert any(hint in result.hint for result in report.failed), str(report)
     return report.failed
+
+
+def assert_twins_are_named(like):
+    """Some case fails for each wrong twin of the contract, and its hint may be that twin."""
+    cases = testing.cases(like, dtype=torch.float64)
+    for sentence, twin in contract_of(like).wrong_twins.items():
+        assert any(sentence in case.run(twin).twins for case in cases), sentence
 
 
 def tree(modules):

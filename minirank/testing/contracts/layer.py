@@ -558,22 +558,46 @@ def flat(layer: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def resized(implementation: Implementation, arguments: Arguments) -> Any:
-    """Survivors in their old order first, whatever their order is; then what the new ones are."""
     old, keep, add = arguments.positional
-    held = {id(value) for value in (*old.values(), *old["exp_avg"].values())}
+    held = identities(old)
     with torch.random.fork_rng(devices=()):
         new = implementation(old, keep, add)
-    left = {id(value) for value in (*old.values(), *old["exp_avg"].values())} == held
+    left = identities(old) == held
+    return described(new, flat(old)["A"][keep.cpu()]) | {
+        "dict given": Rule(left, "left as it was", "as it was" if left else "other values in it")
+    }
+
+
+def prune_then_add(implementation: Implementation, arguments: Arguments) -> Any:
+    """A resize of what a resize gave."""
+    old, keep, add = arguments.positional
+    with torch.random.fork_rng(devices=()):
+        pruned = implementation(old, keep, 0)
+        everything = torch.ones(len(pruned["A"]), dtype=torch.bool, device=keep.device)
+        new = implementation(pruned, everything, add)
+    return described(new, flat(old)["A"][keep.cpu()])
+
+
+def identities(layer: Mapping[str, Any]) -> list[int]:
+    """Of all values in the dict, and in the dicts of moments."""
+    values = [*layer.values(), *(value for m in MOMENTS for value in layer[m].values())]
+    return [id(value) for value in values]
+
+
+def described(new: Mapping[str, Any], survivors: Tensor) -> dict[str, Any]:
+    """What of a resized layer is compared: `survivors` in their old order, then the new ranks.
+
+    Args:
+        survivors: their rows of A.
+    """
     tensors = flat(new)
     ranks = {name: len(tensor) for name, tensor in tensors.items()}
-    survivors = flat(old)["A"][keep.cpu()]
-    order = ranks_in_order(survivors, tensors["A"])
     outcome: dict[str, Any] = {
-        "dict given": Rule(left, "left as it was", "as it was" if left else "other values in it"),
         "ranks": ranks,
         "scaling": float(new["scaling"]),
         "step": int(new["step"]),
     }
+    order = ranks_in_order(survivors, tensors["A"])
     if set(ranks.values()) != {len(order)}:
         return outcome
     kept, added = order[: len(survivors)], order[len(survivors) :]
@@ -626,16 +650,6 @@ def global_generator(implementation: Implementation, arguments: Arguments) -> An
         "A of a second call": Rule(not advanced, "other numbers", "equal" if advanced else "other"),
         "A of another seed": Rule(not depends, "other numbers", "equal" if depends else "other"),
     }
-
-
-def prune_then_add(implementation: Implementation, arguments: Arguments) -> Any:
-    """The outcome of a resize, resized again."""
-    old, keep, add = arguments.positional
-    with torch.random.fork_rng(devices=()):
-        pruned = implementation(old, keep, 0)
-    rank = len(pruned["A"])
-    again = Arguments((pruned, torch.ones(rank, dtype=torch.bool, device=keep.device), add))
-    return resized(implementation, again)
 
 
 def resize_case(name: str, keep: Sequence[int], add: int, **options: Any) -> CaseSpec:
@@ -778,7 +792,7 @@ def life(implementation: Implementation, arguments: Arguments, steps: Sequence[s
             getattr(layer, step)()
             done.append(step)
         when = f" after {', '.join(done)}" if done else ""
-        y, weight = layer(x), layer.weight
+        y, weight = layer(x), layer.weight.detach().clone()  # a layer may change its own weight
         outcome[f"weight{when}"] = weight if step == "merge" else Bits(weight)
         outcome[f"dtype of weight{when}"] = in_dtype(weight, W.dtype, "W")
         outcome[f"y{when}"] = y
@@ -809,7 +823,7 @@ def two_layers(implementation: Implementation, arguments: Arguments) -> Any:
     }
     second.merge()
     first.unmerge()
-    outcome |= {"y of the one": first(x), "weight of the one": Bits(first.weight)}
+    outcome |= {"y of the one": first(x), "weight of the one": Bits(first.weight.clone())}
     outcome |= {"y of the other, merged": second(x), "weight of the other, merged": second.weight}
     return outcome
 
@@ -1023,18 +1037,22 @@ def to_file_and_back(
 ) -> Any:
     (layers,) = arguments.positional
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "adapter.safetensors")
+        path = Path(folder, "adapter")  # without a suffix: torch.load heeds it
         if old_content:
             path.write_bytes(old_content)
         found = implementation(layers, str(path))
-        files = [file for file in Path(folder).rglob("*") if file.is_file()]
-        size = sum(file.stat().st_size for file in files)
+        written = [content for content in contents_of(folder) if content != old_content]
         outcome = {name: bits_of_layer(layer) for name, layer in found.items()}
-    count = f"{len(files)} file{'' if len(files) == 1 else 's'}"
-    return {"layers": outcome, "files": Rule(len(files) == 1, "1 file", count)} | {
-        "the file": Rule(size > 0, "content", "content" if size else "nothing in it"),
+    count = f"{len(written)} file{'' if len(written) == 1 else 's'}"
+    return {
+        "layers": outcome,
+        "files written": Rule(len(written) == 1, "1 file", count),
         "what is returned": read_anew(layers, found),
     }
+
+
+def contents_of(folder: str) -> list[bytes]:
+    return [file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()]
 
 
 def bits_of_layer(layer: Mapping[str, Any]) -> dict[str, Any]:
