@@ -34,6 +34,14 @@ class Note(NamedTuple):
     text: str
 
 
+class Allowance(NamedTuple):
+    """What rounding may do; see `differences`."""
+
+    dtype: torch.dtype
+    terms: float
+    tolerance: float | None
+
+
 class Difference(NamedTuple):
     """How far one leaf of the result is from what was expected."""
 
@@ -66,8 +74,22 @@ def leaves(outcome: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, outcome
 
 
+def kept(outcome: Any) -> dict[str, Any]:
+    """The leaves of an outcome, with every rule kept: what an outcome that judges itself needs."""
+    return {
+        entry: leaf._replace(holds=True) if isinstance(leaf, Rule) else leaf
+        for entry, leaf in leaves(outcome)
+    }
+
+
 def differences(
-    exact: Any, rounded: Any, got: Any, *, terms: float, tolerance: float | None
+    exact: Any,
+    rounded: Any,
+    got: Any,
+    *,
+    dtype: torch.dtype,
+    terms: float,
+    tolerance: float | None,
 ) -> Iterator[Difference]:
     """Every leaf of `got` against the right outcome.
 
@@ -75,6 +97,7 @@ def differences(
         exact: the reference's outcome in float64.
         rounded: the reference's own outcome in the dtype of the case.
         got: what came.
+        dtype: of the case; plain Python numbers are as exact as that.
         terms: of how many terms an entry is a sum.
         tolerance: the largest error allowed, relative to the largest entry. None: `terms` rounding
             errors, or twice what the reference itself loses, whichever is larger.
@@ -93,12 +116,11 @@ def differences(
             yield Difference(entry or "result", "nothing", _text(came[entry]), INFINITE, 0.0)
         else:
             where = entry or "result"
-            yield _difference(where, wanted[entry], own[entry], came[entry], terms, tolerance)
+            allowance = Allowance(dtype, terms, tolerance)
+            yield _difference(where, wanted[entry], own[entry], came[entry], allowance)
 
 
-def _difference(
-    entry: str, exact: Any, rounded: Any, got: Any, terms: float, tolerance: float | None
-) -> Difference:
+def _difference(entry: str, exact: Any, rounded: Any, got: Any, allowance: Allowance) -> Difference:
     if isinstance(exact, Rule):
         holds = isinstance(got, Rule) and (got.holds if exact.holds else got == exact)
         note = got.note if isinstance(got, Rule) else ""
@@ -106,7 +128,7 @@ def _difference(
     if isinstance(exact, Bits):
         return _of_bits(entry, rounded.tensor, got.tensor if isinstance(got, Bits) else got)
     if isinstance(exact, (Tensor, float)):
-        return _of_numbers(entry, exact, rounded, got, terms, tolerance)
+        return _of_numbers(entry, exact, rounded, got, allowance)
     value = got.item() if hasattr(got, "item") and getattr(got, "ndim", 0) == 0 else got
     same = type(value) in (bool, int, float, str, type(None)) and value == exact
     note = "a floating-point number where a whole one is expected" if type(value) is float else ""
@@ -119,7 +141,8 @@ def _of_bits(entry: str, expected: Tensor, got: Any) -> Difference:
         return Difference(entry, _text(expected), _text(got), INFINITE, 0.0)
     if (expected.dtype, expected.shape) != (got.dtype, got.shape):
         return Difference(entry, _kind(expected), _kind(got), INFINITE, 0.0)
-    a, b = (t.detach().cpu().contiguous().reshape(-1) for t in (expected, got))
+    # A clone, since contiguous() leaves a single number with the stride that it had.
+    a, b = (t.detach().cpu().reshape(-1).clone() for t in (expected, got))
     unequal = torch.zeros(len(a), dtype=torch.bool)
     if len(a):
         bytes_differ = a.view(torch.uint8) != b.view(torch.uint8)
@@ -133,12 +156,10 @@ def _of_bits(entry: str, expected: Tensor, got: Any) -> Difference:
     )
 
 
-def _of_numbers(
-    entry: str, exact: Any, rounded: Any, got: Any, terms: float, tolerance: float | None
-) -> Difference:
-    right, own = torch.as_tensor(exact), torch.as_tensor(rounded)
+def _of_numbers(entry: str, exact: Any, rounded: Any, got: Any, allowance: Allowance) -> Difference:
+    right, own = _tensor(exact, torch.float64), _tensor(rounded, allowance.dtype)
     try:
-        came = torch.as_tensor(got).detach().cpu()
+        came = _tensor(got, torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
         return Difference(entry, _kind(right), _text(got), INFINITE, 0.0)
     right, own = right.detach().cpu(), own.detach().cpu()
@@ -152,7 +173,7 @@ def _of_numbers(
         place = int(unequal.nonzero()[0])
         a, b = (str(t.reshape(-1)[place].item()) for t in (right, came))
         return Difference(f"{entry}{_index(place, right.shape)}", a, b, INFINITE, 0.0)
-    precision, note = own.dtype, ""
+    precision, note, shape = own.dtype, "", right.shape
     if came.is_floating_point() and torch.finfo(came.dtype).eps > torch.finfo(precision).eps:
         note = f"the result is {_name(came.dtype)}, where {_name(precision)} came in"
         precision = came.dtype
@@ -164,17 +185,22 @@ def _of_numbers(
     if not len(right):
         return Difference(entry, "no entry", "no entry", 0.0, 0.0, note)
     scale = float(right.abs().max())
-    if tolerance is None:
-        rounding = terms * torch.finfo(precision).eps * scale
+    if allowance.tolerance is None:
+        rounding = allowance.terms * torch.finfo(precision).eps * scale
         allowed = max(rounding, 2 * float((own - right).abs().max()))
     else:
-        allowed = tolerance * scale
+        allowed = allowance.tolerance * scale
     errors = (came - right).abs().nan_to_num(nan=INFINITE, posinf=INFINITE)
     place = int(errors.argmax())
-    at = f"{entry}{_index(place, torch.as_tensor(exact).shape)}"
+    at = f"{entry}{_index(place, shape)}"
     a, b = (f"{t[place].item():.10g}" for t in (right, came))
     # What is allowed is never zero, so that a report can tell a share of it.
     return Difference(at, a, b, float(errors[place]), max(allowed, 1e-300), note)
+
+
+def _tensor(value: Any, dtype: torch.dtype) -> Tensor:
+    """`value` as a tensor; a plain Python number in `dtype`, not in the default one."""
+    return torch.as_tensor(value, dtype=dtype if isinstance(value, float) else None)
 
 
 def _index(place: int, shape: torch.Size) -> str:

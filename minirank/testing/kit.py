@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..checks import quoted_names
 from .case import Arguments, CaseSpec, Contract, Implementation, cast, mapped
-from .comparison import Bits, Difference, differences
+from .comparison import Bits, Difference, differences, kept
 from .contracts import CONTRACTS
 from .model_state import unchanged
 from .report import ConformanceError, Report, Result
@@ -81,7 +81,7 @@ class Case:
     def _differences(self, implementation: Implementation) -> list[Difference]:
         """Every leaf of what came, also of a second equal call. Raises BrokenRule."""
         first = self._observed(implementation)
-        right = (first, first) if self.spec.judges_itself else self._right_outcomes()
+        right = (kept(first),) * 2 if self.spec.judges_itself else self._right_outcomes()
         found = self._judged(*right, first)
         if self.spec.repeatable and not any(difference.wrong for difference in found):
             before = mapped(first, torch.clone)
@@ -123,7 +123,9 @@ class Case:
 
     def _judged(self, exact: Any, rounded: Any, outcome: Any) -> list[Difference]:
         terms, tolerance = self.spec.terms, self.tolerance
-        return list(differences(exact, rounded, outcome, terms=terms, tolerance=tolerance))
+        dtype = self.dtype if self.spec.floating else torch.float64
+        found = differences(exact, rounded, outcome, dtype=dtype, terms=terms, tolerance=tolerance)
+        return list(found)
 
     def _right_outcomes(self, twin: Implementation | None = None) -> tuple[Any, Any]:
         """The reference's, or a twin's: (in float64, in the case's dtype), of equal arguments."""
@@ -290,9 +292,8 @@ def check(
     for case in found:
         explain = sum(result.status == "failed" for result in results) < EXPLAINED
         results.append(_judged(case, mine, skip, expected_failures, explain))
-    results = agreeing(results)
     contract = contract_of(like)
-    report = Report(contract.name, contract.source, tuple(results))
+    report = Report(contract.name, contract.source, tuple(_agreeing(results)))
     if report.failed and on_fail == "raise":
         raise ConformanceError(report)
     if report.failed and on_fail == "warn":
@@ -433,20 +434,17 @@ class ConvertedObject:
         return converted(lambda: value, self.convert)()
 
 
-def agreeing(results: list[Result]) -> list[Result]:
-    """The results, where of several wrong twins that fit a case the one that fits most is named."""
+def _agreeing(results: list[Result]) -> list[Result]:
+    """The results, with the hint that fits most failures where several wrong twins fit one."""
     counts = Counter(sentence for result in results for sentence in result.twins)
-    return [
-        replace(
-            result,
-            hint=result.hint.replace(
-                f"equals {result.twins[0]}", f"equals {max(result.twins, key=counts.__getitem__)}"
-            ),
-        )
-        if result.twins and result.status == "failed"
-        else result
-        for result in results
-    ]
+    agreeing = []
+    for result in results:
+        if result.status == "failed" and result.twins:
+            likeliest = max(result.twins, key=counts.__getitem__)
+            hint = result.hint.replace(f"equals {result.twins[0]}", f"equals {likeliest}", 1)
+            result = replace(result, hint=hint)
+        agreeing.append(result)
+    return agreeing
 
 
 def _judged(
@@ -462,29 +460,6 @@ def _judged(
         return replace(result, status="xfailed", hint=reason)
     message = f"passes, although it is among expected_failures ({reason}): take it out"
     return replace(result, status="failed", entry="result", hint=message)
-
-
-def _likeliest(results: list[Result]) -> list[Result]:
-    """The results with the hint that explains most of the failures, where several twins fit."""
-    counts = Counter(twin for result in results for twin in result.twins)
-    failed = sum(result.status == "failed" for result in results)
-    ranked = []
-    for result in results:
-        twins = tuple(sorted(result.twins, key=lambda twin: -counts[twin]))
-        if result.status == "failed" and twins:
-            count = counts[twins[0]]
-            share = "" if count == failed else f" (in {count} of {failed} failed cases)"
-            hint = _hint(twins, result.wrong_entries, share)
-            result = replace(result, twins=twins, hint=hint)
-        ranked.append(result)
-    return ranked
-
-
-def _hint(twins: tuple[str, ...], wrong_entries: int, share: str = "") -> str:
-    parts = [f"equals {twin}{share}" for twin in twins[:1]]
-    if wrong_entries > 1:
-        parts.append(f"{wrong_entries} entries are wrong")
-    return "; ".join(parts)
 
 
 def _reason(name: str, reasons: Reasons) -> str:
@@ -511,7 +486,8 @@ def _severity(difference: Difference) -> float:
 
 
 def _same(expected: Any, got: Any) -> list[Difference]:
-    return list(differences(expected, expected, got, terms=0.0, tolerance=0.0))
+    exactly = {"dtype": torch.float64, "terms": 0.0, "tolerance": 0.0}
+    return list(differences(expected, expected, got, **exactly))
 
 
 def _tensors(arguments: Arguments) -> list[Tensor]:

@@ -207,9 +207,8 @@ def classified(*sizes: int, shape: tuple[int, ...] = (3,), classes: int = 2) -> 
 
 
 def one_weight() -> Arguments:
-    return problem(
-        built(lambda: nn.Linear(1, 1, bias=False)), squared_error, pairs(1, shape=(1,), d_out=1), ""
-    )
+    model = built(lambda: nn.Sequential(nn.Linear(1, 1, bias=False)))
+    return problem(model, squared_error, pairs(1, shape=(1,), d_out=1), "0")
 
 
 def linear(*sizes: int, bias: bool = True) -> Arguments:
