@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..files.safetensors_file import tensor_bytes
 from .comparison import Bits, differences
 
 
@@ -33,7 +34,25 @@ class Expected(NamedTuple):
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def encoded(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+class Tensors:
+    """Tensors for a safetensors file, by name. Equal ones, bit for bit, are kept once."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, Tensor] = {}
+        self._names: dict[tuple[Any, ...], str] = {}
+
+    def put(self, name: str, tensor: Tensor) -> str:
+        """The name under which the tensor, or one equal to it, is kept."""
+        content = (tensor.dtype, tuple(tensor.shape), tensor_bytes(tensor))
+        if content not in self._names:
+            if name in self.by_name:
+                raise NotPlainData(f"two of its tensors are called {name!r}")
+            self.by_name[name] = tensor.detach().clone()
+            self._names[content] = name
+        return self._names[content]
+
+
+def encoded(value: Any, key: str, tensors: Tensors) -> Any:
     """`value` as JSON. Its tensors are put into `tensors`, under names that start with `key`.
 
     Raises NotPlainData for anything but tensors, numbers, text, None, and mappings and sequences.
@@ -45,10 +64,7 @@ def encoded(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Bits):
         return encoded(value.tensor, key, tensors)
     if isinstance(value, Tensor):
-        if key in tensors:
-            raise NotPlainData(f"two of its tensors are called {key!r}")
-        tensors[key] = value.detach().clone()
-        return {"$tensor": key}
+        return {"$tensor": tensors.put(key, value)}
     if isinstance(value, Mapping):
         pairs = [[name, encoded(item, f"{key}/{name}", tensors)] for name, item in value.items()]
         return {"$map": pairs}

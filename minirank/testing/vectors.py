@@ -29,13 +29,15 @@ from .adapters import ADAPTERS, Adapter, details
 from .case import Contract, Implementation, call, cast
 from .contracts import CONTRACTS
 from .kit import Case, WithBackward, cases_of
-from .plain_data import NotPlainData, decoded, encoded, shaped_like, with_allowed
+from .plain_data import NotPlainData, Tensors, decoded, encoded, shaped_like, with_allowed
 from .report import Report, Result
-from .tabulated import MLP, tabulated
+from .tabulated import MLP, TABULATED, tabulated
 from .vectors_schema import SCHEMA
 
 FORMAT = 1
-LARGEST_CASE = 12_000  # bytes of tensors; a larger case is left out
+# Bytes of the arguments' tensors. A larger case is left out.
+LARGEST_CASE = 12_000
+LARGEST_TABLE = 3_000
 NOT_FOR_OTHERS = {"round_trip": "it is about a file that one library writes and reads"}
 
 # What an outcome may differ in, beside rounding, and be right. `check` knows it.
@@ -75,8 +77,7 @@ def vector(case: Case) -> Vector:
     """
     exact = recorded(case, torch.float64)
     rounded = exact if case.dtype == torch.float64 else recorded(case, case.dtype)
-    for content in (rounded.arguments, rounded.result):
-        encoded(content, "", {})
+    encoded(rounded.result, "result", Tensors())
     return Vector(case, exact, rounded)
 
 
@@ -93,7 +94,7 @@ def recorded(case: Case, dtype: torch.dtype) -> Call:
 
     def forward(*args: Any, **options: Any) -> Any:
         named = dict(parameters.bind(*args, **options).arguments)
-        encoded(named, "", {})  # before the reference runs, for whatever time
+        encoded(named, "arguments", Tensors())  # before the reference runs, for whatever time
         return record("value", named, reference(*args, **options))
 
     def backward(*args: Any) -> Any:
@@ -168,20 +169,23 @@ def vectors(contract: Contract) -> tuple[list[Vector], dict[str, str]]:
     kept: list[Vector] = []
     left_out: dict[str, str] = {}
     known: dict[str, str] = {}
+    is_table = any(contract.reference is table.function for table in TABULATED.values())
+    largest = LARGEST_TABLE if is_table else LARGEST_CASE
     for case in cases_of(contract):
         try:
             found = vector(case)
         except NotPlainData as reason:
             left_out[case.name] = str(reason)
             continue
-        tensors: dict[str, Tensor] = {}
+        tensors = Tensors()
         content = encoded(found.rounded.arguments, "", tensors)
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        text = json.dumps([found.rounded.kind, content]) + str(safetensors_bytes(tensors, {}))
+        size = sum(tensor.nbytes for tensor in tensors.by_name.values())
+        text = json.dumps([found.rounded.kind, content])
+        text += str(safetensors_bytes(tensors.by_name, {}))
         if text in known:
-            left_out[case.name] = f"the same numbers as {known[text]!r}: views and strides, say"
-        elif size > LARGEST_CASE:
-            left_out[case.name] = f"{size:,} bytes of tensors, more than {LARGEST_CASE:,}"
+            left_out[case.name] = f"the same numbers as in {known[text]!r}"
+        elif size > largest:
+            left_out[case.name] = f"more than {largest:,} bytes of tensors"
         else:
             known[text] = case.name
             kept.append(found)
@@ -202,12 +206,12 @@ def write_vectors(folder: Path) -> dict[str, int]:
     Other files in the folder are left alone.
     """
     counts: dict[str, int] = {}
-    left_out: dict[str, dict[str, str]] = {}
+    left_out: dict[str, dict[str, list[str]]] = {}
     (folder / "functions").mkdir(parents=True, exist_ok=True)
     for contract in plain_contracts():
         found, reasons = vectors(contract)
-        if reasons:
-            left_out[contract.name] = reasons
+        for name, reason in reasons.items():
+            left_out.setdefault(contract.name, {}).setdefault(reason, []).append(name)
         if found:
             counts[contract.name] = len(found)
             write_function(folder / "functions", contract, found)
@@ -226,7 +230,7 @@ def write_vectors(folder: Path) -> dict[str, int]:
 
 def write_function(folder: Path, contract: Contract, found: Iterable[Vector]) -> None:
     """NAME.json, one line for each case, and NAME.safetensors."""
-    tensors: dict[str, Tensor] = {}
+    tensors = Tensors()
     lines = []
     for each in found:
         key, terms = each.case.name, each.case.spec.terms
@@ -257,7 +261,7 @@ def write_function(folder: Path, contract: Contract, found: Iterable[Vector]) ->
     text = json.dumps(head, indent=1, ensure_ascii=False).removesuffix("\n}")
     text += ',\n "cases": [\n' + ",\n".join(lines) + "\n ]\n}"
     write_json(folder / f"{contract.name}.json", text)
-    (folder / f"{contract.name}.safetensors").write_bytes(safetensors_bytes(tensors, {}))
+    (folder / f"{contract.name}.safetensors").write_bytes(safetensors_bytes(tensors.by_name, {}))
 
 
 def signature(function: Implementation) -> str:

@@ -135,7 +135,7 @@ INDEX = record(
         "format": {"const": 1},
         "functions": mapping("{name: number of cases}", COUNT),
         "adapters": listing(TEXT),
-        "left_out": mapping("{function: {case, or * for all: why}}", mapping("", TEXT)),
+        "left_out": mapping("{function: {why: cases, or * for all}}", mapping("", listing(TEXT))),
     },
 )
 
