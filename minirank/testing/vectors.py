@@ -13,6 +13,7 @@ contracts. The page tests/vectors/README.md tells how to use both.
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -36,9 +37,10 @@ from .vectors_schema import SCHEMA
 
 FORMAT = 1
 # Bytes of the arguments' tensors. A larger case is left out.
-LARGEST_CASE = 12_000
-LARGEST_TABLE = 3_000
+LARGEST_CASE = 6_000
+LARGEST_TABLE = 1_500
 NOT_FOR_OTHERS = {"round_trip": "it is about a file that one library writes and reads"}
+RANDOM = {"resize"}
 
 # What an outcome may differ in, beside rounding, and be right. `check` knows it.
 FREE = {
@@ -63,26 +65,33 @@ class Call:
 
 @dataclass(frozen=True)
 class Vector:
-    """A case as one call with plain data: in float64, and in the dtype of the case."""
+    """A case as calls with plain data: in float64, and in the dtype of the case."""
 
     case: Case
-    exact: Call
-    rounded: Call
+    exact: list[Call]
+    rounded: list[Call]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the calls: the case's own name, or "two calls, float64 (1 of 2)"."""
+        name, count = self.case.name, len(self.rounded)
+        return [f"{name} ({i + 1} of {count})" for i in range(count)] if count > 1 else [name]
 
 
 def vector(case: Case) -> Vector:
-    """The one call that a case makes.
+    """The calls that a case makes.
 
-    Raises NotPlainData if it makes several, or has arguments or a result that no file can hold.
+    Raises NotPlainData if an argument or a result is nothing that files can hold.
     """
     exact = recorded(case, torch.float64)
     rounded = exact if case.dtype == torch.float64 else recorded(case, case.dtype)
-    encoded(rounded.result, "result", Tensors())
+    for each in rounded:
+        encoded(each.result, "result", Tensors())
     return Vector(case, exact, rounded)
 
 
-def recorded(case: Case, dtype: torch.dtype) -> Call:
-    """The call of the reference, with the case's arguments in its own dtype and then in `dtype`."""
+def recorded(case: Case, dtype: torch.dtype) -> list[Call]:
+    """The calls of the reference, with the case's arguments in its own dtype and then in `dtype`."""
     reference = case.contract.reference
     parameters = inspect.signature(reference)
     calls: list[Call] = []
@@ -107,12 +116,14 @@ def recorded(case: Case, dtype: torch.dtype) -> Call:
     torch.manual_seed(0)  # for a reference that draws random numbers
     arguments = cast(cast(case.spec.arguments(), case.dtype, "cpu"), dtype, "cpu")
     case.spec.observe(recorder, arguments)
-    if len(calls) != 1:
-        raise NotPlainData(f"the case makes {len(calls)} calls, which depend on each other")
-    only = calls[0]
-    if isinstance(only.result, Looked):  # of the gradients, those that the contract is about
-        only.result = {name: only.result[name] for name in sorted(only.result.names)}
-    return only
+    if not calls:
+        raise NotPlainData("the case makes no call")
+    if len(calls) > 1 and case.contract.name in RANDOM:
+        raise NotPlainData("calls that are compared with each other, and draw random numbers")
+    for each in calls:
+        if isinstance(each.result, Looked):  # of the gradients, those that the contract is about
+            each.result = {name: each.result[name] for name in sorted(each.result.names)}
+    return calls
 
 
 class Looked(dict[str, Any]):
@@ -178,9 +189,9 @@ def vectors(contract: Contract) -> tuple[list[Vector], dict[str, str]]:
             left_out[case.name] = str(reason)
             continue
         tensors = Tensors()
-        content = encoded(found.rounded.arguments, "", tensors)
+        content = [[each.kind, encoded(each.arguments, "", tensors)] for each in found.rounded]
         size = sum(tensor.nbytes for tensor in tensors.by_name.values())
-        text = json.dumps([found.rounded.kind, content])
+        text = json.dumps(content)
         text += str(safetensors_bytes(tensors.by_name, {}))
         if text in known:
             left_out[case.name] = f"the same numbers as in {known[text]!r}"
@@ -201,7 +212,7 @@ def adapter_cases() -> list[Case]:
 
 
 def write_vectors(folder: Path) -> dict[str, int]:
-    """Write all vectors and adapters. Returns {function: number of cases}.
+    """Write all vectors and adapters. Returns {function: number of calls}.
 
     Other files in the folder are left alone.
     """
@@ -213,8 +224,7 @@ def write_vectors(folder: Path) -> dict[str, int]:
         for name, reason in reasons.items():
             left_out.setdefault(contract.name, {}).setdefault(reason, []).append(name)
         if found:
-            counts[contract.name] = len(found)
-            write_function(folder / "functions", contract, found)
+            counts[contract.name] = write_function(folder / "functions", contract, found)
     for case in adapter_cases():
         write_adapter(folder / "adapters" / case.name, case)
     index = {
@@ -228,27 +238,28 @@ def write_vectors(folder: Path) -> dict[str, int]:
     return counts
 
 
-def write_function(folder: Path, contract: Contract, found: Iterable[Vector]) -> None:
-    """NAME.json, one line for each case, and NAME.safetensors."""
+def write_function(folder: Path, contract: Contract, found: Iterable[Vector]) -> int:
+    """NAME.json, one line for each call, and NAME.safetensors. Returns the number of calls."""
     tensors = Tensors()
-    lines = []
+    lines: list[str] = []
     for each in found:
-        key, terms = each.case.name, each.case.spec.terms
-        result = with_allowed(each.exact.result, each.rounded.result, terms)
-        arguments = {
-            name: encoded(value, f"{key}/{name}", tensors)
-            for name, value in each.rounded.arguments.items()
-        }
-        dtype = str(each.case.dtype).removeprefix("torch.")
-        content = {
-            "name": key,
-            "equation": each.case.equation,
-            "dtype": dtype if each.case.spec.floating else None,
-            "wanted": each.rounded.kind,
-            "arguments": arguments,
-            "result": encoded(result, f"{key}/result", tensors),
-        }
-        lines.append(json.dumps(content, ensure_ascii=False, allow_nan=False))
+        for name, exact, rounded in zip(each.names, each.exact, each.rounded, strict=True):
+            key = str(len(lines))
+            arguments = {
+                argument: encoded(value, f"{key}/{argument}", tensors)
+                for argument, value in rounded.arguments.items()
+            }
+            result = with_allowed(exact.result, rounded.result, each.case.spec.terms)
+            dtype = str(each.case.dtype).removeprefix("torch.")
+            content = {
+                "name": name,
+                "equation": each.case.equation,
+                "dtype": dtype if each.case.spec.floating else None,
+                "wanted": rounded.kind,
+                "arguments": arguments,
+                "result": encoded(result, f"{key}/result", tensors),
+            }
+            lines.append(json.dumps(content, ensure_ascii=False, allow_nan=False))
     head = {
         "format": FORMAT,
         "function": contract.name,
@@ -262,6 +273,7 @@ def write_function(folder: Path, contract: Contract, found: Iterable[Vector]) ->
     text += ',\n "cases": [\n' + ",\n".join(lines) + "\n ]\n}"
     write_json(folder / f"{contract.name}.json", text)
     (folder / f"{contract.name}.safetensors").write_bytes(safetensors_bytes(tensors.by_name, {}))
+    return len(lines)
 
 
 def signature(function: Implementation) -> str:
@@ -338,7 +350,7 @@ def check_results(folder: Path) -> list[Report]:
     reports = []
     for path in files:
         if path.stem == ADAPTERS.name:
-            found = [Vector(case, *adapter_calls(case)) for case in adapter_cases()]
+            found = [adapter_vector(case) for case in adapter_cases()]
             reports.append(report(ADAPTERS, found, path))
         elif path.stem in contracts:
             contract = contracts[path.stem]
@@ -351,18 +363,18 @@ def check_results(folder: Path) -> list[Report]:
     return reports
 
 
-def adapter_calls(case: Case) -> tuple[Call, Call]:
+def adapter_vector(case: Case) -> Vector:
     """The adapter's outputs in float64 and float32."""
     arguments = case.arguments()
     wide = cast(arguments, torch.float64, "cpu")
     exact, rounded = (call(case.contract.reference, each) for each in (wide, arguments))
-    return Call("value", {}, exact), Call("value", {}, rounded)
+    return Vector(case, [Call("value", {}, exact)], [Call("value", {}, rounded)])
 
 
 def report(contract: Contract, found: list[Vector], path: Path) -> Report:
     """Judge the results in one file."""
     results, tensors = read_results(path)
-    names = [each.case.name for each in found]
+    names = [name for each in found for name in each.names]
     strangers = [name for name in results if name not in names]
     if strangers:
         raise ValueError(
@@ -394,26 +406,36 @@ def judge(
     """Judge one result by the case's own comparison, as if it were called just now."""
     case = each.case
     again = f"case {case.name!r} of {file}"
-    if case.name not in results:
-        absent = '"$skipped": why says that this is on purpose'
-        return Result(
-            case.name,
-            case.equation,
-            status="failed",
-            entry="result",
-            expected="a result",
-            got="nothing",
-            error=float("inf"),
-            hint=absent,
-            reproduce=again,
-        )
-    given = results[case.name]
-    if isinstance(given, dict) and "$skipped" in given:
-        return Result(case.name, case.equation, "skipped", hint=str(given["$skipped"]))
-    result = shaped_like(each.rounded.result, decoded(given, tensors))
+    returned = []
+    for name, call_made in zip(each.names, each.rounded, strict=True):
+        given = results.get(name, ABSENT)
+        if given is ABSENT:
+            return absent(case, name, again)
+        if isinstance(given, dict) and "$skipped" in given:
+            return Result(case.name, case.equation, "skipped", hint=str(given["$skipped"]))
+        returned.append(shaped_like(call_made.result, decoded(given, tensors)))
+    turn = itertools.cycle(returned)  # a case makes the same calls each time
 
     def replay(*args: Any, **options: Any) -> Any:
-        return result
+        return next(turn)
 
     once = replace(case, spec=replace(case.spec, repeatable=False))
     return replace(once.run(WithBackward(replay, replay)), reproduce=again)
+
+
+ABSENT = object()
+
+
+def absent(case: Case, name: str, again: str) -> Result:
+    """A failure, since a port that stopped half-way must not pass."""
+    return Result(
+        case.name,
+        case.equation,
+        status="failed",
+        entry=name,
+        expected="a result",
+        got="nothing",
+        error=float("inf"),
+        hint='{"$skipped": why} in its place says that there is none on purpose',
+        reproduce=again,
+    )

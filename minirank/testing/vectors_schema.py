@@ -68,7 +68,11 @@ VALUE = {
 CASE = record(
     "One call.",
     {
-        "name": {**TEXT, "description": "Unique in the file; results are returned under it."},
+        "name": {
+            **TEXT,
+            "description": "Unique in the file; results are returned under it. A case of several "
+            "calls has an entry for each: (1 of 2), (2 of 2).",
+        },
         "equation": {**TEXT, "description": "The equation or rule that the case is about."},
         "dtype": {
             "enum": ["float64", "float32", None],
@@ -133,7 +137,7 @@ INDEX = record(
     "index.json",
     {
         "format": {"const": 1},
-        "functions": mapping("{name: number of cases}", COUNT),
+        "functions": mapping("{name: number of calls}", COUNT),
         "adapters": listing(TEXT),
         "left_out": mapping("{function: {why: cases, or * for all}}", mapping("", listing(TEXT))),
     },

@@ -35,6 +35,7 @@ from minirank.testing.vectors import (
     check_results,
     plain_contracts,
     vectors,
+    write_function,
     write_vectors,
 )
 from minirank.testing.vectors_schema import SCHEMA
@@ -289,11 +290,11 @@ def test_what_is_no_plain_data_is_left_out_with_a_reason():
     x = torch.ones(3, dtype=torch.float64)
     specs = (
         one_case(x, name="plain"),
+        one_case(x, name="no call", observe=lambda f, a: 0),
         one_case(x.expand(2, 3)[0], name="view"),
         one_case(torch.ones(LARGEST_CASE), name="large"),
         one_case(x, len, name="callable"),
         one_case(x, nn.Linear(1, 1), name="model"),
-        one_case(x, name="twice", observe=lambda f, a: [call(f, a), call(f, a)]),
     )
     contract = Contract("total", "2026", total, specs)
     found, left_out = vectors(contract)
@@ -302,7 +303,38 @@ def test_what_is_no_plain_data_is_left_out_with_a_reason():
     assert "bytes" in left_out["large, float32"]
     assert "other is a builtin_function_or_method" in left_out["callable, float64"]
     assert "other is a Linear" in left_out["model, float64"]
-    assert "2 calls" in left_out["twice, float64"]
+    assert "no call" in left_out["no call, float64"]
+
+
+def twofold(implementation, arguments):
+    (x,) = arguments.positional
+    return {"once": implementation(x), "twice": implementation(2 * x)}
+
+
+def test_a_case_of_two_calls_has_two_entries(tmp_path, monkeypatch):
+    specs = (one_case(torch.ones(3, dtype=torch.float64), observe=twofold),)
+    contract = Contract("total", "2026", total, specs)
+    (wide, narrow), _ = vectors(contract)
+    assert wide.names == ["sum, float64 (1 of 2)", "sum, float64 (2 of 2)"]
+    assert [each.result for each in narrow.rounded] == [3.0, 6.0]
+    assert write_function(tmp_path, contract, [wide, narrow]) == 4
+    cases = read(tmp_path / "total.json")["cases"]
+    assert [case["name"] for case in cases] == [*wide.names, *narrow.names]
+    monkeypatch.setattr("minirank.testing.vectors.CONTRACTS", (contract,))
+    (tmp_path / "total.json").unlink()
+    for second, status in ((6.0, "passed"), (3.0, "failed"), ({"$skipped": "why"}, "skipped")):
+        results = dict(zip([*wide.names, *narrow.names], [3.0, second, 3.0, 6.0], strict=True))
+        write_results(tmp_path, "total", results)
+        (report,) = check_results(tmp_path)
+        assert [result.status for result in report] == [status, "passed"]
+    write_results(tmp_path, "total", without(results, wide.names[1]))
+    (report,) = check_results(tmp_path)
+    assert report[0].entry == wide.names[1]
+
+
+def test_random_calls_that_are_compared_with_each_other_are_left_out():
+    contract = Contract("resize", "2026", total, (one_case(torch.ones(3), observe=twofold),))
+    assert "draw random" in vectors(contract)[1]["sum, float64"]
 
 
 # ---- models and callables as tables -------------------------------------------------------------
