@@ -45,8 +45,8 @@ class Tensors:
         """The name under which the tensor, or one equal to it, is kept."""
         content = (tensor.dtype, tuple(tensor.shape), tensor_bytes(tensor))
         if content not in self._names:
-            if name in self.by_name:
-                raise NotPlainData(f"two of its tensors are called {name!r}")
+            while name in self.by_name:  # "a/b" may stand for b in a, or be a name of its own
+                name += "'"
             self.by_name[name] = tensor.detach().clone()
             self._names[content] = name
         return self._names[content]

@@ -91,7 +91,7 @@ def vector(case: Case) -> Vector:
 
 
 def recorded(case: Case, dtype: torch.dtype) -> list[Call]:
-    """The calls of the reference, with the case's arguments in its own dtype and then in `dtype`."""
+    """The calls of the reference, with arguments in the case's dtype and then in `dtype`."""
     reference = case.contract.reference
     parameters = inspect.signature(reference)
     calls: list[Call] = []

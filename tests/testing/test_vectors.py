@@ -21,7 +21,6 @@ from minirank.testing.adapters import ADAPTERS, RECIPES, load_and_run
 from minirank.testing.case import Arguments, CaseSpec, Contract, call
 from minirank.testing.kit import cases_of
 from minirank.testing.plain_data import (
-    NotPlainData,
     Tensors,
     decoded,
     encoded,
@@ -242,8 +241,7 @@ def test_equal_tensors_are_kept_once():
     others = (x.double(), x[None], torch.tensor([-0.0, 1.0, math.nan]), torch.tensor([0, 1, 2]))
     names = [tensors.put(f"other {i}", other) for i, other in enumerate(others)]
     assert names == [f"other {i}" for i in range(4)]
-    with pytest.raises(NotPlainData, match="two of its tensors are called 'a'"):
-        tensors.put("a", x[:1])
+    assert tensors.put("a", x[:1]) == "a'"
 
 
 def test_lists_become_the_tensors_that_are_expected():
@@ -426,7 +424,7 @@ def test_a_table_gives_what_the_model_gives(original, arguments):
     assert [each.case.name for each in found] == ["case, float64", "case, float32"]
     expected = call(original, arguments())
     for each in found:
-        came = each.exact.result
+        came = each.exact[0].result
         if isinstance(expected, dict):
             assert list(came) == list(expected)
             came, expected_tensors = list(came.values()), list(expected.values())
