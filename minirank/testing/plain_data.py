@@ -35,46 +35,42 @@ class Expected(NamedTuple):
 
 
 class Tensors:
-    """Tensors for a safetensors file, by name. Equal ones, bit for bit, are kept once."""
+    """Tensors for a safetensors file, under "0", "1", …. Equal ones, bit for bit, are kept once."""
 
     def __init__(self) -> None:
         self.by_name: dict[str, Tensor] = {}
         self._names: dict[tuple[Any, ...], str] = {}
 
-    def put(self, name: str, tensor: Tensor) -> str:
+    def put(self, tensor: Tensor) -> str:
         """The name under which the tensor, or one equal to it, is kept."""
         content = (tensor.dtype, tuple(tensor.shape), tensor_bytes(tensor))
-        if content not in self._names:
-            while name in self.by_name:  # "a/b" may stand for b in a, or be a name of its own
-                name += "'"
-            self.by_name[name] = tensor.detach().clone()
-            self._names[content] = name
-        return self._names[content]
+        name = self._names.setdefault(content, str(len(self._names)))
+        self.by_name.setdefault(name, tensor.detach().clone())
+        return name
 
 
-def encoded(value: Any, key: str, tensors: Tensors) -> Any:
-    """`value` as JSON. Its tensors are put into `tensors`, under names that start with `key`.
+def encoded(value: Any, name: str, tensors: Tensors) -> Any:
+    """`value` as JSON, with its tensors in `tensors`. `name` is what an error calls it.
 
     Raises NotPlainData for anything but tensors, numbers, text, None, and mappings and sequences.
     """
     if isinstance(value, Expected):
-        inner = encoded(value.value, key, tensors)
+        inner = encoded(value.value, name, tensors)
         plain = inner if isinstance(inner, dict) else {"$number": json_number(inner)}
         return plain | {"allowed": value.allowed}
     if isinstance(value, Bits):
-        return encoded(value.tensor, key, tensors)
+        return encoded(value.tensor, name, tensors)
     if isinstance(value, Tensor):
-        return {"$tensor": tensors.put(key, value)}
+        return {"$tensor": tensors.put(value)}
     if isinstance(value, Mapping):
-        pairs = [[name, encoded(item, f"{key}/{name}", tensors)] for name, item in value.items()]
-        return {"$map": pairs}
+        return {"$map": [[key, encoded(item, key, tensors)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
-        return [encoded(item, f"{key}/{i}", tensors) for i, item in enumerate(value)]
+        return [encoded(item, name, tensors) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return {"$number": json_number(value)}
     if isinstance(value, (bool, int, float, str, type(None))):
         return value
-    raise NotPlainData(f"{key.rpartition('/')[2]} is a {type(value).__name__}")
+    raise NotPlainData(f"{name} is a {type(value).__name__}")
 
 
 def json_number(value: float) -> str:

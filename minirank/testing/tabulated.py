@@ -43,7 +43,7 @@ def shapley_values_from_worths(worths: Tensor) -> Tensor:
 def shapley_sensitivity_from_gradients(
     params: dict[str, dict[str, Tensor]],
     masks: Tensor,
-    gradients: list[list[dict[str, dict[str, Tensor]]]],
+    gradients: list[dict[str, dict[str, Tensor]]],
     samples: list[int],
 ) -> dict[str, Tensor]:
     """{name: (r,)}, the scores of ShapLoRA.
@@ -51,21 +51,19 @@ def shapley_sensitivity_from_gradients(
     Args:
         params: {name: gate (r,), P (d_out, r), Q (r, d_in)}.
         masks: bool (K, Σ r). The gates outside a coalition are zero in it (Eq 6).
-        gradients: [k][batch]: of the batch's mean loss in coalition k, over the same tensors.
+        gradients: [batch]: {name: gate (K, r), P (K, d_out, r), Q (K, r, d_in)}, the gradients of
+            the batch's mean loss in each coalition.
         samples: how many samples each batch has.
     """
     ranks = [len(own["gate"]) for own in params.values()]
     scores = {name: torch.zeros_like(own["gate"]) for name, own in params.items()}
-    for mask, of_batches in zip(masks, gradients, strict=True):
+    for k, mask in enumerate(masks):
         for (name, own), members in zip(params.items(), mask.split(ranks), strict=True):
             gate = torch.where(members, own["gate"], torch.zeros_like(own["gate"]))
-            mean = {
-                key: torch.stack(
-                    [n * batch[name][key] for n, batch in zip(samples, of_batches, strict=True)]
-                ).sum(0)
-                / sum(samples)
-                for key in ("gate", "P", "Q")
-            }
+            mean = {}
+            for key in ("gate", "P", "Q"):
+                parts = [n * g[name][key][k] for n, g in zip(samples, gradients, strict=True)]
+                mean[key] = torch.stack(parts).sum(0) / sum(samples)
             score = reference.san(gate, own["P"], own["Q"], mean["gate"], mean["P"], mean["Q"])
             scores[name] += score / len(masks)
     return scores
@@ -202,19 +200,16 @@ def coalition_gradients(
     ranks = [len(own["gate"]) for own in params.values()]
     plain = {name: {key: own[key].detach() for key in own} for name, own in params.items()}
     table = []
-    for mask in masks:
-        of_batches = []
-        for batch in batches:
-            inside = mask.split(ranks)
-            S: dict[str, dict[str, Tensor]] = {}
-            for (name, own), members in zip(plain.items(), inside, strict=True):
-                S[name] = {key: w.clone() for key, w in own.items()}
-                S[name]["gate"][~members] = 0.0
-                S[name] = {key: w.requires_grad_() for key, w in S[name].items()}
-            leaves = [w for own in S.values() for w in own.values()]
-            found = iter(torch.autograd.grad(loss(S, batch), leaves, materialize_grads=True))
-            of_batches.append({name: {key: next(found) for key in own} for name, own in S.items()})
-        table.append(of_batches)
+    for batch in batches:
+        rows = []
+        for mask in masks:
+            S = {name: {key: w.clone() for key, w in own.items()} for name, own in plain.items()}
+            for own, members in zip(S.values(), mask.split(ranks), strict=True):
+                own["gate"][~members] = 0.0
+            leaves = [w.requires_grad_() for own in S.values() for w in own.values()]
+            rows.append(torch.autograd.grad(loss(S, batch), leaves, materialize_grads=True))
+        columns = map(torch.stack, zip(*rows, strict=True))
+        table.append({name: {key: next(columns) for key in own} for name, own in plain.items()})
     return Arguments((plain, masks, table, [length(batch) for batch in batches]))
 
 

@@ -36,8 +36,9 @@ from .tabulated import MLP, TABULATED, tabulated
 from .vectors_schema import SCHEMA
 
 FORMAT = 1
-# Bytes of the arguments' tensors. A larger case is left out.
-LARGEST_CASE = 6_000
+# Bytes of a case's arguments. A larger case is left out.
+LARGEST_TEXT = 6_000
+LARGEST_CASE = 4_000
 LARGEST_TABLE = 1_500
 NOT_FOR_OTHERS = {"round_trip": "it is about a file that one library writes and reads"}
 RANDOM = {"resize"}
@@ -189,7 +190,9 @@ def vectors(contract: Contract) -> tuple[list[Vector], dict[str, str]]:
             left_out[case.name] = str(reason)
             continue
         tensors = Tensors()
-        content = [[each.kind, encoded(each.arguments, "", tensors)] for each in found.rounded]
+        content = [
+            [each.kind, encoded(each.arguments, "arguments", tensors)] for each in found.rounded
+        ]
         size = sum(tensor.nbytes for tensor in tensors.by_name.values())
         text = json.dumps(content)
         text += str(safetensors_bytes(tensors.by_name, {}))
@@ -197,6 +200,8 @@ def vectors(contract: Contract) -> tuple[list[Vector], dict[str, str]]:
             left_out[case.name] = f"the same numbers as in {known[text]!r}"
         elif size > largest:
             left_out[case.name] = f"more than {largest:,} bytes of tensors"
+        elif len(json.dumps(content)) > LARGEST_TEXT:
+            left_out[case.name] = f"more than {LARGEST_TEXT:,} bytes of JSON"
         else:
             known[text] = case.name
             kept.append(found)
@@ -244,9 +249,8 @@ def write_function(folder: Path, contract: Contract, found: Iterable[Vector]) ->
     lines: list[str] = []
     for each in found:
         for name, exact, rounded in zip(each.names, each.exact, each.rounded, strict=True):
-            key = str(len(lines))
             arguments = {
-                argument: encoded(value, f"{key}/{argument}", tensors)
+                argument: encoded(value, argument, tensors)
                 for argument, value in rounded.arguments.items()
             }
             result = with_allowed(exact.result, rounded.result, each.case.spec.terms)
@@ -257,7 +261,7 @@ def write_function(folder: Path, contract: Contract, found: Iterable[Vector]) ->
                 "dtype": dtype if each.case.spec.floating else None,
                 "wanted": rounded.kind,
                 "arguments": arguments,
-                "result": encoded(result, f"{key}/result", tensors),
+                "result": encoded(result, "result", tensors),
             }
             lines.append(json.dumps(content, ensure_ascii=False, allow_nan=False))
     head = {
