@@ -37,7 +37,7 @@ from .vectors_schema import SCHEMA
 
 FORMAT = 1
 # Bytes of a case's arguments. A larger case is left out.
-LARGEST_TEXT = 6_000
+LARGEST_TEXT = 4_000
 LARGEST_CASE = 4_000
 LARGEST_TABLE = 1_500
 NOT_FOR_OTHERS = {"round_trip": "it is about a file that one library writes and reads"}

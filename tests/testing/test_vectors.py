@@ -530,7 +530,7 @@ def ways_to_be_wrong():
     results = right_results(path)
     y = results["gate, float64"]
     name, gradients = next(
-        (name, value) for name, value in results.items() if isinstance(value, dict)
+        (name, value) for name, value in results.items() if "gate" in value and "A" in value
     )
     yield "a larger number", {**results, "gate, float64": [[1.001 * v for v in row] for row in y]}
     yield "another shape", {**results, "gate, float64": y[:1]}
