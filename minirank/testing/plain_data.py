@@ -100,10 +100,16 @@ def with_allowed(exact: Any, rounded: Any, terms: float) -> Any:
         return exact
     (difference,) = differences(exact, rounded, rounded, terms=terms, tolerance=None)
     if isinstance(exact, float):
-        return Expected(exact, difference.allowed)
+        return Expected(exact, rounded_up(difference.allowed))
     stored = exact.to(rounded.dtype)
     rounding = float((stored.double() - exact.double()).abs().max()) if exact.numel() else 0.0
-    return Expected(stored, difference.allowed + rounding)
+    return Expected(stored, rounded_up(difference.allowed + rounding))
+
+
+def rounded_up(error: float) -> float:
+    """A number of three digits, at least as large."""
+    digits = float(f"{error:.2e}")
+    return digits if digits >= error else float(f"{error * 1.01:.2e}")
 
 
 # ---- reading ------------------------------------------------------------------------------------

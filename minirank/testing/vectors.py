@@ -40,8 +40,19 @@ FORMAT = 1
 LARGEST_TEXT = 4_000
 LARGEST_CASE = 4_000
 LARGEST_TABLE = 1_500
-NOT_FOR_OTHERS = {"round_trip": "it is about a file that one library writes and reads"}
+NOT_FOR_OTHERS = {
+    "round_trip": "it is about a file that one library writes and reads",
+    "Layer": "it is an object with a state; its numbers are in lora_forward and merged_weight",
+    "hessian_diagonal": "it is about models; see curvature_of_mlp",
+    "hutchinson": "its numbers are random; for given signs see curvature_of_mlp",
+    "coalition_masks": "its masks are random",
+}
 RANDOM = {"resize"}
+COMPACT: dict[str, Any] = {
+    "ensure_ascii": False,
+    "allow_nan": False,
+    "separators": (",", ":"),
+}
 
 # What an outcome may differ in, beside rounding, and be right. `check` knows it.
 FREE = {
@@ -263,7 +274,7 @@ def write_function(folder: Path, contract: Contract, found: Iterable[Vector]) ->
                 "arguments": arguments,
                 "result": encoded(result, "result", tensors),
             }
-            lines.append(json.dumps(content, ensure_ascii=False, allow_nan=False))
+            lines.append(json.dumps(content, **COMPACT))
     head = {
         "format": FORMAT,
         "function": contract.name,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file as load_numpy
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -266,7 +266,7 @@ def test_allowed_covers_the_rounding_of_what_is_stored():
     assert found["y"].value.dtype == torch.float32
     eps = torch.finfo(torch.float32).eps
     rounding = float((found["y"].value.double() - exact["y"]).abs().max())
-    assert found["y"].allowed == pytest.approx(eps + rounding)
+    assert eps + rounding <= found["y"].allowed < 1.02 * (eps + rounding)
     assert 0 < found["t"].allowed < 1e-7
 
 
@@ -485,7 +485,8 @@ def test_the_right_results_pass(path, tmp_path):
     results = right_results(path)
     write_results(tmp_path, path.stem, results)
     (report,) = check_results(tmp_path)
-    assert [result.case for result in report] == list(results)
+    cases = dict.fromkeys(re.sub(r" \(\d+ of \d+\)$", "", name) for name in results)
+    assert [result.case for result in report] == list(cases)
     assert not report.failed, str(report)
     assert valid({"results": results}, SCHEMA["$defs"]["results"])
 
@@ -510,19 +511,19 @@ def without_allowed(value):
 def test_a_port_in_numpy_by_the_numbers_in_the_files_alone():
     """What the page tells the author of a port to do, without minirank."""
     content = read(FOLDER / "functions" / "lora_forward.json")
-    tensors = load_numpy(FOLDER / "functions" / content["tensors"])
+    tensors = safe_open(FOLDER / "functions" / content["tensors"], "numpy")
     for case in content["cases"]:
-        if case["wanted"] == "value":
+        if case["wanted"] == "value" and case["dtype"]:  # without: bfloat16, which NumPy has not
             given = {
-                name: tensors[value["$tensor"]] if isinstance(value, dict) else value
+                name: tensors.get_tensor(value["$tensor"]) if isinstance(value, dict) else value
                 for name, value in case["arguments"].items()
             }
             h = given["x"] @ given["A"].T * given.get("gate", 1)
             y = given["x"] @ given["W"].T + given["scaling"] * h @ given["B"].T
             y = y if given["b"] is None else y + given["b"]
-            right = tensors[case["result"]["$tensor"]]
+            right = tensors.get_tensor(case["result"]["$tensor"])
             assert (np.abs(y - right) <= case["result"]["allowed"]).all(), case["name"]
-            assert not (np.abs(1.001 * y - right) <= case["result"]["allowed"]).all()
+            assert not y.any() or (np.abs(1.001 * y - right) > case["result"]["allowed"]).any()
 
 
 def ways_to_be_wrong():
