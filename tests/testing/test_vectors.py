@@ -35,7 +35,6 @@ from minirank.testing.vectors import (
     plain_contracts,
     vectors,
     write_function,
-    write_vectors,
 )
 from minirank.testing.vectors_schema import SCHEMA
 
@@ -53,8 +52,8 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vectors")
-    write_vectors(folder)
+    folder = tmp_path_factory.mktemp("vectors") / "new"
+    assert main(["vectors", str(folder)]) == 0
     return folder
 
 
@@ -130,8 +129,8 @@ def test_every_tensor_is_there_and_used():
     for path in functions():
         content = read(path)
         tensors = load_file(path.with_name(content["tensors"]))
-        used = re.findall(r'"\$tensor": ("(?:[^"\\]|\\.)*")', path.read_text(encoding="utf-8"))
-        assert set(map(json.loads, used)) == set(tensors), path
+        used = re.findall(r'"\$tensor":"(\d+)"', path.read_text(encoding="utf-8"))
+        assert set(used) == set(tensors), path
 
 
 # ---- the schema, by a validator for the part of JSON Schema that it uses ------------------------
@@ -518,7 +517,8 @@ def test_a_port_in_numpy_by_the_numbers_in_the_files_alone():
                 name: tensors.get_tensor(value["$tensor"]) if isinstance(value, dict) else value
                 for name, value in case["arguments"].items()
             }
-            h = given["x"] @ given["A"].T * given.get("gate", 1)
+            gate = given.get("gate")
+            h = given["x"] @ given["A"].T * (1 if gate is None else gate)
             y = given["x"] @ given["W"].T + given["scaling"] * h @ given["B"].T
             y = y if given["b"] is None else y + given["b"]
             right = tensors.get_tensor(case["result"]["$tensor"])
@@ -590,10 +590,26 @@ def test_files_that_are_no_results(tmp_path, capsys):
         refused(words)
 
 
-def test_the_command_writes(tmp_path, capsys):
-    assert main(["vectors", str(tmp_path / "new")]) == 0
-    assert re.match(r"\d+ cases of \d+ functions in ", capsys.readouterr().out)
-    assert names(tmp_path / "new") == names(FOLDER)
+@pytest.mark.parametrize(
+    ("original", "arguments", "sentence"),
+    [
+        (original, arguments, sentence)
+        for original, arguments in ORIGINALS
+        for sentence in TABULATED[original].wrong_twins
+    ],
+)
+def test_a_wrong_table_is_told_what_it_is(original, arguments, sentence, tmp_path, monkeypatch):
+    spec = CaseSpec("uneven", "equation", arguments, terms=64)
+    contract = Contract(original.__name__, "2026", original, (spec,))
+    monkeypatch.setattr("minirank.testing.vectors.CONTRACTS", (contract,))
+    plain = tabulated(contract)
+    results = {
+        case.name: as_json(call(plain.wrong_twins[sentence], case.arguments()))
+        for case in cases_of(plain)
+    }
+    write_results(tmp_path, plain.name, results)
+    (report,) = check_results(tmp_path)
+    assert [f"equals {sentence}" in result.hint for result in report.failed] == [True, True]
 
 
 # ---- adapters -----------------------------------------------------------------------------------
