@@ -80,30 +80,39 @@ def json_number(value: float) -> str:
     return repr(value).replace("inf", "Infinity")
 
 
-def with_allowed(exact: Any, rounded: Any, terms: float) -> Any:
+def with_allowed(exact: Any, rounded: Any, terms: float, dtype: torch.dtype) -> Any:
     """A right result with the allowed error beside each of its tensors and numbers.
 
     Args:
         exact: in float64.
         rounded: the reference's own, in the dtype of the case. The result gets its dtypes.
         terms: of how many terms an entry is a sum.
+        dtype: of the case: what plain numbers are computed in.
     """
     if isinstance(exact, Bits):
-        return with_allowed(exact.tensor, rounded.tensor, terms)
+        return with_allowed(exact.tensor, rounded.tensor, terms, dtype)
     if isinstance(exact, Mapping):
-        return {key: with_allowed(item, rounded[key], terms) for key, item in exact.items()}
+        values, own = list(exact.values()), [rounded[key] for key in exact]
+        return dict(zip(exact, with_allowed(values, own, terms, dtype), strict=True))
     if isinstance(exact, (list, tuple)):
-        return [with_allowed(a, b, terms) for a, b in zip(exact, rounded, strict=True)]
-    if not isinstance(exact, float) and not (
-        isinstance(exact, Tensor) and exact.is_floating_point()
-    ):
-        return exact
-    (difference,) = differences(exact, rounded, rounded, terms=terms, tolerance=None)
+        if exact and all(isinstance(value, float) for value in exact):  # as one tensor
+            values = torch.tensor(exact, dtype=torch.float64)
+            allowed = allowed_error(values, torch.tensor(rounded, dtype=dtype), terms)
+            return [Expected(value, allowed) for value in exact]
+        return [with_allowed(a, b, terms, dtype) for a, b in zip(exact, rounded, strict=True)]
     if isinstance(exact, float):
-        return Expected(exact, rounded_up(difference.allowed))
+        return with_allowed([exact], [rounded], terms, dtype)[0]
+    if not isinstance(exact, Tensor) or not exact.is_floating_point():
+        return exact
     stored = exact.to(rounded.dtype)
     rounding = float((stored.double() - exact.double()).abs().max()) if exact.numel() else 0.0
-    return Expected(stored, rounded_up(difference.allowed + rounding))
+    return Expected(stored, allowed_error(exact, rounded, terms, rounding))
+
+
+def allowed_error(exact: Tensor, rounded: Tensor, terms: float, rounding: float = 0.0) -> float:
+    """What a comparison of the kit allows, and `rounding`."""
+    (difference,) = differences(exact, rounded, rounded, terms=terms, tolerance=None)
+    return rounded_up(difference.allowed + rounding)
 
 
 def rounded_up(error: float) -> float:

@@ -57,6 +57,8 @@ COMPACT: dict[str, Any] = {
 # What an outcome may differ in, beside rounding, and be right. `check` knows it.
 FREE = {
     "sensitivity_theta": "one positive factor common to all results",
+    "ranks_from_shares": "with costs: who gets the last ranks, where Σ rank · cost ≤ budget, no "
+    "further rank fits, and nobody is below ⌊clip(t · score, lower, upper)⌋",
     "resize": "the order of the ranks, the same in all tensors; the entries of new rows of A. "
     "The ranks that stay come back bit for bit",
     "peft_export": "any tensors and configuration that PEFT reads as the same function",
@@ -264,7 +266,9 @@ def write_function(folder: Path, contract: Contract, found: Iterable[Vector]) ->
                 argument: encoded(value, argument, tensors)
                 for argument, value in rounded.arguments.items()
             }
-            result = with_allowed(exact.result, rounded.result, each.case.spec.terms)
+            result = with_allowed(
+                exact.result, rounded.result, each.case.spec.terms, each.case.dtype
+            )
             dtype = str(each.case.dtype).removeprefix("torch.")
             content = {
                 "name": name,
@@ -304,7 +308,7 @@ def write_adapter(folder: Path, case: Case) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     adapter: Adapter = case.arguments().positional[0]
     exact = case.contract.reference(cast(case.arguments(), torch.float64, "cpu").positional[0])
-    right = with_allowed(exact, case.contract.reference(adapter), case.spec.terms)
+    right = with_allowed(exact, case.contract.reference(adapter), case.spec.terms, case.dtype)
     model: dict[str, Tensor] = {}
     golden: dict[str, Tensor] = {}
     layers = {}

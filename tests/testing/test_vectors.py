@@ -260,13 +260,22 @@ def test_lists_become_the_tensors_that_are_expected():
 def test_allowed_covers_the_rounding_of_what_is_stored():
     exact = {"y": torch.tensor([1 / 3, 1.0], dtype=torch.float64), "n": 3, "t": 0.1}
     rounded = {"y": exact["y"].float(), "n": 3, "t": 0.1}
-    found = with_allowed(exact, rounded, terms=1)
+    found = with_allowed(exact, rounded, 1, torch.float32)
     assert found["n"] == 3
     assert found["y"].value.dtype == torch.float32
     eps = torch.finfo(torch.float32).eps
     rounding = float((found["y"].value.double() - exact["y"]).abs().max())
     assert eps + rounding <= found["y"].allowed < 1.02 * (eps + rounding)
-    assert 0 < found["t"].allowed < 1e-7
+    assert found["t"].value == 0.1
+    assert 0.1 * eps <= found["t"].allowed < 0.11 * eps
+
+
+def test_numbers_of_one_mapping_are_compared_by_the_largest():
+    theta = {"a": 0.0, "b": 2.0}
+    for dtype in (torch.float64, torch.float32):
+        eps = torch.finfo(dtype).eps
+        for each in with_allowed(theta, theta, 3, dtype).values():
+            assert 6 * eps <= each.allowed < 6.1 * eps
 
 
 # ---- which cases are kept -----------------------------------------------------------------------
