@@ -96,8 +96,8 @@ def with_allowed(exact: Any, rounded: Any, terms: float, dtype: torch.dtype) -> 
         return dict(zip(exact, with_allowed(values, own, terms, dtype), strict=True))
     if isinstance(exact, (list, tuple)):
         if exact and all(isinstance(value, float) for value in exact):  # as one tensor
-            values = torch.tensor(exact, dtype=torch.float64)
-            allowed = allowed_error(values, torch.tensor(rounded, dtype=dtype), terms)
+            numbers = torch.tensor(exact, dtype=torch.float64)
+            allowed = allowed_error(numbers, torch.tensor(rounded, dtype=dtype), terms)
             return [Expected(value, allowed) for value in exact]
         return [with_allowed(a, b, terms, dtype) for a, b in zip(exact, rounded, strict=True)]
     if isinstance(exact, float):
