@@ -57,8 +57,9 @@ COMPACT: dict[str, Any] = {
 # What an outcome may differ in, beside rounding, and be right. `check` knows it.
 FREE = {
     "sensitivity_theta": "one positive factor common to all results",
-    "ranks_from_shares": "a tie of remainders that rounding breaks; with costs: who gets the last ranks, where Σ rank · cost ≤ budget, no "
-    "further rank fits, and nobody is below ⌊clip(t · score, lower, upper)⌋",
+    "ranks_from_shares": "a tie of remainders that rounding breaks; with costs, who gets the last "
+    "ranks, where Σ rank · cost ≤ budget, no further rank fits, and nobody is below "
+    "⌊clip(t · score, lower, upper)⌋",
     "resize": "the order of the ranks, the same in all tensors; the entries of new rows of A. "
     "The ranks that stay come back bit for bit",
     "peft_export": "any tensors and configuration that PEFT reads as the same function",
