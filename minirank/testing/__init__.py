@@ -18,6 +18,9 @@ round_trip.py     the reference of files: layers written and read, bit for bit
 allocator.py      the rules of score() and allocate(budget)
 layer.py          the function of a LoRA layer, from its plain matrices
 model_state.py    whether a block of code leaves a model as it was
+vectors.py        cases as files for other languages, and judging their results
+adapters.py       PEFT adapters of mixed rank and alpha, for those files
+tabulated.py      cases about models as plain data; plain_data.py: as JSON and tensors
 
 Each check raises AssertionError with what was expected and what came. The library's own functions
 pass the same checks.
