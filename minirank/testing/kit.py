@@ -81,7 +81,7 @@ class Case:
     def _differences(self, implementation: Implementation) -> list[Difference]:
         """Every leaf of what came, also of a second equal call. Raises BrokenRule."""
         first = self._observed(implementation)
-        right = (kept(first),) * 2 if self.spec.judges_itself else self._right_outcomes()
+        right = (kept(first), kept(first)) if self.spec.judges_itself else self._right_outcomes()
         found = self._judged(*right, first)
         if self.spec.repeatable and not any(difference.wrong for difference in found):
             before = mapped(first, torch.clone)
@@ -486,8 +486,8 @@ def _severity(difference: Difference) -> float:
 
 
 def _same(expected: Any, got: Any) -> list[Difference]:
-    exactly = {"dtype": torch.float64, "terms": 0.0, "tolerance": 0.0}
-    return list(differences(expected, expected, got, **exactly))
+    wide = torch.float64
+    return list(differences(expected, expected, got, dtype=wide, terms=0.0, tolerance=0.0))
 
 
 def _tensors(arguments: Arguments) -> list[Tensor]:

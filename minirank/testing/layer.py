@@ -73,7 +73,7 @@ def _difference(
     wide = [v.detach().double() if isinstance(v, Tensor) else v for v in (x, *matrices)]
     exact = {"y": function(*wide)}
     rounded = {"y": exact["y"].to(x.dtype)}
-    (found,) = differences(exact, rounded, {"y": y}, terms=0.0, tolerance=tolerance)
+    (found,) = differences(exact, rounded, {"y": y}, dtype=x.dtype, terms=0.0, tolerance=tolerance)
     return found
 
 

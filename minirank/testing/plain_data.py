@@ -111,7 +111,9 @@ def with_allowed(exact: Any, rounded: Any, terms: float, dtype: torch.dtype) -> 
 
 def allowed_error(exact: Tensor, rounded: Tensor, terms: float, rounding: float = 0.0) -> float:
     """What a comparison of the kit allows, and `rounding`."""
-    (difference,) = differences(exact, rounded, rounded, terms=terms, tolerance=None)
+    (difference,) = differences(
+        exact, rounded, rounded, dtype=rounded.dtype, terms=terms, tolerance=None
+    )
     return rounded_up(difference.allowed + rounding)
 
 
