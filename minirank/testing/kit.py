@@ -81,14 +81,17 @@ class Case:
     def _differences(self, implementation: Implementation) -> list[Difference]:
         """Every leaf of what came, also of a second equal call. Raises BrokenRule."""
         first = self._observed(implementation)
-        right = (kept(first), kept(first)) if self.spec.judges_itself else self._right_outcomes()
-        found = self._judged(*right, first)
+        if self.spec.judges_itself:
+            exact = rounded = kept(first)
+        else:
+            exact, rounded = self._right_outcomes()
+        found = self._judged(exact, rounded, first)
         if self.spec.repeatable and not any(difference.wrong for difference in found):
             before = mapped(first, torch.clone)
             self._disturb(implementation)
             if any(d.wrong for d in _same(before, first)):
                 raise BrokenRule("a later call changed what an earlier call had returned")
-            again = self._judged(*right, self._observed(implementation))
+            again = self._judged(exact, rounded, self._observed(implementation))
             if any(difference.wrong for difference in again):
                 raise BrokenRule("a second call with equal arguments gave another outcome")
         return found

@@ -1,4 +1,4 @@
-"""The kit judged by implementations that were written before its cases: wrong ones and right ones."""
+"""The kit judged by implementations that were written before its cases, wrong and right."""
 
 from __future__ import annotations
 
