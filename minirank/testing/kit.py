@@ -131,8 +131,17 @@ class Case:
         return list(found)
 
     def _right_outcomes(self, twin: Implementation | None = None) -> tuple[Any, Any]:
-        """The reference's, or a twin's: (in float64, in the case's dtype), of equal arguments."""
+        """The reference's, or a twin's: (in float64, in the case's dtype), of equal arguments.
+
+        They are computed once, since a case has always the same arguments.
+        """
         reference = self.contract.reference if twin is None else twin
+        key = (self.spec, reference, self.dtype)
+        if key not in _RIGHT_OUTCOMES:
+            _RIGHT_OUTCOMES[key] = self._computed_outcomes(reference)
+        return _RIGHT_OUTCOMES[key]
+
+    def _computed_outcomes(self, reference: Implementation) -> tuple[Any, Any]:
         arguments = cast(self.spec.arguments(), self.dtype, "cpu")
         exact = self.spec.observe(reference, cast(arguments, torch.float64, "cpu"))
         if self.dtype == torch.float64:
@@ -176,6 +185,9 @@ class Case:
             allowed=worst.allowed,
             reproduce=call,
         )
+
+
+_RIGHT_OUTCOMES: dict[tuple[CaseSpec, Implementation, torch.dtype], tuple[Any, Any]] = {}
 
 
 class BrokenRule(Exception):
