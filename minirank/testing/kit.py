@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -61,11 +60,11 @@ class Case:
         wrong = [difference for difference in found if difference.wrong]
         if wrong:
             worst = max(wrong, key=_severity)
-            twins = self._equal_twins(implementation)
-            told = [f"equals {twins[0]}"] if twins else []
-            told += [f"{len(wrong)} entries are wrong"] if len(wrong) > 1 else []
-            failed = self._result(worst)
-            return replace(failed, status="failed", hint="; ".join(told), twins=twins)
+            hint = self._hint(implementation)
+            more = f"; {len(wrong)} entries are wrong" if len(wrong) > 1 else ""
+            return replace(
+                self._result(worst), status="failed", hint=hint + more if hint else more[2:]
+            )
         worst = max(found, key=_severity, default=Difference("", "", "", 0.0, 0.0))
         notes = sorted({difference.note for difference in found if difference.note})
         status: Literal["noted", "passed"] = "noted" if notes else "passed"
@@ -128,24 +127,20 @@ class Case:
             return exact, exact
         return exact, self.spec.observe(reference, cast(arguments, self.dtype, "cpu"))
 
-    def _equal_twins(self, implementation: Implementation) -> tuple[str, ...]:
-        """The sentences of the wrong twins whose numbers came out."""
+    def _hint(self, implementation: Implementation) -> str:
+        """Whose numbers came out, if a wrong twin's did."""
         try:
             outcome = self.spec.observe(implementation, self.arguments())
         except Exception:
-            return ()
-        return tuple(
-            sentence
-            for sentence, twin in self.contract.wrong_twins.items()
-            if self._is_twin(twin, outcome)
-        )
-
-    def _is_twin(self, twin: Implementation, outcome: Any) -> bool:
-        try:
-            exact, rounded = self._right_outcomes(twin)
-        except Exception:  # this twin cannot do this case
-            return False
-        return not any(difference.wrong for difference in self._judged(exact, rounded, outcome))
+            return ""
+        for sentence, twin in self.contract.wrong_twins.items():
+            try:
+                exact, rounded = self._right_outcomes(twin)
+            except Exception:  # this twin cannot do this case
+                continue
+            if not any(difference.wrong for difference in self._judged(exact, rounded, outcome)):
+                return f"equals {sentence}"
+        return ""
 
     def _failed(self, expected: str, got: str, hint: str) -> Result:
         result = self._result(Difference("result", expected, got, float("inf"), 0.0))
@@ -276,7 +271,7 @@ def check(
     names = [case.name for case in found]
     _require_matches(names, skip, "skip")
     _require_matches(names, expected_failures, "expected_failures")
-    results = agreeing([_judged(case, mine, skip, expected_failures) for case in found])
+    results = [_judged(case, mine, skip, expected_failures) for case in found]
     contract = contract_of(like)
     report = Report(contract.name, contract.source, tuple(results))
     if report.failed and on_fail == "raise":
@@ -417,22 +412,6 @@ class ConvertedObject:
         if callable(value):
             return converted(value, self.convert)
         return converted(lambda: value, self.convert)()
-
-
-def agreeing(results: list[Result]) -> list[Result]:
-    """The results, where of several wrong twins that fit a case the one that fits most is named."""
-    counts = Counter(sentence for result in results for sentence in result.twins)
-    return [
-        replace(
-            result,
-            hint=result.hint.replace(
-                f"equals {result.twins[0]}", f"equals {max(result.twins, key=counts.__getitem__)}"
-            ),
-        )
-        if result.twins and result.status == "failed"
-        else result
-        for result in results
-    ]
 
 
 def _judged(case: Case, mine: Implementation, skip: Reasons, expected: Reasons) -> Result:

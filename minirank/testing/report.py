@@ -26,7 +26,6 @@ class Result:
         allowed: the largest difference that passes. 0 for whole numbers and bits.
         hint: what the numbers that came are; what is odd; or the reason of a skip.
         reproduce: a line of code that runs this case alone.
-        twins: what the numbers that came may be: each sentence completes "the result equals …".
     """
 
     case: str
@@ -39,7 +38,6 @@ class Result:
     allowed: float = 0.0
     hint: str = ""
     reproduce: str = ""
-    twins: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.status.upper():8}{self.case}  ({self.equation})"]
