@@ -99,6 +99,7 @@ def _difference(
     entry: str, exact: Any, rounded: Any, got: Any, terms: float, tolerance: float | None
 ) -> Difference:
     if isinstance(exact, Rule):
+        # A wrong twin's rule does not hold: an outcome equals it if it says the same.
         holds = isinstance(got, Rule) and (got.holds if exact.holds else got == exact)
         return Difference(entry, exact.expected, _text(got), 0.0 if holds else INFINITE, 0.0)
     if isinstance(exact, Bits):

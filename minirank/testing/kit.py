@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -60,10 +61,13 @@ class Case:
         wrong = [difference for difference in found if difference.wrong]
         if wrong:
             worst = max(wrong, key=_severity)
-            hint = self._hint(implementation)
-            more = f"; {len(wrong)} entries are wrong" if len(wrong) > 1 else ""
+            twins = self._twins(implementation)
             return replace(
-                self._result(worst), status="failed", hint=hint + more if hint else more[2:]
+                self._result(worst),
+                status="failed",
+                hint=_hint(twins, len(wrong)),
+                twins=twins,
+                wrong_entries=len(wrong),
             )
         worst = max(found, key=_severity, default=Difference("", "", "", 0.0, 0.0))
         notes = sorted({difference.note for difference in found if difference.note})
@@ -130,20 +134,21 @@ class Case:
             return exact, exact
         return exact, self.spec.observe(reference, cast(arguments, self.dtype, "cpu"))
 
-    def _hint(self, implementation: Implementation) -> str:
-        """Whose numbers came out, if a wrong twin's did."""
+    def _twins(self, implementation: Implementation) -> tuple[str, ...]:
+        """Whose numbers came out: the sentences of all wrong twins with this outcome."""
         try:
             outcome = self.spec.observe(implementation, self.arguments())
         except Exception:
-            return ""
+            return ()
+        found = []
         for sentence, twin in self.contract.wrong_twins.items():
             try:
                 exact, rounded = self._right_outcomes(twin)
             except Exception:  # this twin cannot do this case
                 continue
             if not any(difference.wrong for difference in self._judged(exact, rounded, outcome)):
-                return f"equals {sentence}"
-        return ""
+                found.append(sentence)
+        return tuple(found)
 
     def _failed(self, expected: str, got: str, hint: str) -> Result:
         result = self._result(Difference("result", expected, got, float("inf"), 0.0))
@@ -274,7 +279,7 @@ def check(
     names = [case.name for case in found]
     _require_matches(names, skip, "skip")
     _require_matches(names, expected_failures, "expected_failures")
-    results = [_judged(case, mine, skip, expected_failures) for case in found]
+    results = _likeliest([_judged(case, mine, skip, expected_failures) for case in found])
     contract = contract_of(like)
     report = Report(contract.name, contract.source, tuple(results))
     if report.failed and on_fail == "raise":
@@ -428,6 +433,29 @@ def _judged(case: Case, mine: Implementation, skip: Reasons, expected: Reasons) 
         return replace(result, status="xfailed", hint=reason)
     message = f"passes, although it is among expected_failures ({reason}): take it out"
     return replace(result, status="failed", entry="result", hint=message)
+
+
+def _likeliest(results: list[Result]) -> list[Result]:
+    """The results with the hint that explains most of the failures, where several twins fit."""
+    counts = Counter(twin for result in results for twin in result.twins)
+    failed = sum(result.status == "failed" for result in results)
+    ranked = []
+    for result in results:
+        twins = tuple(sorted(result.twins, key=lambda twin: -counts[twin]))
+        if result.status == "failed" and twins:
+            count = counts[twins[0]]
+            share = "" if count == failed else f" (in {count} of {failed} failed cases)"
+            hint = _hint(twins, result.wrong_entries, share)
+            result = replace(result, twins=twins, hint=hint)
+        ranked.append(result)
+    return ranked
+
+
+def _hint(twins: tuple[str, ...], wrong_entries: int, share: str = "") -> str:
+    parts = [f"equals {twin}{share}" for twin in twins[:1]]
+    if wrong_entries > 1:
+        parts.append(f"{wrong_entries} entries are wrong")
+    return "; ".join(parts)
 
 
 def _reason(name: str, reasons: Reasons) -> str:
