@@ -122,6 +122,7 @@ def differences(
 
 def _difference(entry: str, exact: Any, rounded: Any, got: Any, allowance: Allowance) -> Difference:
     if isinstance(exact, Rule):
+        # A wrong twin's rule does not hold: an outcome equals it if it says the same.
         holds = isinstance(got, Rule) and (got.holds if exact.holds else got == exact)
         note = got.note if isinstance(got, Rule) else ""
         return Difference(entry, exact.expected, _text(got), 0.0 if holds else INFINITE, 0.0, note)

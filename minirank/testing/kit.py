@@ -148,24 +148,21 @@ class Case:
             return exact, exact
         return exact, self.spec.observe(reference, cast(arguments, self.dtype, "cpu"))
 
-    def _equal_twins(self, implementation: Implementation) -> tuple[str, ...]:
-        """The sentences of the wrong twins whose numbers came out."""
+    def _twins(self, implementation: Implementation) -> tuple[str, ...]:
+        """Whose numbers came out: the sentences of all wrong twins with this outcome."""
         try:
             outcome = self.spec.observe(implementation, self.arguments())
         except Exception:
             return ()
-        return tuple(
-            sentence
-            for sentence, twin in self.contract.wrong_twins.items()
-            if self._is_twin(twin, outcome)
-        )
-
-    def _is_twin(self, twin: Implementation, outcome: Any) -> bool:
-        try:
-            exact, rounded = self._right_outcomes(twin)
-        except Exception:  # this twin cannot do this case
-            return False
-        return not any(difference.wrong for difference in self._judged(exact, rounded, outcome))
+        found = []
+        for sentence, twin in self.contract.wrong_twins.items():
+            try:
+                exact, rounded = self._right_outcomes(twin)
+            except Exception:  # this twin cannot do this case
+                continue
+            if not any(difference.wrong for difference in self._judged(exact, rounded, outcome)):
+                found.append(sentence)
+        return tuple(found)
 
     def _failed(self, expected: str, got: str, hint: str) -> Result:
         result = self._result(Difference("result", expected, got, float("inf"), 0.0))
@@ -475,6 +472,29 @@ def _judged(
         return replace(result, status="xfailed", hint=reason)
     message = f"passes, although it is among expected_failures ({reason}): take it out"
     return replace(result, status="failed", entry="result", hint=message)
+
+
+def _likeliest(results: list[Result]) -> list[Result]:
+    """The results with the hint that explains most of the failures, where several twins fit."""
+    counts = Counter(twin for result in results for twin in result.twins)
+    failed = sum(result.status == "failed" for result in results)
+    ranked = []
+    for result in results:
+        twins = tuple(sorted(result.twins, key=lambda twin: -counts[twin]))
+        if result.status == "failed" and twins:
+            count = counts[twins[0]]
+            share = "" if count == failed else f" (in {count} of {failed} failed cases)"
+            hint = _hint(twins, result.wrong_entries, share)
+            result = replace(result, twins=twins, hint=hint)
+        ranked.append(result)
+    return ranked
+
+
+def _hint(twins: tuple[str, ...], wrong_entries: int, share: str = "") -> str:
+    parts = [f"equals {twin}{share}" for twin in twins[:1]]
+    if wrong_entries > 1:
+        parts.append(f"{wrong_entries} entries are wrong")
+    return "; ".join(parts)
 
 
 def _reason(name: str, reasons: Reasons) -> str:

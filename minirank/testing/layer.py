@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import reference
 from .case import Implementation
 from .comparison import Difference, differences
-from .contracts.layer import FORWARD_TWINS, LORA
+from .contracts.forward import FORWARD_TWINS, LORA
 from .report import ConformanceError, Report, Result
 
 SOURCE = "arXiv 2106.09685"

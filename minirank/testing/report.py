@@ -26,7 +26,8 @@ class Result:
         allowed: the largest difference that passes. 0 for whole numbers and bits.
         hint: what the numbers that came are; what is odd; or the reason of a skip.
         reproduce: a line of code that runs this case alone.
-        twins: what the numbers that came may be: each sentence completes "the result equals …".
+        twins: the sentences of all wrong twins whose numbers came out.
+        wrong_entries: how many entries differ by more than is allowed.
     """
 
     case: str
@@ -40,6 +41,7 @@ class Result:
     hint: str = ""
     reproduce: str = ""
     twins: tuple[str, ...] = ()
+    wrong_entries: int = 0
 
     def __str__(self) -> str:
         lines = [f"{self.status.upper():8}{self.case}  ({self.equation})"]

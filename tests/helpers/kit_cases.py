@@ -9,9 +9,9 @@ from minirank import testing
 from minirank.testing.kit import contract_of
 
 
-def failed(mine, like, hint=None):
+def failed(mine, like, hint=None, **options):
     """The failed results; with `hint`, at least one of them must name this fault."""
-    report = testing.check(mine, like=like, on_fail=None)
+    report = testing.check(mine, like=like, on_fail=None, **options)
     assert report.failed, "the kit finds no fault"
     if hint is not None:
         assert any(hint in result.hint for result in report.failed), str(report)

@@ -1,6 +1,10 @@
 """The contracts: for each reference function its cases, smallest first, and its wrong twins.
 
-layer.py      lora_forward, merged_weight, resize, Layer, round_trip
+layouts.py    numbers, and the ways they may lie in memory
+forward.py    lora_forward, merged_weight
+resize.py     resize
+round_trip.py round_trip
+layer.py      Layer; these five contracts in order
 peft.py       peft_export, peft_delta_weight
 curvature.py  input_second_moment, the Hessian diagonal and its stand-ins, Hutchinson's estimate
 ranks.py      θ, whole ranks from shares, the best ranks, L1RA's rule

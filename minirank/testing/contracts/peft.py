@@ -15,7 +15,7 @@ from ... import reference
 from ...reference.peft_format import PREFIX, of_layer
 from ..case import Arguments, CaseSpec, Contract, Implementation
 from ..comparison import Rule
-from .layer import View, normal, plain, transposed, with_gaps
+from .layouts import View, normal, plain, transposed, with_gaps
 
 EXPORT = "PEFT reads alpha / r · B A = s · B diag(gate) A, for these layers alone"
 DELTA = "ΔW = alpha / r · B A, or alpha / sqrt(r) · B A with use_rslora"
