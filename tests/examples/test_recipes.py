@@ -111,3 +111,13 @@ def test_trainer(printed):
     before, after = numbers(r"(\S+) before, (\S+) after the training", text)
     assert after < 0.7 * before
     assert f"after merging: {after:.2f}, BertForTokenClassification" in text
+
+
+def test_check_mine(printed):
+    right, wrong = printed("check_mine").split("---- batches_weighted_alike")
+    assert "21 of 23 cases passed" in right
+    assert "FAILED" not in right
+    assert "equals the sensitivity with batches weighted alike" in wrong
+    assert "FAILED" in wrong
+    module = runpy.run_path(str(EXAMPLES / "check_mine.py"))
+    module["test_all_coalitions_at_once"]()
