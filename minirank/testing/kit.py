@@ -66,7 +66,7 @@ class Case:
         wrong = [difference for difference in found if difference.wrong]
         if wrong:
             worst = max(wrong, key=_severity)
-            twins = self._equal_twins(implementation) if explain else ()
+            twins = self._twins(implementation) if explain else ()
             many = f"{len(wrong)} entries are wrong" if len(wrong) > 1 else ""
             reasons = [f"equals {twins[0]}" if twins else "", worst.note, many]
             hint = "; ".join(reason for reason in reasons if reason)
@@ -472,29 +472,6 @@ def _judged(
         return replace(result, status="xfailed", hint=reason)
     message = f"passes, although it is among expected_failures ({reason}): take it out"
     return replace(result, status="failed", entry="result", hint=message)
-
-
-def _likeliest(results: list[Result]) -> list[Result]:
-    """The results with the hint that explains most of the failures, where several twins fit."""
-    counts = Counter(twin for result in results for twin in result.twins)
-    failed = sum(result.status == "failed" for result in results)
-    ranked = []
-    for result in results:
-        twins = tuple(sorted(result.twins, key=lambda twin: -counts[twin]))
-        if result.status == "failed" and twins:
-            count = counts[twins[0]]
-            share = "" if count == failed else f" (in {count} of {failed} failed cases)"
-            hint = _hint(twins, result.wrong_entries, share)
-            result = replace(result, twins=twins, hint=hint)
-        ranked.append(result)
-    return ranked
-
-
-def _hint(twins: tuple[str, ...], wrong_entries: int, share: str = "") -> str:
-    parts = [f"equals {twin}{share}" for twin in twins[:1]]
-    if wrong_entries > 1:
-        parts.append(f"{wrong_entries} entries are wrong")
-    return "; ".join(parts)
 
 
 def _reason(name: str, reasons: Reasons) -> str:
