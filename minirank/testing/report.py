@@ -27,7 +27,6 @@ class Result:
         hint: what the numbers that came are; what is odd; or the reason of a skip.
         reproduce: a line of code that runs this case alone.
         twins: the sentences of all wrong twins whose numbers came out.
-        wrong_entries: how many entries differ by more than is allowed.
     """
 
     case: str
@@ -41,7 +40,6 @@ class Result:
     hint: str = ""
     reproduce: str = ""
     twins: tuple[str, ...] = ()
-    wrong_entries: int = 0
 
     def __str__(self) -> str:
         lines = [f"{self.status.upper():8}{self.case}  ({self.equation})"]
