@@ -151,10 +151,10 @@ def insert_layers(
     try:
         for name, make_layer in makers.items():
             layers[name] = make_layer(modules[name])
-        bases = [layer.base for layer in [*earlier.values(), *layers.values()]]
-        named -= {id(parameter) for base in bases for parameter in base.parameters()}
-        _set_requires_grad(model, named, freeze_others=trainable is not None and not earlier)
-        _replace(model, {id(layer.base): layer for layer in layers.values()})
+        adapters = [*earlier.values(), *layers.values()]
+        freeze_others = trainable is not None and not earlier
+        _set_requires_grad(model, named - _base_parameters(adapters), freeze_others)
+        _put_in(model, layers.values())
         return layers
     except BaseException:
         _replace(model, {id(layer): layer.base for layer in layers.values()})
@@ -263,6 +263,16 @@ def _set_requires_grad(model: nn.Module, named: set[int], freeze_others: bool) -
             parameter.requires_grad = True
         elif freeze_others:
             parameter.requires_grad = False
+
+
+def _base_parameters(layers: Iterable[LoRALinear]) -> set[int]:
+    """The ids of the parameters inside the layers' bases."""
+    return {id(parameter) for layer in layers for parameter in layer.base.parameters()}
+
+
+def _put_in(model: nn.Module, layers: Iterable[LoRALinear]) -> None:
+    """Put every layer into the places of its base."""
+    _replace(model, {id(layer.base): layer for layer in layers})
 
 
 def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
