@@ -62,7 +62,7 @@ from torch.optim import Optimizer
 from ..checks import as_generator, is_integer, quoted_names, require
 from ..layers.resize import Resized, resize, separate_layers
 from .allocation import Allocation, Unit
-from .allocator import KeepMasks, Ranks, RankScoreAllocator, keep_masks
+from .allocator import KeepMasks, Ranks, RankScoreAllocator, mask_tensors
 from .constraints import Bound, Constraints, check_unit
 from .gates import Shrinkage, check_gates, gates_into_own_group, shrink
 from .history import History, Update
@@ -193,7 +193,7 @@ class L1RA(RankScoreAllocator):
 
     def score(self) -> dict[str, Tensor]:
         """The gates: {module: (r,)}. Updates read the gates themselves, whatever is scored."""
-        return self.keep_scores(self.gates)
+        return self.store_scores(self.gates)
 
     def allocate(
         self, budget: int, *, unit: Unit = "ranks", min_rank: Bound = 1, max_rank: Bound = None
@@ -213,7 +213,7 @@ class L1RA(RankScoreAllocator):
             costs=constraints.budget_costs,
             threshold=self._pruning_threshold(),
         )
-        return ranks, keep_masks(keep)
+        return ranks, mask_tensors(keep)
 
     def _pruning_threshold(self) -> float:
         if self.threshold is not None:

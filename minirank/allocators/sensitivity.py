@@ -284,7 +284,7 @@ class SensitivityLoRA(ShareAllocator):
         self._groups: Groups | None = None  # the measurements of the last run
 
     def score(self) -> dict[str, Tensor]:
-        """Measure all batches, and keep the scores for `allocate`.
+        """Measure all batches, and store the scores for `allocate`.
 
         Returns:
             {name: θ, shape (), float64}.
@@ -435,7 +435,7 @@ class SensitivityLoRA(ShareAllocator):
             name: {key: float(values[i]) for key, values in metrics._asdict().items()}
             for i, name in enumerate(self.targets)
         }
-        return self.keep_scores(dict(zip(self.targets, metrics.theta.unbind(), strict=True)))
+        return self.store_scores(dict(zip(self.targets, metrics.theta.unbind(), strict=True)))
 
     def _stability_of(
         self,

@@ -54,7 +54,7 @@ from ..layers.lora import LoRALinear
 from ..measure import LossFn, batch_length, called_without_gradient, measuring, repeatable
 from ..shapley import coalition_masks, standard_error
 from .allocator import RankScoreAllocator
-from .coalitions import (
+from .masked_gates import (
     Adapter,
     WeightedBatch,
     adapters,
@@ -176,7 +176,7 @@ class ShapLoRA(RankScoreAllocator):
         self._masks(scorable_layers(model))
 
     def score(self) -> dict[str, Tensor]:
-        """Measure all coalitions, and keep the scores for `allocate`.
+        """Measure all coalitions, and store the scores for `allocate`.
 
         Returns:
             {name: Shapley sensitivity of its ranks, (r,), float64}.
@@ -200,7 +200,7 @@ class ShapLoRA(RankScoreAllocator):
         self._check_scores(scores)
         pairs = (sample[0::2] + sample[1::2]) / 2 if len(sample) > 1 else None
         self.standard_errors = {} if pairs is None else by_module(standard_error(pairs), layers)
-        return self.keep_scores(scores)
+        return self.store_scores(scores)
 
     def _masks(self, layers: Mapping[str, LoRALinear]) -> Tensor:
         """The coalitions: bool (coalitions, ranks of all layers). Without coalitions one of all."""

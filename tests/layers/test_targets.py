@@ -49,7 +49,7 @@ def test_a_type_selects_its_instances():
     assert list(linear_targets(zoo(), nn.Linear)) == ["body.up", "blocks.0.0", "blocks.1.0", "head"]
 
 
-def test_a_predicate_sees_no_module_that_is_not_linear():
+def test_a_function_sees_no_module_that_is_not_linear():
     seen = []
     linear_targets(nested(), lambda name, module: seen.append((name, module)) or True)
     assert [name for name, _ in seen] == ["fc", "enc.fc", "enc.0", "fc2"]

@@ -43,7 +43,7 @@ class RankScores(RankScoreAllocator):
     """One score per existing rank, as L1RA and ShapLoRA give."""
 
     def score(self):
-        return self.keep_scores(
+        return self.store_scores(
             {
                 name: torch.arange(m.rank) * 1.0
                 for name, m in self.model.named_modules()
@@ -127,7 +127,7 @@ def broken_allocators():
     class GivesNaN(UniformRanks):
         def score(self):
             scores = super().score()
-            return self.keep_scores({name: score * float("nan") for name, score in scores.items()})
+            return self.store_scores({name: score * float("nan") for name, score in scores.items()})
 
     class KeepsMoreThanItGives(RankScores):
         grows = True

@@ -1,4 +1,8 @@
-"""ShapLoRA's coalitions: gates set to zero, and gradients over a whole data set."""
+"""ShapLoRA: gates set to zero by coalitions that `minirank/shapley.py` draws (`coalition_masks`).
+
+Here are the parts of one coalition's score: the adapters of a model, the gates set to zero outside
+the coalition, and the gradients over a whole data set. In this file, λ is the paper's gate.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ WeightedBatch = tuple[Any, float]
 
 
 class Adapter(NamedTuple):
-    """The adapter of one layer, or something of the same shapes, in ShapLoRA's letters."""
+    """The adapter of one layer in ShapLoRA's letters, or its gradients or importances."""
 
     gate: Tensor  # λ, (r,)
     P: Tensor  # lora_B, (d_out, r)
