@@ -56,6 +56,7 @@ from .stability import (
     Diagonals,
     Groups,
     Stability,
+    check_groups,
     interpolated_effective_rank,
     resampled_stability,
 )
@@ -160,8 +161,8 @@ def theta_of_drawn(metrics: Tensor) -> Tensor:
     """θ of smooth metrics that were drawn within their errors: (3n,) → (n,).
 
     Rounding the smooth form of Eq 10 up gives its count. Local metrics cannot be negative, so drawn
-    ones are clamped. Where the drawn traces are far from a minimum, Eqs 13 and 14 say nothing of
-    their sum: then their positive parts count, or else nothing.
+    ones are clamped. If the drawn traces have a mean ≤ 0, σ/μ² has no meaning: negative traces
+    become 0, and if none is positive, the traces are ignored.
     """
     S_g, S_topk, S_er = metrics.view(3, -1)
     if S_g.mean() <= 0:
@@ -210,8 +211,8 @@ class SensitivityLoRA(ShareAllocator):
         targets: see `linear_targets`.
         curvature: (model, loss_fn, batches, targets) -> {name: (d_out, d_in) or (d_in,)}. Default:
             the paper's input second moment, which runs forward passes only. Bind options with
-            functools.partial. The function may only iterate over the batches, since it gets them
-            behind the progress bar.
+            functools.partial. The function can iterate over the batches, but cannot call len() or
+            index, since it gets them behind the progress bar.
         topk_fraction: k/N in Eq 9 (the paper: 1/2; it also tried 1/3).
         effective_share: α in Eq 10 (the paper: 0.85; it also tried 0.80).
         groups: measure the batches in this many groups (up to twice as many; at least 4), so that
@@ -270,7 +271,7 @@ class SensitivityLoRA(ShareAllocator):
         require_function("curvature", curvature)
         require_batches(batches)
         if groups is not None:
-            Groups(groups)  # refuses too few before anything is measured
+            check_groups(groups)
         self.loss_fn = loss_fn
         self.batches = batches
         self.targets = _plain_targets(model, targets)
@@ -316,8 +317,8 @@ class SensitivityLoRA(ShareAllocator):
     ) -> Stability:
         """Which ranks of `allocate(budget)` would change within the sampling error of the scores?
 
-        The error is that of the batches as a sample of such data, random vectors included. To
-        isolate Monte Carlo error, pass the same batches repeatedly.
+        The error is that of the batches as a sample of such data, random vectors included. To see
+        the Monte Carlo error of the random vectors alone, make one batch and give it many times.
 
         Args:
             budget, unit, min_rank, max_rank: as in `allocate`.
@@ -327,7 +328,7 @@ class SensitivityLoRA(ShareAllocator):
 
         Raises:
             RuntimeError: no `groups`, or `score` has not run.
-            ValueError: as `allocate`; less than 4 batches; an option out of its range.
+            ValueError: as `allocate`; fewer than 4 batches; an option out of its range.
         """
         if self.groups is None:
             raise RuntimeError("stability needs scores by group: SensitivityLoRA(…, groups=10)")
