@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..checks import require
 from ..layers.lora import LoRALinear
 from ..layers.resize import separate_layers
-from ..measure import NO_BATCH, LossFn, scalar_loss
+from ..measure import NO_BATCH, LossFn, finite_loss
 
 WeightedBatch = tuple[Any, float]
 
@@ -175,11 +175,7 @@ def _gradient(
     model: nn.Module, loss_fn: LossFn, batch: Any, parameters: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     """∂L/∂w of one batch; None for a parameter that the loss does not depend on."""
-    loss = scalar_loss(model, loss_fn, batch)
-    if not torch.isfinite(loss):
-        raise ValueError(
-            f"the loss of a batch is {loss.item()}: check the data and the model's weights"
-        )
+    loss = finite_loss(model, loss_fn, batch)
     if not loss.requires_grad:
         return []  # the batch reaches no adapter
     return torch.autograd.grad(loss, list(parameters), allow_unused=True)

@@ -48,7 +48,7 @@ from ..curvature.input_moment import input_second_moment
 from ..layers.linear import linear_shape
 from ..layers.targets import Targets, linear_targets
 from ..layers.wrap import lora_layers
-from ..measure import LossFn
+from ..measure import LossFn, with_hint_at_one_batch
 from .allocation import Allocation, Unit
 from .allocator import ShareAllocator
 from .constraints import Bound
@@ -218,7 +218,8 @@ class SensitivityLoRA(ShareAllocator):
         groups: measure the batches in this many groups (up to twice as many; at least 4), so that
             `stability` and `settle` can tell how sure the ranks are. Each group must reach every
             target. The measurements of all groups are held. None: all batches together.
-        progress: show a bar over the batches.
+        progress: show a bar over the batches, in a terminal or a notebook. No bar is written to a
+            file or a pipe. False: never.
 
     After `score()` or `settle()`, `curvatures` holds the diagonals, {name: (d_out, d_in) or
     (d_in,)}, and `metrics` each matrix's S_g, S_topk, S_er, S_l and θ, {name: {metric: float}}. A
@@ -400,9 +401,8 @@ class SensitivityLoRA(ShareAllocator):
 
     def _progress_bar(self) -> Any:
         """The batches behind a bar."""
-        return tqdm(
-            self.batches, desc="calibration", unit="batch", disable=not self.progress, leave=False
-        )
+        disable = None if self.progress else True  # None: show it where there is a terminal
+        return tqdm(self.batches, desc="calibration", unit="batch", disable=disable, leave=False)
 
     def _fill(self, groups: Groups, batches: Iterable[Any]) -> Iterator[None]:
         """Measure the batches into `groups`, group by group, with a pause after each."""
@@ -413,7 +413,8 @@ class SensitivityLoRA(ShareAllocator):
 
     def _diagonals(self, batches: Iterable[Any]) -> Diagonals:
         """The curvature of these batches, checked. An `Estimate` stays one."""
-        estimate = self.curvature(self.model, self.loss_fn, batches, list(self.targets))
+        loss_fn = with_hint_at_one_batch(self.loss_fn, self.batches)
+        estimate = self.curvature(self.model, loss_fn, batches, list(self.targets))
         checked = {
             name: _checked_diagonal(name, module, estimate.get(name))
             for name, module in self.targets.items()

@@ -152,9 +152,7 @@ class Groups:
 
 def check_groups(groups: int) -> None:
     """Raise ValueError unless that many groups are enough to tell how they vary."""
-    require(
-        groups >= MIN_GROUPS, "groups", groups, f"at least {MIN_GROUPS}, to tell how they vary"
-    )
+    require(groups >= MIN_GROUPS, "groups", groups, f"at least {MIN_GROUPS}, to tell how they vary")
 
 
 def _mean_without(group: Group, share: Mapping[str, float], mean: Diagonals) -> Diagonals:
