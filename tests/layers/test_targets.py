@@ -107,8 +107,8 @@ def test_the_model_itself_may_be_the_linear_layer():
             r"'nothing' matches no linear layer.*known names start \['fc', 'enc\.fc', 'enc\.0'\]",
         ),
         ("c", "matches no linear layer"),
-        ("enc", r"is a ModuleDict, not a linear layer; for those inside it: 'enc\.\*'"),
-        ("enc.norm", "is a LayerNorm, not a linear layer"),
+        ("enc", r"is of type ModuleDict, not a linear layer; for those inside it: 'enc\.\*'"),
+        ("enc.norm", "is of type LayerNorm, not a linear layer"),
         (
             nn.Conv2d,
             "selects none in ModuleDict: it has 4 linear-like modules and 0 with an adapter",
