@@ -29,7 +29,7 @@ Calls = dict[str, list[Call]]  # {name: calls in one forward pass}
 
 
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """A layer's input, (…, d_in), from the arguments of its call: the first, by place or by name."""
+    """A layer's input, (…, d_in): the first argument of its call, by place or by name."""
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     return x
 
