@@ -89,6 +89,8 @@ def ipt(w: Tensor, gradient: Tensor) -> Tensor:
 def san(ipt_gate: Tensor, ipt_P: Tensor, ipt_Q: Tensor) -> Tensor:
     """Eq 7, of every rank of one module. ipt_gate: (r,); ipt_P: (d_out, r); ipt_Q: (r, d_in) → (r,)
 
+    (`minirank.reference.san` takes the parameters and their gradients instead.)
+
     >>> san(torch.tensor([10.0]), torch.tensor([[1.0], [3.0]]), torch.tensor([[4.0, 6.0]]))
     tensor([17.])
     """
