@@ -28,7 +28,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from ..budget import Limits, checked_limits, flat_scores, hand_out
+from ..budget import Limits, check_finite, checked_limits, flat_scores, hand_out
 
 
 class Reassignment(NamedTuple):
@@ -72,7 +72,8 @@ def reassign(
     ({'query': 1, 'value': 3}, {'query': [True, False, False], 'value': [True]})
     """
     names, of_modules = list(gates), [list(values) for values in gates.values()]
-    limits = checked_limits(names, flat_scores(gates), budget, costs, lower, upper)
+    limits = checked_limits(names, budget, costs, lower, upper)
+    check_finite(flat_scores(gates))
 
     keep = [
         _above_threshold(values, threshold, least, most)

@@ -31,7 +31,7 @@ Each function has a hardened twin in the library:
     l1ra_shrink                  allocators.gates: shrink (in place)
     l1ra_reassign                allocators.reassign: reassign (also a budget in parameters)
     exact_shapley_values         shapley: exact_shapley_values
-    coalition_masks              shapley: coalition_masks (another stream of random numbers)
+    coalition_masks              shapley: coalition_masks
     san                          allocators.shaplora: san, which takes the ipt of gate, P and Q
     shapley_sensitivity          allocators.shaplora: ShapLoRA.score
     hessian_diagonal             curvature: exact_hessian_diagonal; hessian_diagonal_reference is
