@@ -1,6 +1,12 @@
 """One adapter in one safetensors file: save_adapter, load_adapter, read_adapter.
 
-What the file holds, and what is refused, stands in the folder's docstring.
+In the file: A, B and gates of every LoRA layer, its numbers (scaling, dropout, …), what trained
+beside the adapters, a fingerprint of the base, and where the ranks came from.
+
+Not in the file: the base weights; optimizers; L1RA's own state (its `state_dict`); frozen modules,
+unless `modules` names them; and whether single adapters were frozen.
+
+The folder's docstring has the format, and what is refused.
 """
 
 from __future__ import annotations
@@ -128,11 +134,11 @@ def save_adapter(
         path: of the file, in an existing folder.
         allocation: where the ranks came from. Its method, budget and unit are written down.
         modules: what goes into the file beside the adapters.
-            None: what trains. Of a module whose parameters all require a gradient (a head), these
-            are its parameters and persistent buffers; elsewhere, the single parameters that require
-            a gradient. After wrap(…, trainable=None) that can be nearly the whole model: every
-            module without an adapter whose parameters nobody froze. `read_adapter` prints how much
-            it is.
+            None: what trains, which is
+            (a) of a module that trains whole (a head): its parameters and persistent buffers;
+            (b) of any other module: only the parameters that require a gradient.
+            After wrap(…, trainable=None) that can be nearly the whole model: every module without
+            an adapter whose parameters nobody froze. `read_adapter` prints how much it is.
             Names or globs: these modules, whole, whether they train or not. (): the adapters alone.
 
     A frozen module can change too: a BatchNorm in training mode updates its buffers. Name it in
@@ -210,7 +216,7 @@ def _check_allocation(
     allocated = {first.get(name, name): rank for name, rank in allocation.ranks.items() if rank > 0}
     if allocated != {name: layer.rank for name, layer in layers.items() if layer.rank > 0}:
         raise ValueError(
-            "the model's ranks are not those of the allocation: leave it out, or pass "
+            "the model's ranks are not those of the allocation: leave `allocation` out, or pass "
             "dataclasses.replace(allocation, ranks=…) with the ranks that the layers have now"
         )
 
@@ -234,8 +240,8 @@ def load_adapter(
 
     Args:
         other_base: accept other base weights than those that the adapter was trained beside. (The
-            same model in another floating-point type is no other base. It is compared as closely
-            as the coarser type allows.)
+            same model in another floating-point type counts as the same base. It is compared as
+            closely as the coarser type allows.)
         trainable: what trains beside the adapters. AS_SAVED, the default: the parameters that did
             when the file was written, and everything else is frozen. Otherwise as in `wrap`: names
             or globs of modules; () for the adapters alone; None to leave all other `requires_grad`
@@ -247,7 +253,7 @@ def load_adapter(
         FileNotFoundError: there is no such file.
         ValueError: the file is cut off, damaged, foreign, or of a newer format; the model lacks a
             module, has it with another shape, or with an adapter already; the base weights (or
-            buffers beside them) are others; the model's types cannot hold the values. The model is
+            buffers beside them) differ; the model's types cannot hold the values. The model is
             left unchanged.
 
     >>> import copy, tempfile, torch

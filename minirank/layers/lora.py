@@ -9,7 +9,7 @@ Merging is in merge.py, changing the rank in resize.py.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,14 @@ from .merge import Mergeable
 RANK_DIM = {"lora_A": 0, "lora_B": 1, "gate": 0}  # the axis of each parameter that counts ranks
 
 
+class Scaling(NamedTuple):
+    """The scaling of a layer, which is fixed when the layer is made."""
+
+    reference_rank: float  # r_ref
+    alpha: float
+    s: float  # alpha / r_ref, or alpha / √r_ref if rank-stabilised
+
+
 class LoRALinear(Mergeable):
     """A linear module with a trainable low-rank update beside its frozen weight.
 
@@ -31,10 +39,12 @@ class LoRALinear(Mergeable):
     Args:
         base: a linear-like module (see `linear_shape`), with W (d_out, d_in).
         rank: number of ranks, 0 ≤ rank ≤ min(d_in, d_out).
-        alpha: numerator of the scaling. None: the reference rank, so that the plain scaling is 1.
+        alpha: numerator of the scaling. None: the reference rank, so that s = 1 (√r_ref if
+            `rank_stabilized`).
         reference_rank: r_ref in the scaling. None: `rank` (1 for rank 0).
         rank_stabilized: scaling = alpha / sqrt(r_ref) instead of alpha / r_ref.
-        scaling: s itself, in place of `alpha`, `reference_rank` and `rank_stabilized`.
+        scaling: s itself, in place of `alpha`, `reference_rank` and `rank_stabilized`. (A `Scaling`
+            holds all three; `wrap` makes one for all its layers.)
         gate: None: no gate; A uniform in ±1/sqrt(d_in), B = 0, as in LoRA.
             0 < gate ≤ 1: gates train from that value; A ~ N(0, 1/r_ref²), B = 0 (L1RA: 1.0).
             0.0: gates train from 0; A and B ~ N(0, 0.02²) (ShapLoRA; the deviation is AdaLoRA's).
@@ -67,7 +77,7 @@ class LoRALinear(Mergeable):
         alpha: float | None = None,
         reference_rank: float | None = None,
         rank_stabilized: bool = False,
-        scaling: float | None = None,
+        scaling: float | Scaling | None = None,
         gate: float | None = None,
         dropout: float = 0.0,
         dtype: torch.dtype | None = None,
@@ -76,15 +86,9 @@ class LoRALinear(Mergeable):
         super().__init__()
         self.out_features, self.in_features = _checked_shape(base)
         _require_numbers(rank, (self.out_features, self.in_features), gate, dropout, dtype)
-        check_scaling(scaling, alpha, reference_rank, rank_stabilized)
-        self.reference_rank = float(reference_rank if reference_rank is not None else max(rank, 1))
-        if scaling is None:
-            self.alpha = float(alpha if alpha is not None else self.reference_rank)
-            root = math.sqrt(self.reference_rank)
-            self.scaling = self.alpha / (root if rank_stabilized else self.reference_rank)
-        else:
-            self.alpha = scaling * self.reference_rank
-            self.scaling = float(scaling)
+        if not isinstance(scaling, Scaling):
+            scaling = fixed_scaling(max(rank, 1), scaling, alpha, reference_rank, rank_stabilized)
+        self.reference_rank, self.alpha, self.scaling = scaling
         self.initial_gate = gate
         self.dropout = float(dropout)
         self.enabled = True  # False: the layer computes what its base computes
@@ -215,13 +219,22 @@ class LoRALinear(Mergeable):
         return f"{size}, rank={self.rank}, scaling={self.scaling:g}{gated}{merged}"
 
 
-def check_scaling(
+def fixed_scaling(
+    default_reference_rank: float,
     scaling: float | None,
     alpha: float | None,
     reference_rank: float | None,
     rank_stabilized: bool,
-) -> None:
-    """Raise ValueError unless the numbers are finite and positive and fix one scaling."""
+) -> Scaling:
+    """The scaling of new layers, from the arguments of `LoRALinear` or `wrap`.
+
+    Args:
+        default_reference_rank: r_ref where `reference_rank` is None.
+
+    Raises:
+        ValueError: a number that is not finite and positive, or `scaling` and what would compute
+            it.
+    """
     numbers = {"scaling": scaling, "alpha": alpha, "reference_rank": reference_rank}
     for name, number in numbers.items():
         allowed = number is None or 0 < number < math.inf
@@ -231,6 +244,11 @@ def check_scaling(
             f"scaling={scaling!r} is the whole scale of the update: give either scaling, or alpha, "
             "reference_rank and rank_stabilized, from which it is computed"
         )
+    r_ref = float(default_reference_rank if reference_rank is None else reference_rank)
+    if scaling is not None:
+        return Scaling(r_ref, scaling * r_ref, float(scaling))
+    numerator = float(r_ref if alpha is None else alpha)
+    return Scaling(r_ref, numerator, numerator / (math.sqrt(r_ref) if rank_stabilized else r_ref))
 
 
 def _checked_shape(base: nn.Module) -> tuple[int, int]:

@@ -225,13 +225,13 @@ def explain_no_match(model: nn.Module, pattern: str) -> str:
     """Why `pattern` selects no linear layer of `model`, and what to write instead.
 
     >>> print(explain_no_match(nn.ModuleDict({"norm": nn.LayerNorm(4)}), "norm"))
-    'norm' is a LayerNorm, not a linear layer with a 2-D floating-point weight
+    'norm' is of type LayerNorm, not a linear layer with a 2-D floating-point weight
     """
     module, linear = modules_by_name(model).get(pattern), _linear_modules(model)
     if isinstance(module, LoRALinear):
         return f"{pattern!r} already has an adapter: use resize(), or unwrap() the model first"
     if module is not None:
-        what = f"{pattern!r} is a {type(module).__name__}, not a linear layer"
+        what = f"{pattern!r} is of type {type(module).__name__}, not a linear layer"
         if any(name.startswith(f"{pattern}.") for name in linear):
             return f"{what}; for those inside it: '{pattern}.*'"
         return f"{what} with a 2-D floating-point weight"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..checks import as_generator, is_integer
 from .linear import linear_shape
-from .lora import LoRALinear, check_scaling
+from .lora import LoRALinear, fixed_scaling
 from .targets import explain_no_match, first_names, matching_modules, modules_by_name
 
 
@@ -60,9 +60,9 @@ def wrap(
 ) -> dict[str, LoRALinear]:
     """Put a LoRALinear around each named linear layer; the model's function stays the same.
 
-    A later call on the same model adds to what trains: whatever trains then (the adapters of
-    earlier calls, the modules that they named) goes on training, and what is frozen stays frozen
-    unless it is named. The base weights of LoRA layers are frozen in every case.
+    The first call freezes everything but the adapters and the modules in `trainable`. A later call
+    on the same model freezes nothing but the weights under its new adapters, and adds to what
+    trains: what was frozen stays frozen unless it is named.
 
     Args:
         model: any module. Its layers are replaced in place.
@@ -71,12 +71,12 @@ def wrap(
         alpha, reference_rank, rank_stabilized: s = alpha / reference_rank, or
             alpha / sqrt(reference_rank) if `rank_stabilized`, the same for every layer. The default
             reference rank is the average rank asked for in this call, zeros included; the default
-            alpha makes the plain scaling 1.
+            alpha is the reference rank, so that s = 1 (√reference_rank if `rank_stabilized`).
         scaling: s itself, in place of these three.
         gate, dropout, dtype: see `LoRALinear`; the same for every layer.
-        trainable: names or globs of modules that train beside the adapters, such as a new head.
-            Everything else in the model is frozen. None leaves every parameter outside the wrapped
-            layers as it is.
+        trainable: names or globs of modules that train beside the adapters, such as a new head. In
+            the first call, everything else is frozen. None leaves every parameter outside the
+            wrapped layers as it is.
         generator: a torch.Generator or a seed, for the new parameters.
 
     Returns: the new layers by name.
@@ -99,28 +99,20 @@ def wrap(
         raise ValueError(
             "every rank is 0, so there is nothing to wrap: give a module a rank above 0"
         )
-    check_scaling(scaling, alpha, reference_rank, rank_stabilized)
-    if reference_rank is None:
-        reference_rank = sum(rank_of.values()) / len(rank_of)
-    if scaling is not None:
-        alpha = scaling * reference_rank
+    average_rank = sum(rank_of.values()) / len(rank_of)
+    common = fixed_scaling(average_rank, scaling, alpha, reference_rank, rank_stabilized)
     generator = as_generator(generator)
 
     def make_layer(module: nn.Module, rank: int) -> LoRALinear:
-        layer = LoRALinear(
+        return LoRALinear(
             module,
             rank,
-            alpha=alpha,
-            reference_rank=reference_rank,
-            rank_stabilized=rank_stabilized,
+            scaling=common,
             gate=gate,
             dropout=dropout,
             dtype=dtype,
             generator=generator,
         )
-        if scaling is not None:
-            layer.scaling = float(scaling)  # without the rounding of alpha / reference_rank
-        return layer
 
     makers = {name: partial(make_layer, rank=rank) for name, rank in rank_of.items() if rank > 0}
     return insert_layers(model, makers, trainable)
@@ -171,8 +163,10 @@ def ranks_by_name(ranks: Mapping[str, int] | AllocationLike) -> Mapping[str, int
     """
     by_name = ranks if isinstance(ranks, Mapping) else getattr(ranks, "ranks", None)
     if not isinstance(by_name, Mapping) or not by_name:
+        is_allocator = callable(getattr(ranks, "allocate", None))
+        hint = ", an allocator: pass its allocate(budget)" if is_allocator else ""
         raise ValueError(
-            f"expected an Allocation or a non-empty {{module name: rank}}, got {ranks!r}"
+            f"expected an Allocation or a non-empty {{module name: rank}}, got {ranks!r}{hint}"
         )
     return by_name
 

@@ -4,15 +4,15 @@
     W    (d_out, d_in)  the weight of one layer
     h    (d_out, d_in)  the mean over all samples i of (∂L_i / ∂W)²
 
-It is cheap, and often taken for the Hessian. It is near the Gauss-Newton diagonal where the model
-fits the labels as often as it claims to, and vanishes where it fits them perfectly (Kunstner,
-Balles and Hennig 2019).
+It is cheap, and often taken for the Hessian. It is near the Gauss-Newton diagonal where the
+predicted probabilities are how often each label occurs, and vanishes where the model fits the
+labels perfectly (Kunstner, Balles and Hennig 2019).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -38,16 +38,16 @@ def empirical_fisher(
 
 
 def samples_of(batch: Any) -> list[Any]:
-    """A batch of n samples, a tensor, tuple or dict of tensors (n, …), as n batches of one."""
+    """A batch of n samples, a tensor, tuple or mapping of tensors (n, …), as n batches of one."""
     if isinstance(batch, Tensor):
         return [batch[i : i + 1] for i in range(len(batch))]
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return [dict(zip(batch, s, strict=True)) for s in samples_of(tuple(batch.values()))]
     return list(zip(*map(samples_of, batch), strict=True))
 
 
 def demo() -> None:
-    """Labels are drawn from the model itself, so that the Fisher's mean is the Hessian's."""
+    """Labels drawn from the model itself make the Fisher's mean the Hessian; others do not."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3))
     x = torch.randn(4000, 4)

@@ -7,13 +7,14 @@
     H_y  (M, M)         ∂²L / ∂y²
 
 By the chain rule the Hessian over W is Jᵀ H_y J + Σ over m of ∂L/∂y_m · ∂²y_m/∂W². Gauss-Newton
-leaves the second term out (Schraudolph 2002). If L is convex in y, the rest is never negative.
+leaves the second term out (Schraudolph 2002). If L is convex in y, the diagonal of the first term
+is never negative.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def jacobian(values: Tensor, x: Tensor) -> Tensor:
 
 def length(batch: Any) -> int:
     """How many samples: the first dimension of the batch's first tensor."""
-    first = next(iter(batch.values())) if isinstance(batch, dict) else batch
+    first = next(iter(batch.values())) if isinstance(batch, Mapping) else batch
     return len(first[0] if isinstance(first, (tuple, list)) else first)
 
 

@@ -14,7 +14,7 @@ hutchinson        the mean of v ⊙ H v. Its expectation is diag(H), since E[v_k
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ def mean_loss(
     weights = {name: model.get_submodule(name).get_parameter("weight") for name in targets}
     total, n = torch.zeros(()), 0
     for batch in batches:
-        first = next(iter(batch.values())) if isinstance(batch, dict) else batch
+        first = next(iter(batch.values())) if isinstance(batch, Mapping) else batch
         samples = len(first[0] if isinstance(first, (tuple, list)) else first)
         with sdpa_kernel(SDPBackend.MATH):  # the only kernel of attention to differentiate twice
             total = total + samples * loss_fn(model, batch)

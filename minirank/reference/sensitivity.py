@@ -54,7 +54,10 @@ def input_second_moment(
 def sensitivity_theta(
     diagonals: Mapping[str, Tensor], topk_fraction: float = 0.5, effective_share: float = 0.85
 ) -> dict[str, float]:
-    """θ of every matrix. Its ranks are θ / Σθ of the budget (Eq 15, in budget.py)."""
+    """θ of every matrix. Its ranks are θ / Σθ of the budget (Eq 15, in budget.py).
+
+    The mean trace must be positive: otherwise σ/μ² means nothing, and θ can be inf.
+    """
     traces, means, counts = [], [], []
     for h in diagonals.values():
         # An exact Hessian has negative entries too. They count as zero in Eqs 9 and 10.

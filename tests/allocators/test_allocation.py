@@ -38,7 +38,7 @@ class ByHand:
         self.scores = scores
 
     def score(self):
-        return self.keep_scores(
+        return self.store_scores(
             {name: torch.tensor(score, dtype=torch.float64) for name, score in self.scores.items()}
         )
 

@@ -20,7 +20,16 @@ from helpers.models import (
 )
 from torch import nn
 
-from minirank import LoRALinear, disabled, lora_layers, merge, unmerge, unwrap, wrap
+from minirank import (
+    LoRALinear,
+    UniformRanks,
+    disabled,
+    lora_layers,
+    merge,
+    unmerge,
+    unwrap,
+    wrap,
+)
 
 # ---- the way in ---------------------------------------------------------------------------------
 
@@ -335,6 +344,14 @@ def test_trainable_that_names_only_adapted_layers_is_refused():
         *("head.weight", "head.bias"),
         *("norm.weight", "norm.bias"),
     }
+
+
+def test_an_allocator_in_the_place_of_its_allocation_is_told_what_to_pass():
+    model = zoo()
+    with pytest.raises(ValueError, match=r"an allocator: pass its allocate\(budget\)"):
+        wrap(model, UniformRanks(model))
+    with pytest.raises(ValueError, match=r"got \{\}$"):
+        wrap(model, {})
 
 
 # ---- the way out --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import UserDict
 
 import pytest
 import torch
@@ -215,6 +216,29 @@ def test_curvature_of_one_weight():
     assert reference.hutchinson(*arguments, generator=seed, samples=1)["0"].item() == pytest.approx(
         14
     )
+
+
+def test_batches_that_are_mappings_but_no_dicts_count_by_their_samples():
+    """As transformers' BatchEncoding: two batches, of 2 samples and of 1."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False)).double()
+    batches = [UserDict(x=tensor([[1], [2]])), UserDict(x=tensor([[4]]))]
+
+    def loss_fn(model, batch):
+        return model(batch["x"]).square().mean()
+
+    arguments = (model, loss_fn, batches, ["0"])
+    assert reference.hessian_diagonal(*arguments)["0"].item() == pytest.approx(2 * 21 / 3)
+    assert reference.gauss_newton_diagonal(*arguments)["0"].item() == pytest.approx(2 * 21 / 3)
+    w = model[0].weight.item()  # gradients 2 w x²
+    fisher = reference.empirical_fisher(*arguments)["0"].item()
+    assert fisher == pytest.approx(4 * w**2 * (1 + 16 + 256) / 3)
+
+    def loss(adapters, batch):
+        return (batch["x"] * adapters["m"]["gate"]).square().mean()
+
+    params = {"m": {"gate": tensor([1]), "P": tensor([[0]]), "Q": tensor([[0]])}}
+    scores = reference.shapley_sensitivity(loss, params, batches, torch.ones(1, 1).bool())
+    assert scores["m"].item() == pytest.approx(2 * 21 / 3)
 
 
 def test_the_models_own_curvature_is_left_out_of_gauss_newton():

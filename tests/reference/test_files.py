@@ -71,4 +71,6 @@ def test_the_names_are_those_of_the_contracts_and_public():
         *("exact_shapley_values", "peft_export", "peft_delta_weight"),
     }
     assert minirank.reference is reference
+    described = reference.__doc__.partition("hardened twin")[2]  # the map to the library
+    assert not [name for name in reference.__all__ if not re.search(rf"\b{name}\b", described)]
     assert all(getattr(reference, name).__doc__ for name in reference.__all__)
