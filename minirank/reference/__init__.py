@@ -8,7 +8,8 @@
     l1ra.py          L1RA: shrink, prune, reassign; a training
     shapley.py       Shapley values by definition; ShapLoRA's coalitions
     shaplora.py      ShapLoRA: the sensitivity of ranks in coalitions (Eqs 6-10)
-    hessian.py       the Hessian diagonal: exact, and Hutchinson's estimate
+    hessian.py       the Hessian diagonal, exactly
+    hutchinson.py    Hutchinson's estimate of it
     gauss_newton.py  the Gauss-Newton diagonal
     fisher.py        the empirical Fisher diagonal
     peft_format.py   what a PEFT folder of mixed ranks and alphas has to compute
@@ -47,7 +48,8 @@ from .best_ranks import best_ranks
 from .budget import ranks_from_shares
 from .fisher import empirical_fisher
 from .gauss_newton import gauss_newton_diagonal
-from .hessian import hessian_diagonal, hutchinson
+from .hessian import hessian_diagonal
+from .hutchinson import hutchinson
 from .l1ra import l1ra_reassign, l1ra_shrink
 from .lora import Layer, lora_forward, merged_weight
 from .peft_format import peft_delta_weight, peft_export

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 
-@torch.enable_grad()
+@torch.inference_mode(False)  # which also turns gradients on
 def empirical_fisher(
     model: nn.Module, loss_fn: Callable[..., Tensor], batches: Iterable[Any], targets: list[str]
 ) -> dict[str, Tensor]:
     """{name: (d_out, d_in)}, by one backward pass for each sample."""
-    model = copy.deepcopy(model).eval().requires_grad_()
-    weights = [model.get_submodule(name).get_parameter("weight") for name in targets]
+    model = copy.deepcopy(model).eval()
+    weights = [model.get_submodule(n).get_parameter("weight").requires_grad_() for n in targets]
     sums, n = [torch.zeros_like(W) for W in weights], 0
     for batch in batches:
         for sample in samples_of(batch):

@@ -22,7 +22,8 @@ def resize(layer: dict[str, Any], keep: Tensor, add: int) -> dict[str, Any]:
 
     `layer` holds A, B, gate, scaling, step, and the moments exp_avg and exp_avg_sq, each a dict of
     A, B and gate. A rank that stays keeps its moments. A new rank starts with moments of zero, and
-    with a zero column of B, so that it leaves the function unchanged.
+    with a zero column of B, so that it leaves the function unchanged. The new tensors take no
+    gradient, and share no memory with the old.
     """
     d_out, d_in = layer["B"].shape[0], layer["A"].shape[1]
     new = {
@@ -30,17 +31,17 @@ def resize(layer: dict[str, Any], keep: Tensor, add: int) -> dict[str, Any]:
         "B": layer["B"].new_zeros(d_out, add),
         "gate": layer["gate"].new_ones(add),
     }
-    no_moments = {key: torch.zeros_like(value) for key, value in new.items()}
+    zeros = {key: torch.zeros_like(value) for key, value in new.items()}
 
     def changed(old: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
         return {
-            "A": torch.cat([old["A"][keep], new["A"]]),
-            "B": torch.cat([old["B"][:, keep], new["B"]], dim=1),
-            "gate": torch.cat([old["gate"][keep], new["gate"]]),
+            "A": torch.cat([old["A"][keep], new["A"].to(old["A"])]),
+            "B": torch.cat([old["B"][:, keep], new["B"].to(old["B"])], dim=1),
+            "gate": torch.cat([old["gate"][keep], new["gate"].to(old["gate"])]),
         }
 
-    moments = {key: changed(layer[key], no_moments) for key in ("exp_avg", "exp_avg_sq")}
-    return {**layer, **changed(layer, new), **moments}
+    moments = {key: changed(layer[key], zeros) for key in ("exp_avg", "exp_avg_sq")}
+    return {**layer, **changed(layer, new), **moments, "step": layer["step"] + 0}
 
 
 def adam_step(layer: dict[str, Any], gradients: dict[str, Tensor], lr: float = 0.02) -> None:
