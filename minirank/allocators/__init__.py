@@ -15,12 +15,13 @@ in examples/results/README.md. Compare methods by `unit="parameters"`, because r
 wide layers cost more parameters there.
 
 All methods return an `Allocation`, for `wrap` or `resize`. L1RA moves ranks by itself, in `step()`:
-its `allocate` answers what an update would do. A budget counts ranks, which are met
-exactly, or trainable parameters (`unit="parameters"`), which are not exceeded, and then no further
-rank fits. `min_rank` and `max_rank` are one bound for all modules, or {full name: bound}. `targets`
-are exact names, globs, a type or a function. A pattern that matches nothing is an error. By
-default every linear layer is a target, heads and poolers too: name the layers that you will adapt,
-such as "bert.encoder.*".
+its `allocate` answers what an update would do. A budget counts ranks, which are met exactly, or
+trainable parameters (`unit="parameters"`), which are not exceeded, and then no further rank fits.
+`min_rank` and `max_rank` are options of `allocate` (L1RA, which allocates by itself, takes them
+when it is made too): one bound for all modules, or {full name: bound}. `targets` are exact names,
+globs, a type or a function. A pattern that matches nothing is an error. By default every linear
+layer is a target, heads and poolers too: name the layers that you will adapt, such as
+"bert.encoder.*".
 
     >>> from torch import nn
     >>> from minirank import UniformRanks
