@@ -27,10 +27,9 @@ For another rule than these two, derive from `Allocator` and write `ranks_from_s
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -162,9 +161,8 @@ class RankScoreAllocator(Allocator):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        # resize() gives a layer new parameters, so the same parameter means the same ranks. The
-        # references are weak, so that parameters which the model has dropped are freed.
-        self._scored_factors: dict[str, weakref.ref[nn.Parameter]] = {}
+        # {module: the layer's ranks_token at score()}: the same token means the same ranks
+        self._scored_ranks: dict[str, object] = {}
 
     def store_scores(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Store a copy of the scores, and which ranks they belong to, for `allocate`.
@@ -175,7 +173,7 @@ class RankScoreAllocator(Allocator):
         Raises:
             ValueError: a score that is not of shape (r,) for a LoRA layer of rank r.
         """
-        factors = {}
+        scored_ranks = {}
         modules = modules_by_name(self.model)
         for name, score in scores.items():
             layer = modules.get(name)
@@ -186,9 +184,9 @@ class RankScoreAllocator(Allocator):
                     f"the score of {name!r} has shape {tuple(score.shape)}: expected one score per "
                     f"existing rank, ({layer.rank},)"
                 )
-            factors[name] = weakref.ref(layer.lora_A)
+            scored_ranks[name] = layer.ranks_token
         stored = super().store_scores(scores)
-        self._scored_factors = factors
+        self._scored_ranks = scored_ranks
         return stored
 
     def allocate(
@@ -200,9 +198,9 @@ class RankScoreAllocator(Allocator):
     def _require_fresh_scores(self) -> None:
         """Raise RuntimeError if a layer has other ranks than those that were scored."""
         modules = modules_by_name(self.model)
-        for name, factor in self._scored_factors.items():
+        for name, token in self._scored_ranks.items():
             layer = modules.get(name)
-            if not isinstance(layer, LoRALinear) or layer.lora_A is not factor():
+            if not isinstance(layer, LoRALinear) or layer.ranks_token is not token:
                 raise RuntimeError(
                     f"the scores are stale: {name!r} was resized or taken out since score(); "
                     "call score() again"
@@ -219,16 +217,6 @@ class RankScoreAllocator(Allocator):
             upper=constraints.upper,
         )
         return {name: sum(mask) for name, mask in keep.items()}, mask_tensors(keep)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which weak references do not survive."""
-        factors = {name: factor() for name, factor in self._scored_factors.items()}
-        return {**self.__dict__, "_scored_factors": factors}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        factors = state["_scored_factors"].items()
-        references = {name: weakref.ref(factor) for name, factor in factors if factor is not None}
-        self.__dict__.update(state, _scored_factors=references)
 
 
 def mask_tensors(keep: Mapping[str, list[bool]]) -> KeepMasks:

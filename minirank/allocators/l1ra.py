@@ -372,7 +372,7 @@ class L1RA(RankScoreAllocator):
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        self.__dict__.update(state)
         self._watch_optimizer()  # an optimizer's copy has no hooks
 
     def _check_options(self) -> None:

@@ -292,7 +292,7 @@ def resampled_stability(
     drawn = resample(metrics.value, metrics.deviations, resamples, generator)
     scores = torch.stack([score(one) for one in drawn])
     ranks = torch.tensor(
-        [list(divide(one).ranks.values()) for one in scores], dtype=torch.float64
+        [list(divide(one).ranks.values()) for one in scores], dtype=torch.float64, device="cpu"
     )  # (resamples, modules)
     moved = _moved_ranks(ranks, allocation)
     names = list(allocation.ranks)
@@ -317,7 +317,8 @@ def _moved_ranks(ranks: Tensor, allocation: Allocation) -> Tensor:
     ranks: (resamples, modules) → (resamples,). With a budget in parameters, the sums can differ.
     Then the larger of gains and losses counts.
     """
-    change = ranks - torch.tensor(list(allocation.ranks.values()), dtype=torch.float64)
+    base = torch.tensor(list(allocation.ranks.values()), dtype=ranks.dtype, device=ranks.device)
+    change = ranks - base
     return torch.maximum(change.clamp(min=0).sum(1), (-change).clamp(min=0).sum(1))
 
 

@@ -225,7 +225,7 @@ def _unit_vectors(y: Tensor, chunk_size: int) -> Iterator[Tensor]:
     for start in range(0, T * C, chunk_size):
         index = torch.arange(start, min(start + chunk_size, T * C), device=y.device)
         xi = y.new_zeros(len(index), n, T * C)
-        xi[torch.arange(len(index)), :, index] = 1
+        xi[torch.arange(len(index), device=index.device), :, index] = 1
         yield xi.view(-1, n, T, C)
 
 

@@ -132,7 +132,9 @@ def _layer_diagonal(
     for index, columns in _jacobian_rows(g.sum(0), shifts, chunk_size):
         t, i = index // d_out, index % d_out
         stacked = stack_positions(columns, independent, batched=True)  # (K, n, T, d_out)
-        block = stacked[torch.arange(len(index)), :, :, i]  # (K, n, T): ∂²L / ∂z_ti ∂z_t'i over t'
+        block = stacked[
+            torch.arange(len(index), device=index.device), :, :, i
+        ]  # (K, n, T): ∂²L / ∂z_ti ∂z_t'i over t'
         mixed = torch.einsum("knt,ntj->knj", block, x)
         h.index_add_(0, i, (mixed * x[:, t].transpose(0, 1)).sum(1))
     if feeds_itself(layer_calls):
@@ -170,7 +172,7 @@ def _jacobian_rows(
     for start in range(0, value.numel(), chunk_size):
         index = torch.arange(start, min(start + chunk_size, value.numel()), device=value.device)
         units = value.new_zeros(len(index), value.numel())
-        units[torch.arange(len(index)), index] = 1
+        units[torch.arange(len(index), device=index.device), index] = 1
         yield index, vector_jacobian_products([value], variables, [units.view(-1, *value.shape)])
 
 
@@ -227,5 +229,5 @@ def _weight_diagonal(gradient: Tensor, weight_shift: Tensor, chunk_size: int) ->
     """∂gradient_k / ∂weight_shift_k for every entry k, (d_out, d_in)."""
     h = torch.zeros_like(gradient).flatten()
     for index, (rows,) in _jacobian_rows(gradient, [weight_shift], chunk_size):
-        h[index] = rows.flatten(1)[torch.arange(len(index)), index]
+        h[index] = rows.flatten(1)[torch.arange(len(index), device=index.device), index]
     return h.detach().view_as(gradient)

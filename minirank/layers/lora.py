@@ -68,6 +68,9 @@ class LoRALinear(Mergeable):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     gate: nn.Parameter | None
+    # Names the present ranks: another object as soon as the layer gets other parameters. It keeps
+    # its identity beside whoever holds it when both are copied or pickled together.
+    ranks_token: object
 
     def __init__(
         self,
@@ -89,7 +92,7 @@ class LoRALinear(Mergeable):
         if not isinstance(scaling, Scaling):
             scaling = fixed_scaling(max(rank, 1), scaling, alpha, reference_rank, rank_stabilized)
         self.reference_rank, self.alpha, self.scaling = scaling
-        self.initial_gate = gate
+        self.initial_gate = None if gate is None else float(gate)
         self.dropout = float(dropout)
         self.enabled = True  # False: the layer computes what its base computes
         self.training = base.training
@@ -103,6 +106,11 @@ class LoRALinear(Mergeable):
     def rank(self) -> int:
         """r, the number of ranks now."""
         return self.lora_A.shape[0]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # Assignments end here; to() and load_state_dict(), which keep the ranks, do not.
+        super().register_parameter(name, param)
+        self.ranks_token = object()
 
     # ---- initial values -------------------------------------------------------------------------
 
@@ -237,7 +245,7 @@ def fixed_scaling(
     """
     numbers = {"scaling": scaling, "alpha": alpha, "reference_rank": reference_rank}
     for name, number in numbers.items():
-        allowed = number is None or 0 < number < math.inf
+        allowed = number is None or (not isinstance(number, bool) and 0 < number < math.inf)
         require(allowed, name, number, "a finite positive number")
     if scaling is not None and (alpha is not None or reference_rank is not None or rank_stabilized):
         raise ValueError(
@@ -246,9 +254,17 @@ def fixed_scaling(
         )
     r_ref = float(default_reference_rank if reference_rank is None else reference_rank)
     if scaling is not None:
-        return Scaling(r_ref, scaling * r_ref, float(scaling))
-    numerator = float(r_ref if alpha is None else alpha)
-    return Scaling(r_ref, numerator, numerator / (math.sqrt(r_ref) if rank_stabilized else r_ref))
+        s = float(scaling)
+        numerator = s * r_ref
+    else:
+        numerator = float(r_ref if alpha is None else alpha)
+        s = numerator / (math.sqrt(r_ref) if rank_stabilized else r_ref)
+    if not (0 < numerator < math.inf and 0 < s < math.inf):
+        raise ValueError(
+            f"the scaling {s!r} = alpha / reference_rank, with alpha {numerator!r} and reference "
+            f"rank {r_ref!r}, is out of the range of float64: give numbers nearer to 1"
+        )
+    return Scaling(r_ref, numerator, s)
 
 
 def _checked_shape(base: nn.Module) -> tuple[int, int]:
@@ -278,6 +294,7 @@ def _require_numbers(
     expected = f"an integer from 0 to min(d_in, d_out) = {limit}"
     require(is_integer(rank, 0, limit), "rank", rank, expected)
     start = "None (no gate) or a start value from 0 to 1"
-    require(gate is None or 0 <= gate <= 1, "gate", gate, start)
+    in_range = gate is None or (not isinstance(gate, bool) and 0 <= gate <= 1)
+    require(in_range, "gate", gate, start)
     require(0 <= dropout < 1, "dropout", dropout, "at least 0 and below 1")
     require(dtype is None or dtype.is_floating_point, "dtype", dtype, "a floating-point type")

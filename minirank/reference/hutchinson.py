@@ -37,8 +37,9 @@ def hutchinson(
     Ws = list(weights.values())
     g = gradients(L, Ws, twice=True)
     diagonals = [torch.zeros_like(W) for W in Ws]
+    rng: Any = {"generator": generator, "device": generator.device}
     for _ in range(samples):
-        v = [torch.randint(0, 2, W.shape, generator=generator).to(W) * 2 - 1 for W in Ws]
+        v = [torch.randint(0, 2, W.shape, **rng).to(W) * 2 - 1 for W in Ws]
         g_v = torch.stack([(a * b).sum() for a, b in zip(g, v, strict=True)]).sum()
         Hv = gradients(g_v, Ws)  # one product for all layers together
         for h, a, b in zip(diagonals, v, Hv, strict=True):

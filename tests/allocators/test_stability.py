@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from minirank import Allocation, SensitivityLoRA, curvature, testing
+from minirank import Allocation, SensitivityLoRA, UniformRanks, curvature, testing
 from minirank.allocators.sensitivity import (
     effective_rank,
     matrix_metrics,
@@ -274,6 +274,18 @@ def test_groups_change_no_score(estimator):
     for name, theta in together.score().items():
         torch.testing.assert_close(scores[name], theta, rtol=1e-9, atol=0)
     assert by_group.allocate(10).ranks == together.allocate(10).ranks
+
+
+def test_the_default_device_changes_nothing():
+    model, batches = model_and_batches(27, sizes=(8, 3, 5))
+    expected, tested = (allocator(model, batches, groups=5) for _ in range(2))
+    expected.score()
+    with torch.device("meta"):
+        tested.score()
+        assert tested.stability(10) == expected.stability(10)
+        uniform = UniformRanks(model)
+        uniform.score()
+        assert uniform.allocate(10).total_rank == 10
 
 
 def width(result):
