@@ -28,7 +28,7 @@ def difference(reference):
 
 
 # The budget counts trainable parameters here. Targets are exact names, globs, a type or a
-# predicate; a pattern that matches no linear layer is an error. Bounds hold for all layers, or for
+# function; a pattern that matches no linear layer is an error. Bounds hold for all layers, or for
 # some by name.
 allocator = UniformRanks(model, targets=["up", "d*"])
 allocator.score()

@@ -255,7 +255,8 @@ def train(
     losses: list[float] = []
     model.train()
     start = time.perf_counter()
-    with tqdm(total=steps, desc="train", disable=not progress) as bar:
+    disable = None if progress else True  # None: show it where there is a terminal
+    with tqdm(total=steps, desc="train", disable=disable) as bar:
         while len(losses) < steps:
             for batch in batches(train_examples, batch_size, generator=generator, device=device):
                 loss = loss_fn(model, batch)

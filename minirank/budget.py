@@ -63,7 +63,8 @@ def proportional_ranks(
     >>> proportional_ranks({"narrow": 1.0, "wide": 1.0}, 100, costs={"narrow": 10, "wide": 40})
     {'narrow': 2, 'wide': 2}
     """
-    limits = checked_limits(list(scores), scores, budget, costs, lower, upper)
+    limits = checked_limits(list(scores), budget, costs, lower, upper)
+    check_finite(scores)
     for name, score in scores.items():
         if score < 0:
             raise ValueError(
@@ -108,7 +109,8 @@ def best_ranks(
     most = {name: len(scores[name]) for name in names}
     if upper is not None:
         most = {name: min(upper[name], most[name]) for name in names}
-    limits = checked_limits(names, flat_scores(scores), budget, costs, lower, most)
+    limits = checked_limits(names, budget, costs, lower, most)
+    check_finite(flat_scores(scores))
 
     keep = [[False] * len(scores[name]) for name in names]
     queue = []  # (-score, module, rank) of the ranks that no lower bound keeps
@@ -140,7 +142,6 @@ class Limits(NamedTuple):
 
 def checked_limits(
     names: Sequence[str],
-    scores: Mapping[str, float],
     budget: int,
     costs: Mapping[str, int] | None,
     lower: Mapping[str, int] | None,
@@ -149,21 +150,16 @@ def checked_limits(
     """The costs and bounds of the modules `names`, in their order.
 
     Args:
-        scores: {what an error message calls it: score}, of modules or of single ranks.
         budget, costs, lower, upper: as in `proportional_ranks`.
 
     Raises:
-        ValueError: unless there is a module, the scores are finite, and some ranks within the
-            bounds meet the budget.
+        ValueError: unless there is a module, and some ranks within the bounds meet the budget.
     """
     unit = "ranks" if costs is None else "parameters"
     if not names:
         raise ValueError("there is no module to give ranks to: the scores are empty")
     if not is_integer(budget, -math.inf):
         raise ValueError(f"budget must be an integer number of {unit}, got {budget!r}")
-    for name, score in scores.items():
-        if not math.isfinite(score):
-            raise ValueError(f"score of {name!r} is {score}: expected finite numbers")
     cost = [1 if costs is None else costs[name] for name in names]
     low = [0 if lower is None else lower[name] for name in names]
     # Without a bound: the budget, which pays for no more ranks than that.
@@ -190,6 +186,16 @@ def checked_limits(
             "lower it (or raise max_rank, which is at most min(d_out, d_in))"
         )
     return limits
+
+
+def check_finite(scores: Mapping[str, float]) -> None:
+    """Raise ValueError unless the scores are finite.
+
+    scores: {what the error message calls it: score}, of modules or of single ranks.
+    """
+    for name, score in scores.items():
+        if not math.isfinite(score):
+            raise ValueError(f"score of {name!r} is {score}: expected finite numbers")
 
 
 def flat_scores(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:

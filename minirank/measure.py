@@ -155,22 +155,51 @@ def scalar_loss(model: nn.Module, loss_fn: LossFn, batch: Any) -> Tensor:
     return loss
 
 
-def differentiable_loss(model: nn.Module, loss_fn: LossFn, batch: Any) -> Tensor:
-    """The scalar loss with its graph; call it inside `differentiable_twice`.
-
-    Raises ValueError if the loss is not finite, or if loss_fn took gradients itself.
-    """
+def finite_loss(model: nn.Module, loss_fn: LossFn, batch: Any) -> Tensor:
+    """`scalar_loss`; ValueError if it is not finite."""
     loss = scalar_loss(model, loss_fn, batch)
     if not torch.isfinite(loss):
         raise ValueError(
             f"the loss of a batch is {loss.item()}: check the data and the model's weights"
         )
+    return loss
+
+
+def differentiable_loss(model: nn.Module, loss_fn: LossFn, batch: Any) -> Tensor:
+    """The scalar loss with its graph; call it inside `differentiable_twice`.
+
+    Raises ValueError if the loss is not finite, or if loss_fn took gradients itself.
+    """
+    loss = finite_loss(model, loss_fn, batch)
     if any(parameter.grad is not None for parameter in model.parameters()):
         raise ValueError(
             "loss_fn called backward(): it must return the loss with its graph, and take no "
             "gradient"
         )
     return loss
+
+
+def with_hint_at_one_batch(loss_fn: LossFn, batches: object) -> LossFn:
+    """`loss_fn`, whose errors ask about `batches` if this is a tuple of tensors.
+
+    Such a tuple is a valid iterable of batches. But (x, y) may also be one batch, where a list of
+    such pairs was meant.
+    """
+    if not isinstance(batches, tuple) or not all(isinstance(part, Tensor) for part in batches):
+        return loss_fn
+    count = len(batches)
+
+    def with_hint(model: nn.Module, batch: Any) -> Tensor:
+        try:
+            return loss_fn(model, batch)
+        except Exception as error:  # user code, of any kind
+            raise ValueError(
+                f"loss_fn raised {type(error).__name__} on a batch. `batches` is a tuple of "
+                f"{count} tensors, each of which counts as one batch: if the tuple itself is one "
+                "batch, such as (x, y), pass [batches]"
+            ) from error
+
+    return with_hint
 
 
 def repeatable(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> Iterator[Any]:

@@ -14,12 +14,14 @@ Start with uniform ranks, and measure on your own task before you expect a gain:
 in examples/results/README.md. Compare methods by `unit="parameters"`, because ranks that move to
 wide layers cost more parameters there.
 
-All methods return an `Allocation`, for `wrap` or `resize`. A budget counts ranks, which are met
-exactly, or trainable parameters (`unit="parameters"`), which are not exceeded, and then no further
-rank fits. `min_rank` and `max_rank` are one bound for all modules, or {full name: bound}. `targets`
-are exact names, globs, a type or a predicate. A pattern that matches nothing is an error. By
-default every linear layer is a target, heads and poolers too: name the layers that you will adapt,
-such as "bert.encoder.*".
+All methods return an `Allocation`, for `wrap` or `resize`. L1RA moves ranks by itself, in `step()`:
+its `allocate` answers what an update would do. A budget counts ranks, which are met exactly, or
+trainable parameters (`unit="parameters"`), which are not exceeded, and then no further rank fits.
+`min_rank` and `max_rank` are options of `allocate` (L1RA, which allocates by itself, takes them
+when it is made too): one bound for all modules, or {full name: bound}. `targets` are exact names,
+globs, a type or a function. A pattern that matches nothing is an error. By default every linear
+layer is a target, heads and poolers too: name the layers that you will adapt, such as
+"bert.encoder.*".
 
     >>> from torch import nn
     >>> from minirank import UniformRanks
@@ -41,9 +43,13 @@ The other files, each of which imports only from files before it:
     allocation.py    the record that every method returns
     constraints.py   budget, costs and bounds of the modules
     allocator.py     what all methods share, and how to write one of your own
-    stability.py     which ranks would change within the scores' sampling error
+    stability.py     which ranks would change within the scores' sampling error, and so how much
+                     data is enough: SensitivityLoRA.stability and .settle
     gates.py         L1RA: the shrinkage, and the gates' own parameter group
     reassign.py      L1RA: which ranks are pruned, and which modules get new ones
     history.py       L1RA: the record of ranks that move
-    coalitions.py    ShapLoRA: gates set to zero, and gradients over a whole data set
+    masked_gates.py  ShapLoRA: gates set to zero, and gradients over a whole data set
+                     (`minirank/shapley.py` draws the coalitions)
+
+The letters are those of each paper: λ is the penalty in L1RA's files, and a gate in ShapLoRA's.
 """

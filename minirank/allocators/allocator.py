@@ -12,7 +12,7 @@ An allocator of your own is a class with one method, `score`. Choose the base by
     ...     method = "largest weights"
     ...     def score(self):
     ...         layers = linear_targets(self.model)
-    ...         return self.keep_scores({n: m.weight.norm() for n, m in layers.items()})
+    ...         return self.store_scores({n: m.weight.norm() for n, m in layers.items()})
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     >>> _ = [nn.init.constant_(layer.weight, 1.0) for layer in model]
     >>> allocator = LargestWeights(model)
@@ -27,10 +27,9 @@ For another rule than these two, derive from `Allocator` and write `ranks_from_s
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,9 +60,9 @@ class Allocator(ABC):
 
     @abstractmethod
     def score(self) -> dict[str, Tensor]:
-        """Measure the model. The scores are returned, and kept for `allocate`.
+        """Measure the model. The scores are returned, and stored for `allocate`.
 
-        An implementation ends with `return self.keep_scores(scores)`.
+        An implementation ends with `return self.store_scores(scores)`.
 
         Returns:
             {module: score}. Higher means more ranks, or ranks that are kept rather than others.
@@ -82,8 +81,8 @@ class Allocator(ABC):
             The ranks, and which of the present ranks survive if the method judges these.
         """
 
-    def keep_scores(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Keep a copy of the scores for `allocate`, and return another."""
+    def store_scores(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Store a copy of the scores for `allocate`, and return another."""
         self._scores = {name: score.detach().clone() for name, score in scores.items()}
         return {name: score.clone() for name, score in self._scores.items()}
 
@@ -117,7 +116,7 @@ class Allocator(ABC):
         min_rank: Bound,
         max_rank: Bound,
     ) -> Allocation:
-        """Divide `budget` by these scores, whatever `score` has kept."""
+        """Divide `budget` by these scores, whatever `score` has stored."""
         constraints = constraints_for(self.model, scores, budget, unit, min_rank, max_rank)
         exact = {name: score.detach().double().cpu() for name, score in scores.items()}
         ranks, keep = self.ranks_from_scores(exact, constraints)
@@ -162,17 +161,19 @@ class RankScoreAllocator(Allocator):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        # resize() gives a layer new parameters, so the same parameter means the same ranks. The
-        # references are weak, so that parameters which the model has dropped are freed.
-        self._scored_factors: dict[str, weakref.ref[nn.Parameter]] = {}
+        # {module: the layer's ranks_token at score()}: the same token means the same ranks
+        self._scored_ranks: dict[str, object] = {}
 
-    def keep_scores(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Keep a copy of the scores for `allocate`, and which ranks they belong to; return another.
+    def store_scores(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Store a copy of the scores, and which ranks they belong to, for `allocate`.
+
+        Returns:
+            Another copy.
 
         Raises:
             ValueError: a score that is not of shape (r,) for a LoRA layer of rank r.
         """
-        factors = {}
+        scored_ranks = {}
         modules = modules_by_name(self.model)
         for name, score in scores.items():
             layer = modules.get(name)
@@ -183,10 +184,10 @@ class RankScoreAllocator(Allocator):
                     f"the score of {name!r} has shape {tuple(score.shape)}: expected one score per "
                     f"existing rank, ({layer.rank},)"
                 )
-            factors[name] = weakref.ref(layer.lora_A)
-        kept = super().keep_scores(scores)
-        self._scored_factors = factors
-        return kept
+            scored_ranks[name] = layer.ranks_token
+        stored = super().store_scores(scores)
+        self._scored_ranks = scored_ranks
+        return stored
 
     def allocate(
         self, budget: int, *, unit: Unit = "ranks", min_rank: Bound = 0, max_rank: Bound = None
@@ -197,9 +198,9 @@ class RankScoreAllocator(Allocator):
     def _require_fresh_scores(self) -> None:
         """Raise RuntimeError if a layer has other ranks than those that were scored."""
         modules = modules_by_name(self.model)
-        for name, factor in self._scored_factors.items():
+        for name, token in self._scored_ranks.items():
             layer = modules.get(name)
-            if not isinstance(layer, LoRALinear) or layer.lora_A is not factor():
+            if not isinstance(layer, LoRALinear) or layer.ranks_token is not token:
                 raise RuntimeError(
                     f"the scores are stale: {name!r} was resized or taken out since score(); "
                     "call score() again"
@@ -215,19 +216,9 @@ class RankScoreAllocator(Allocator):
             lower=constraints.lower,
             upper=constraints.upper,
         )
-        return {name: sum(mask) for name, mask in keep.items()}, keep_masks(keep)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which weak references do not survive."""
-        factors = {name: factor() for name, factor in self._scored_factors.items()}
-        return {**self.__dict__, "_scored_factors": factors}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        factors = state["_scored_factors"].items()
-        references = {name: weakref.ref(factor) for name, factor in factors if factor is not None}
-        self.__dict__.update(state, _scored_factors=references)
+        return {name: sum(mask) for name, mask in keep.items()}, mask_tensors(keep)
 
 
-def keep_masks(keep: Mapping[str, list[bool]]) -> KeepMasks:
+def mask_tensors(keep: Mapping[str, list[bool]]) -> KeepMasks:
     """{module: bool per rank} as tensors on the CPU, whatever the default device."""
     return {name: torch.tensor(mask, dtype=torch.bool, device="cpu") for name, mask in keep.items()}

@@ -1,4 +1,7 @@
-"""L1RA's gates, apart from their training: the shrinkage, and a parameter group of their own."""
+"""L1RA's gates, apart from their training: the shrinkage, and a parameter group of their own.
+
+How gates shrink is `shrink` here; why they shrink this way is at the top of l1ra.py.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,10 @@ Shrinkage = Literal["proximal", "subgradient"]
 
 
 def shrink(gates: list[Tensor], amount: float, how: Shrinkage = "proximal") -> None:
-    """Shrink gates towards zero, in place, by at most `amount` = η_c λ, and clamp them to [0, 1].
+    """Shrink gates by `amount` = gate_lr · l1, in place, and clamp them to [0, 1].
 
-    "proximal" is the soft threshold. "subgradient" leaves gates within `amount` of zero alone.
+    "proximal" is the soft threshold: no gate shrinks below zero. "subgradient" leaves gates within
+    `amount` of zero alone.
 
     >>> gates = [torch.tensor([1.0, 0.5, 0.125])]
     >>> shrink(gates, 0.25)
@@ -55,7 +59,7 @@ def check_gates(layers: Mapping[str, LoRALinear], amount: float) -> None:
                 f"the gate of {name!r} does not train: gate.requires_grad_(True), "
                 "or wrap without gates"
             )
-        # Rounding takes a shrinkage below a quarter of the spacing above 1 back, near a gate of 1.
+        # Near 1, a step below eps/4 is rounded away.
         if 0 < amount < torch.finfo(layer.gate.dtype).eps / 4:
             raise ValueError(
                 f"the gates of {name!r} are {layer.gate.dtype}, in which 1 - gate_lr · l1 = "

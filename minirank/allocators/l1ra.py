@@ -30,9 +30,10 @@ Departures from the paper and its authors' code:
   c ← c − η_c λ sign(c), which leaves gates within η_c λ of zero alone. That dead zone ends above
   zero, so such gates are pruned at a threshold of η_c λ.
 - Gates shrink until `stop`. After it no rank moves any more, and gates only train.
-- Freed ranks that no other module can take go to the next best one, at last back to where they
-  came from, as fresh ranks: the sum never changes. The authors' code drops such ranks. If all gates
-  of a module are at the threshold, the largest one stays; the authors' code keeps the last one.
+- Freed ranks that no module with high gates can take go to the next best module, in the end to
+  their own module, as fresh ranks: the sum never changes. The authors' code drops such ranks. If
+  all gates of a module are at the threshold, the largest one stays; the authors' code keeps the
+  last one.
 - A budget in parameters is possible: an equal rank budget is not an equal parameter budget, and the
   authors' runs end with 8 to 19 % more parameters. A freed rank goes where the next rank still
   fits, and what is left over goes to other modules until no further rank fits.
@@ -52,6 +53,7 @@ weight decay on A and B did.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -62,11 +64,16 @@ from torch.optim import Optimizer
 from ..checks import as_generator, is_integer, quoted_names, require
 from ..layers.resize import Resized, resize, separate_layers
 from .allocation import Allocation, Unit
-from .allocator import KeepMasks, Ranks, RankScoreAllocator, keep_masks
+from .allocator import KeepMasks, Ranks, RankScoreAllocator, mask_tensors
 from .constraints import Bound, Constraints, check_unit
 from .gates import Shrinkage, check_gates, gates_into_own_group, shrink
 from .history import History, Update
 from .reassign import reassign
+
+# When to warn that l1 is too small: so many updates pruned nothing, all gates are above this value,
+# and the penalty alone would take more intervals than this from a gate of 1 to 0. An interval is 5
+# to 10 % of a training.
+IDLE_UPDATES, IDLE_GATE, MOST_INTERVALS = 3, 0.9, 20
 
 OPTIONS = (  # the attributes that `state_dict` saves
     *("l1", "gate_lr", "interval", "start", "stop", "budget", "unit", "min_rank", "max_rank"),
@@ -87,7 +94,8 @@ class L1RA(RankScoreAllocator):
         model: with LoRA layers whose gates start from 1: wrap(model, ranks, gate=1.0).
         optimizer: holds the gates. Its steps are counted by a hook, so a step that a GradScaler
             skips or that gradient accumulation puts off shrinks nothing.
-        l1: λ, the weight of the penalty. 0 shrinks nothing.
+        l1: λ, the weight of the penalty. The default is the paper's value, which moves no rank in
+            trainings of some hundred steps: start with 0.3. 0 shrinks nothing.
         gate_lr: η_c, the gates' own learning rate.
         interval: T, optimizer steps between updates; 5 to 10 % of the training in the paper.
         start: the first optimizer step that can be followed by an update.
@@ -105,6 +113,11 @@ class L1RA(RankScoreAllocator):
         generator: a torch.Generator or a seed, for the A of fresh ranks.
 
     Copies and pickles of (model, optimizer, l1ra) taken together go on as the originals would.
+
+    Warns:
+        UserWarning: `l1` is too small. Three updates in a row have pruned no rank, every gate is
+            still above 0.9, and the penalty alone would take more than 20 intervals from a gate of
+            1 to 0. This is said once, and not if `l1` is 0.
 
     Raises (model and optimizer are left unchanged):
         TypeError: the optimizer is LBFGS, which has one parameter group only.
@@ -177,6 +190,7 @@ class L1RA(RankScoreAllocator):
         self.history = History(self.ranks)
         self.steps = 0  # optimizer steps that `step` has seen
         self._pending = 0  # optimizer steps that `step` has not seen yet
+        self._warned_of_small_l1 = False
         self._watch_optimizer()
 
     # ---- scores and allocations -----------------------------------------------------------------
@@ -193,7 +207,7 @@ class L1RA(RankScoreAllocator):
 
     def score(self) -> dict[str, Tensor]:
         """The gates: {module: (r,)}. Updates read the gates themselves, whatever is scored."""
-        return self.keep_scores(self.gates)
+        return self.store_scores(self.gates)
 
     def allocate(
         self, budget: int, *, unit: Unit = "ranks", min_rank: Bound = 1, max_rank: Bound = None
@@ -213,7 +227,7 @@ class L1RA(RankScoreAllocator):
             costs=constraints.budget_costs,
             threshold=self._pruning_threshold(),
         )
-        return ranks, keep_masks(keep)
+        return ranks, mask_tensors(keep)
 
     def _pruning_threshold(self) -> float:
         if self.threshold is not None:
@@ -269,7 +283,27 @@ class L1RA(RankScoreAllocator):
             self.optimizer.state.clear()
         update = _record(self.steps, before, allocation, resized)
         self.history.updates.append(update)
+        if self._l1_is_too_small() and not self._warned_of_small_l1:
+            self._warned_of_small_l1 = True
+            steps = round(1 / (self.gate_lr * self.l1))
+            warnings.warn(
+                f"{IDLE_UPDATES} updates in a row pruned no rank, and every gate is still above "
+                f"{IDLE_GATE}. With l1={self.l1:g} and gate_lr={self.gate_lr:g}, the penalty alone "
+                f"takes {steps:,} steps from a gate of 1 to 0: take a larger l1 (start with 0.3), "
+                "or l1=0 if no rank is to move",
+                stacklevel=4,  # the caller of step(), which torch.no_grad() wraps
+            )
         return update
+
+    def _l1_is_too_small(self) -> bool:
+        """Whether the last updates pruned nothing, and no gate will soon be at the threshold."""
+        last = self.history.updates[-IDLE_UPDATES:]
+        if self.l1 == 0 or len(last) < IDLE_UPDATES or any(update.pruned for update in last):
+            return False
+        if MOST_INTERVALS * self.interval * self.gate_lr * self.l1 >= 1:
+            return False
+        shrinking = [gate for gate in self.gates.values() if gate.requires_grad]
+        return bool(shrinking) and all(bool((gate > IDLE_GATE).all()) for gate in shrinking)
 
     def _watch_optimizer(self) -> None:
         self.optimizer.register_step_pre_hook(self._hold_gate_lr)
@@ -338,7 +372,7 @@ class L1RA(RankScoreAllocator):
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        self.__dict__.update(state)
         self._watch_optimizer()  # an optimizer's copy has no hooks
 
     def _check_options(self) -> None:

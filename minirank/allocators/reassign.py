@@ -7,9 +7,12 @@ Plain Python on numbers: gates in, ranks out. Torch is not needed to read or to 
 2. Hand out what is left of the budget, one rank each, round after round. The modules whose gates
    are all above the threshold come first, in descending order of their smallest gate: a module
    whose gates all stay high can use more ranks.
-3. What these modules cannot take (they are at their upper bound, or a rank costs too much) goes
-   round the other modules, in descending order of their smallest surviving gate. So no rank is
-   lost: one that no other module takes is replaced by a fresh rank in its own module.
+3. Ranks that these modules cannot take (they are at their upper bound, or a rank costs too much)
+   go to the other modules, one each, in descending order of their smallest surviving gate. The
+   module that lost a rank may get it back, as a fresh rank. So no rank is lost.
+
+If the ranks that step 1 keeps exceed the budget, the smallest gates of all modules are pruned too,
+before step 2.
 
 Ties go to the module, or rank, that comes first.
 
@@ -25,7 +28,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from ..budget import Limits, checked_limits, flat_scores, hand_out
+from ..budget import Limits, check_finite, checked_limits, flat_scores, hand_out
 
 
 class Reassignment(NamedTuple):
@@ -69,7 +72,8 @@ def reassign(
     ({'query': 1, 'value': 3}, {'query': [True, False, False], 'value': [True]})
     """
     names, of_modules = list(gates), [list(values) for values in gates.values()]
-    limits = checked_limits(names, flat_scores(gates), budget, costs, lower, upper)
+    limits = checked_limits(names, budget, costs, lower, upper)
+    check_finite(flat_scores(gates))
 
     keep = [
         _above_threshold(values, threshold, least, most)
@@ -123,10 +127,11 @@ def _receivers(
 ) -> tuple[list[int], list[int]]:
     """(modules that lost no rank and have all gates above the threshold, the other modules): each
     in descending order of the smallest surviving gate. Modules without one come last."""
-    smallest = [
-        min((gate for gate, kept in zip(*pair, strict=True) if kept), default=-math.inf)
-        for pair in zip(gates, keep, strict=True)
-    ]
-    order = sorted(range(len(gates)), key=lambda m: (-smallest[m], m))
+
+    def smallest_surviving(m: int) -> float:
+        surviving = [gate for gate, kept in zip(gates[m], keep[m], strict=True) if kept]
+        return min(surviving, default=-math.inf)
+
+    order = sorted(range(len(gates)), key=smallest_surviving, reverse=True)  # ties: the earlier
     intact = [m for m in order if all(keep[m]) and all(gate > threshold for gate in gates[m])]
     return intact, [m for m in order if m not in intact]

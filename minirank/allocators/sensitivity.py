@@ -48,7 +48,7 @@ from ..curvature.input_moment import input_second_moment
 from ..layers.linear import linear_shape
 from ..layers.targets import Targets, linear_targets
 from ..layers.wrap import lora_layers
-from ..measure import LossFn
+from ..measure import LossFn, with_hint_at_one_batch
 from .allocation import Allocation, Unit
 from .allocator import ShareAllocator
 from .constraints import Bound
@@ -56,6 +56,7 @@ from .stability import (
     Diagonals,
     Groups,
     Stability,
+    check_groups,
     interpolated_effective_rank,
     resampled_stability,
 )
@@ -160,8 +161,8 @@ def theta_of_drawn(metrics: Tensor) -> Tensor:
     """θ of smooth metrics that were drawn within their errors: (3n,) → (n,).
 
     Rounding the smooth form of Eq 10 up gives its count. Local metrics cannot be negative, so drawn
-    ones are clamped. Where the drawn traces are far from a minimum, Eqs 13 and 14 say nothing of
-    their sum: then their positive parts count, or else nothing.
+    ones are clamped. If the drawn traces have a mean ≤ 0, σ/μ² has no meaning: negative traces
+    become 0, and if none is positive, the traces are ignored.
     """
     S_g, S_topk, S_er = metrics.view(3, -1)
     if S_g.mean() <= 0:
@@ -210,14 +211,15 @@ class SensitivityLoRA(ShareAllocator):
         targets: see `linear_targets`.
         curvature: (model, loss_fn, batches, targets) -> {name: (d_out, d_in) or (d_in,)}. Default:
             the paper's input second moment, which runs forward passes only. Bind options with
-            functools.partial. The function may only iterate over the batches, since it gets them
-            behind the progress bar.
+            functools.partial. The function can iterate over the batches, but cannot call len() or
+            index, since it gets them behind the progress bar.
         topk_fraction: k/N in Eq 9 (the paper: 1/2; it also tried 1/3).
         effective_share: α in Eq 10 (the paper: 0.85; it also tried 0.80).
         groups: measure the batches in this many groups (up to twice as many; at least 4), so that
             `stability` and `settle` can tell how sure the ranks are. Each group must reach every
             target. The measurements of all groups are held. None: all batches together.
-        progress: show a bar over the batches.
+        progress: show a bar over the batches, in a terminal or a notebook. No bar is written to a
+            file or a pipe. False: never.
 
     After `score()` or `settle()`, `curvatures` holds the diagonals, {name: (d_out, d_in) or
     (d_in,)}, and `metrics` each matrix's S_g, S_topk, S_er, S_l and θ, {name: {metric: float}}. A
@@ -270,7 +272,7 @@ class SensitivityLoRA(ShareAllocator):
         require_function("curvature", curvature)
         require_batches(batches)
         if groups is not None:
-            Groups(groups)  # refuses too few before anything is measured
+            check_groups(groups)
         self.loss_fn = loss_fn
         self.batches = batches
         self.targets = _plain_targets(model, targets)
@@ -284,7 +286,7 @@ class SensitivityLoRA(ShareAllocator):
         self._groups: Groups | None = None  # the measurements of the last run
 
     def score(self) -> dict[str, Tensor]:
-        """Measure all batches, and keep the scores for `allocate`.
+        """Measure all batches, and store the scores for `allocate`.
 
         Returns:
             {name: θ, shape (), float64}.
@@ -316,8 +318,8 @@ class SensitivityLoRA(ShareAllocator):
     ) -> Stability:
         """Which ranks of `allocate(budget)` would change within the sampling error of the scores?
 
-        The error is that of the batches as a sample of such data, random vectors included. To
-        isolate Monte Carlo error, pass the same batches repeatedly.
+        The error is that of the batches as a sample of such data, random vectors included. To see
+        the Monte Carlo error of the random vectors alone, make one batch and give it many times.
 
         Args:
             budget, unit, min_rank, max_rank: as in `allocate`.
@@ -327,7 +329,7 @@ class SensitivityLoRA(ShareAllocator):
 
         Raises:
             RuntimeError: no `groups`, or `score` has not run.
-            ValueError: as `allocate`; less than 4 batches; an option out of its range.
+            ValueError: as `allocate`; fewer than 4 batches; an option out of its range.
         """
         if self.groups is None:
             raise RuntimeError("stability needs scores by group: SensitivityLoRA(…, groups=10)")
@@ -399,9 +401,8 @@ class SensitivityLoRA(ShareAllocator):
 
     def _progress_bar(self) -> Any:
         """The batches behind a bar."""
-        return tqdm(
-            self.batches, desc="calibration", unit="batch", disable=not self.progress, leave=False
-        )
+        disable = None if self.progress else True  # None: show it where there is a terminal
+        return tqdm(self.batches, desc="calibration", unit="batch", disable=disable, leave=False)
 
     def _fill(self, groups: Groups, batches: Iterable[Any]) -> Iterator[None]:
         """Measure the batches into `groups`, group by group, with a pause after each."""
@@ -412,7 +413,8 @@ class SensitivityLoRA(ShareAllocator):
 
     def _diagonals(self, batches: Iterable[Any]) -> Diagonals:
         """The curvature of these batches, checked. An `Estimate` stays one."""
-        estimate = self.curvature(self.model, self.loss_fn, batches, list(self.targets))
+        loss_fn = with_hint_at_one_batch(self.loss_fn, self.batches)
+        estimate = self.curvature(self.model, loss_fn, batches, list(self.targets))
         checked = {
             name: _checked_diagonal(name, module, estimate.get(name))
             for name, module in self.targets.items()
@@ -435,7 +437,7 @@ class SensitivityLoRA(ShareAllocator):
             name: {key: float(values[i]) for key, values in metrics._asdict().items()}
             for i, name in enumerate(self.targets)
         }
-        return self.keep_scores(dict(zip(self.targets, metrics.theta.unbind(), strict=True)))
+        return self.store_scores(dict(zip(self.targets, metrics.theta.unbind(), strict=True)))
 
     def _stability_of(
         self,

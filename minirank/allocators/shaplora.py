@@ -51,10 +51,17 @@ from tqdm.auto import tqdm
 
 from ..checks import require, require_batches, require_function
 from ..layers.lora import LoRALinear
-from ..measure import LossFn, batch_length, called_without_gradient, measuring, repeatable
+from ..measure import (
+    LossFn,
+    batch_length,
+    called_without_gradient,
+    measuring,
+    repeatable,
+    with_hint_at_one_batch,
+)
 from ..shapley import coalition_masks, standard_error
 from .allocator import RankScoreAllocator
-from .coalitions import (
+from .masked_gates import (
     Adapter,
     WeightedBatch,
     adapters,
@@ -82,6 +89,8 @@ def ipt(w: Tensor, gradient: Tensor) -> Tensor:
 def san(ipt_gate: Tensor, ipt_P: Tensor, ipt_Q: Tensor) -> Tensor:
     """Eq 7, of every rank of one module. ipt_gate: (r,); ipt_P: (d_out, r); ipt_Q: (r, d_in) → (r,)
 
+    (`minirank.reference.san` takes the parameters and their gradients instead.)
+
     >>> san(torch.tensor([10.0]), torch.tensor([[1.0], [3.0]]), torch.tensor([[4.0, 6.0]]))
     tensor([17.])
     """
@@ -108,15 +117,16 @@ class ShapLoRA(RankScoreAllocator):
             ones. From a seed they are
             `shapley.coalition_masks(number of ranks, coalitions, generator=seed)`, with the ranks
             in the order of `lora_layers`.
-        progress: show a bar over the coalitions.
+        progress: show a bar over the coalitions, in a terminal or a notebook. No bar is written to
+            a file or a pipe. False: never.
 
     Cost: a forward and a backward pass over the data for every coalition, with gradients for the
     adapters alone; and two forward passes of one batch, to see that the loss repeats. float16
     adapters lose small gradients: wrap with dtype=torch.float32.
 
     After `score()`, `standard_errors` holds those of the scores, {name: (r,)}, over the pairs of a
-    coalition and its complement (empty without coalitions). They count the planned spread of p as
-    if it were chance, so they are too large rather than too small.
+    coalition and its complement (empty without coalitions). They treat the fixed grid of p as
+    random, so they are too large rather than too small.
 
     Raises:
         TypeError: an argument of the wrong kind; a single mapping as `batches`.
@@ -176,7 +186,7 @@ class ShapLoRA(RankScoreAllocator):
         self._masks(scorable_layers(model))
 
     def score(self) -> dict[str, Tensor]:
-        """Measure all coalitions, and keep the scores for `allocate`.
+        """Measure all coalitions, and store the scores for `allocate`.
 
         Returns:
             {name: Shapley sensitivity of its ranks, (r,), float64}.
@@ -200,7 +210,7 @@ class ShapLoRA(RankScoreAllocator):
         self._check_scores(scores)
         pairs = (sample[0::2] + sample[1::2]) / 2 if len(sample) > 1 else None
         self.standard_errors = {} if pairs is None else by_module(standard_error(pairs), layers)
-        return self.keep_scores(scores)
+        return self.store_scores(scores)
 
     def _masks(self, layers: Mapping[str, LoRALinear]) -> Tensor:
         """The coalitions: bool (coalitions, ranks of all layers). Without coalitions one of all."""
@@ -211,7 +221,9 @@ class ShapLoRA(RankScoreAllocator):
 
     def _sensitivities(self, layers: Mapping[str, LoRALinear]) -> Tensor:
         """SAN of every player in every coalition: (coalitions, players)."""
-        masks = tqdm(self._masks(layers), desc="coalitions", disable=not self.progress, leave=False)
+        disable = None if self.progress else True  # None: show it where there is a terminal
+        masks = tqdm(self._masks(layers), desc="coalitions", disable=disable, leave=False)
+        loss_fn = with_hint_at_one_batch(self.loss_fn, self.batches)
         # Leaving inference mode also turns gradients on.
         with (
             measuring(self.model),
@@ -219,7 +231,7 @@ class ShapLoRA(RankScoreAllocator):
             gradients_for_adapters_only(self.model, layers),
             called_without_gradient(layers) as cut_off,
         ):
-            batches = repeatable(self.model, self.loss_fn, self.batches)
+            batches = repeatable(self.model, loss_fn, self.batches)
             data = weighted_batches(batches, self.batch_weight)
             sample = []
             for mask in masks:
@@ -235,10 +247,13 @@ class ShapLoRA(RankScoreAllocator):
         Args:
             cut_off: the names of the layers that have been called while gradients were off.
         """
-        parameters = adapters(layers)
-        flat = [w for adapter in parameters.values() for w in adapter]
-        gradient = iter(mean_gradient(self.model, self.loss_fn, data, flat))
-        gradients = {name: Adapter(*(next(gradient) for _ in w)) for name, w in parameters.items()}
+        weights = adapters(layers)
+        flat = [w for adapter in weights.values() for w in adapter]
+        remaining = iter(mean_gradient(self.model, self.loss_fn, data, flat))
+        gradients = {
+            name: Adapter(gate=next(remaining), P=next(remaining), Q=next(remaining))
+            for name in weights
+        }
         for name, layer in layers.items():
             reached = any(g.any() for g in gradients[name])
             if name in cut_off and layer.rank and not reached:
@@ -247,10 +262,7 @@ class ShapLoRA(RankScoreAllocator):
                     "checkpointing), and its ranks would all score 0: take that out of loss_fn and "
                     "the model (use_reentrant=False)"
                 )
-        return _all_san(
-            Adapter(*(ipt(wide(w), g) for w, g in zip(adapter, gradients[name], strict=True)))
-            for name, adapter in parameters.items()
-        )
+        return _all_san(_importance(w, gradients[name]) for name, w in weights.items())
 
     def _check_scores(self, scores: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless the scores are finite, and not all zero."""
@@ -266,6 +278,15 @@ class ShapLoRA(RankScoreAllocator):
                 "lora_B is zero: train the model first (or check that the loss depends on the "
                 "adapters)"
             )
+
+
+def _importance(w: Adapter, gradient: Adapter) -> Adapter:
+    """Eq 8 of every entry of one layer's adapter."""
+    return Adapter(
+        gate=ipt(wide(w.gate), gradient.gate),
+        P=ipt(wide(w.P), gradient.P),
+        Q=ipt(wide(w.Q), gradient.Q),
+    )
 
 
 def _magnitudes(layers: Mapping[str, LoRALinear]) -> list[Adapter]:

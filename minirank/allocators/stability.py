@@ -1,10 +1,15 @@
-"""How sure is an allocation? Its scores have sampling errors. Which ranks would change within them?
+"""How sure is an allocation, and how much data is enough for it?
 
-Calibration batches are measured in groups. Leaving out each group in turn (the jackknife) tells how
-the metrics of the diagonals vary with the data, random vectors included. For groups of unequal
-weight this is the delete-a-group jackknife of Busing, Meijer and van der Leeden (1999). Metrics are
-then drawn anew within these errors, of all modules together, and go through the remaining equations
-to the scores and ranks that could as well have come out.
+`SensitivityLoRA.stability` asks which ranks would change within the sampling error of the scores.
+`SensitivityLoRA.settle` asks it again and again while it measures, and stops when the ranks are
+sure enough. Both are in sensitivity.py; the statistics are here:
+
+1. Calibration batches are measured in groups. Leaving out each group in turn (the jackknife) tells
+   how the metrics of the diagonals vary with the data, random vectors included. For groups of
+   unequal weight this is the delete-a-group jackknife of Busing, Meijer and van der Leeden (1999).
+2. New metrics of all modules are drawn jointly from a t-distribution with these errors.
+3. They go through the remaining equations, to the scores and ranks that could as well have come
+   out.
 
 The paper of Sensitivity-LoRA states no sampling errors: all of this is an addition. 95 % intervals
 of θ cover 95 % in simulation (the tests ask for 92 to 98).
@@ -13,7 +18,6 @@ of θ cover 95 % in simulation (the tests ask for 92 to 98).
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import require
 from ..curvature.estimate import Estimate
 from ..measure import NO_BATCH
 from .allocation import Allocation
@@ -32,10 +37,11 @@ MIN_GROUPS = 4
 def interpolated_effective_rank(h: Tensor, share: float = 0.85) -> Tensor:
     """Eq 10's effective rank, made smooth for the jackknife.
 
-    The sum of the k largest entries, drawn over k as a line, meets share · Σ h_ii at this k. Eq 10
-    counts whole entries, so it jumps: leaving out a group of batches changes it by 0 or by 1 or
-    more, and the jackknife takes such jumps for large errors. The interpolation varies smoothly
-    with h. It is at most 1 below the count, and rounding it up gives the count.
+    Let C(k) be the sum of the k largest entries, interpolated linearly between whole k. Returned is
+    the k with C(k) = share · Σ h_ii. Eq 10 counts whole entries, so it jumps: leaving out a group
+    of batches changes it by 0 or by 1 or more, and the jackknife takes such jumps for large errors.
+    The interpolation varies smoothly with h. It is at most 1 below the count, and rounding it up
+    gives the count.
 
     Args:
         h: any shape; negative entries count as 0.
@@ -77,10 +83,7 @@ class Groups:
     """
 
     def __init__(self, least: int) -> None:
-        if least < MIN_GROUPS:
-            raise ValueError(
-                f"groups must be at least {MIN_GROUPS}, to tell how they vary, got {least!r}"
-            )
+        check_groups(least)
         self.least = least
         self.batches_per_group = 1  # for the next group
         self.batches = 0
@@ -117,7 +120,7 @@ class Groups:
                 out too large.
 
         Raises:
-            ValueError: there are less than 4 groups.
+            ValueError: there are fewer than 4 groups.
         """
         if len(self) < MIN_GROUPS:
             raise ValueError(
@@ -125,24 +128,55 @@ class Groups:
                 f"give at least {MIN_GROUPS}"
             )
         mean = self.mean()
-        total = {name: sum(group.weights[name] for group in self._groups) for name in mean}
+        shares = self._shares()
         value = statistic(mean)
-        pseudovalues, inverse_shares = [], []
-        for group in self._groups:
-            share = {name: group.weights[name] / total[name] for name in mean}
-            rest = {
-                name: (mean[name] - share[name] * group.means[name]) / (1 - share[name])
-                for name in mean
-            }
-            h = 1 / (sum(share.values()) / len(share))  # Busing and others' h_j
-            inverse_shares.append(h)
-            pseudovalues.append(h * value - (h - 1) * statistic(rest))
-        center = torch.stack(pseudovalues).mean(0)
-        deviations = [
-            (pseudovalue - center) / math.sqrt(len(self) * (h - 1))
-            for pseudovalue, h in zip(pseudovalues, inverse_shares, strict=True)
+        without = [
+            statistic(_mean_without(group, share, mean))
+            for group, share in zip(self._groups, shares, strict=True)
         ]
-        return Jackknife(value, torch.stack(deviations))
+        # Busing and others' h_j. A group has one share in all modules, or nearly so.
+        h = value.new_tensor([len(share) / sum(share.values()) for share in shares])
+        return Jackknife(value, _jackknife_deviations(value, torch.stack(without), h))
+
+    def _shares(self) -> list[dict[str, float]]:
+        """{name: the share of the weight} of each group."""
+        totals = {
+            name: sum(group.weights[name] for group in self._groups)
+            for name in self._groups[0].means
+        }
+        return [
+            {name: group.weights[name] / total for name, total in totals.items()}
+            for group in self._groups
+        ]
+
+
+def check_groups(groups: int) -> None:
+    """Raise ValueError unless that many groups are enough to tell how they vary."""
+    require(groups >= MIN_GROUPS, "groups", groups, f"at least {MIN_GROUPS}, to tell how they vary")
+
+
+def _mean_without(group: Group, share: Mapping[str, float], mean: Diagonals) -> Diagonals:
+    """The mean over the other groups. share: {name: this group's share of the weight}."""
+    return {
+        name: (mean[name] - share[name] * group.means[name]) / (1 - share[name]) for name in mean
+    }
+
+
+def _jackknife_deviations(value: Tensor, without: Tensor, h: Tensor) -> Tensor:
+    """D with Dᵀ D = the variance of Busing and others: 1/g Σ_j (θ̃_j − θ_J)² / (h_j − 1).
+
+    Args:
+        value: θ, the statistic of all groups, (n,).
+        without: θ_(−j), the statistic without each of the g groups, (g, n).
+        h: h_j, the weight of all groups over that of group j, (g,).
+
+    Returns:
+        (g, n)
+    """
+    h = h[:, None]
+    pseudovalues = h * value - (h - 1) * without  # θ̃_j
+    center = (pseudovalues / h).sum(0)  # θ_J = g θ − Σ (1 − 1/h_j) θ_(−j)
+    return (pseudovalues - center) / (len(h) * (h - 1)).sqrt()
 
 
 def _joined(a: Group, b: Group) -> Group:
@@ -190,8 +224,8 @@ class Stability:
         intervals: {module: (lowest, highest) rank}. Each module's interval holds for that module
             by itself, not for all modules at once.
         score_intervals: {module: (lowest, highest) score}.
-        max_moved: in a share `confidence` of the resampled allocations, at most so many ranks are
-            in other modules than in `allocation`.
+        max_moved: the smallest m such that, in a share `confidence` of the resampled allocations,
+            at most m ranks are in another module than in `allocation`.
         same: the share of the resampled allocations that equal `allocation`.
         groups: groups of batches that the errors rest on.
         batches: batches in these groups.
@@ -258,7 +292,7 @@ def resampled_stability(
     drawn = resample(metrics.value, metrics.deviations, resamples, generator)
     scores = torch.stack([score(one) for one in drawn])
     ranks = torch.tensor(
-        [list(divide(one).ranks.values()) for one in scores], dtype=torch.float64
+        [list(divide(one).ranks.values()) for one in scores], dtype=torch.float64, device="cpu"
     )  # (resamples, modules)
     moved = _moved_ranks(ranks, allocation)
     names = list(allocation.ranks)
@@ -283,7 +317,8 @@ def _moved_ranks(ranks: Tensor, allocation: Allocation) -> Tensor:
     ranks: (resamples, modules) → (resamples,). With a budget in parameters, the sums can differ.
     Then the larger of gains and losses counts.
     """
-    change = ranks - torch.tensor(list(allocation.ranks.values()), dtype=torch.float64)
+    base = torch.tensor(list(allocation.ranks.values()), dtype=ranks.dtype, device=ranks.device)
+    change = ranks - base
     return torch.maximum(change.clamp(min=0).sum(1), (-change).clamp(min=0).sum(1))
 
 

@@ -35,4 +35,4 @@ class UniformRanks(ShareAllocator):
 
     def score(self) -> dict[str, Tensor]:
         """1 for every module: {module: tensor of shape ()}."""
-        return self.keep_scores({name: torch.ones(()) for name in self.targets})
+        return self.store_scores({name: torch.ones((), device="cpu") for name in self.targets})

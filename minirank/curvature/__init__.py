@@ -46,6 +46,9 @@ What to know:
 - Precision. A half-precision model is computed in float32 wherever the loss is differentiated; its
   own tensors come back bit for bit. In float32 the curvature of a loss near zero can be all
   rounding: the estimators notice, and ask for `model.double()`.
+- Padding. `input_second_moment` drops padding tokens by the batch's `attention_mask`; the rule is
+  at the top of input_moment.py. The other estimators differentiate the loss, so they leave out what
+  the loss leaves out.
 - Samples. `exact_hessian_diagonal`, `hutchinson_outputs`, `gauss_newton` and `empirical_fisher`
   take the first dimension of a layer's input as samples that do not interact, and check it. With
   `independent=False` all but the Fisher do without this assumption.
@@ -64,8 +67,8 @@ What to know:
 The files, in reading order: `estimate` (the result), `averaging` (means and standard errors),
 `objective` (the loss, and the loop over batches), `layer_outputs` (recording and differentiating),
 `outer_products`, `diagnostics` (independence and rounding), `hessian`, `sampling` (random vectors),
-`hutchinson`, `output_hessian` and `gauss_newton`, `fisher`, `input_moment`. An independent check of
-the exact ones, in plain PyTorch, is `minirank.reference`.
+`hutchinson`, `output_hessian` and `gauss_newton`, `fisher`, `input_moment` (padding is dropped
+here). An independent check of the exact ones, in plain PyTorch, is `minirank.reference`.
 """
 
 from .estimate import Estimate

@@ -84,9 +84,11 @@ def _try_scaling(values: Sequence[Tensor], variables: Sequence[Tensor]) -> _Tria
     (n,) = lengths
     generator = torch.Generator().manual_seed(0)
     # Scales that all differ try every pair of samples.
-    scales = torch.rand(n, generator=generator) + 0.5
+    scales = torch.rand(n, generator=generator, device=generator.device) + 0.5
     vectors = [
-        torch.randn(value.shape[1:], generator=generator).to(value).expand_as(value)
+        torch.randn(value.shape[1:], generator=generator, device=generator.device)
+        .to(value)
+        .expand_as(value)
         for value in values_with_graph
     ]
     plain, scaled, nudged = (

@@ -1,11 +1,14 @@
-"""The Gauss-Newton diagonal: a positive stand-in for the Hessian's, from first derivatives of the
-network.
+"""The Gauss-Newton diagonal: a stand-in for the Hessian's that is never negative, from first
+derivatives of the network.
 
 With y the model's output, J = ∂y/∂W and H_y the Hessian of the loss over y, the Gauss-Newton matrix
 Jᵀ H_y J is the Hessian without the curvature of the network itself (Schraudolph 2002). For a
 cross-entropy or a squared error it is the Fisher matrix (Martens 2020). With H_y = S Sᵀ
 (output_hessian.py), its diagonal is the sum of the squares of the gradients Jᵀ s over the columns s
-of S. It is also the mean of these squares for random mixtures s = S ξ of the columns.
+of S. It is also the mean of the squares of Jᵀ S ξ over random vectors ξ of independent signs.
+
+In this file, "vector" means such a ξ, and "sample" a sample of the data. (The argument `samples`
+counts vectors.)
 """
 
 from __future__ import annotations
@@ -59,13 +62,12 @@ def gauss_newton(
     """The diagonal of the generalised Gauss-Newton matrix, exact or by random signs.
 
     Target: diag(Jᵀ H_y J) on `batches`.
-    Bias: as a stand-in for the Hessian diagonal, the network's own curvature is missing. It fades
-    as the residuals do, and is zero for a network that is linear in W. Entries are never negative.
-    Variance: none if exact. Sampled, the estimate is unbiased for the target: the random signs ξ
-    mix the columns of S. (To draw a label, as is usual, is another such mixture.)
+    Bias: as a stand-in for the Hessian diagonal, the network's own curvature is missing. It shrinks
+    with the residuals, and is zero for a network that is linear in W. Entries are never negative.
+    Variance: none if exact. With random vectors ξ, the estimate is unbiased for the target.
     Cost: for each batch a forward pass and four products with H_y; and one backward pass for each
-    entry of a sample's output (positions · C), or for each sample of ξ. Memory: `chunk_size` times
-    one backward pass.
+    entry of a sample's output (positions · C), or for each vector. Memory: `chunk_size` times one
+    backward pass.
 
     Args:
         model, loss_fn, batches, targets, batch_weight, independent: as for
@@ -75,22 +77,22 @@ def gauss_newton(
             "classifier" or "lm_head". The loss must be convex in y and a sum over its rows.
             Cross-entropies with softmax, squared errors and binary cross-entropies are recognised,
             at any C; another loss may have up to 512 columns.
-        samples: None: exact. Otherwise the number of random mixtures per batch, at most; they need
+        samples: None: exact. Otherwise the number of random vectors per batch, at most; they need
             `generator`.
         generator: draws the signs, as for `hutchinson_outputs`.
-        tolerance: if sampled, as for `hutchinson_outputs`. If exact, stop before the end of the
-            batches, as for `empirical_fisher`.
-        chunk_size: backward passes taken at once, and samples per pass over the batches. 1 takes
+        tolerance: with random vectors, as for `hutchinson_outputs`. If exact, stop before the end
+            of the batches, as for `empirical_fisher`.
+        chunk_size: backward passes taken at once, and vectors per pass over the batches. 1 takes
             them one by one, for models that torch.vmap cannot handle.
 
-    Returns: {name: (d_out, d_in)}, with standard errors over batches if exact, over probes if
-    sampled.
+    Returns: {name: (d_out, d_in)}, with standard errors over batches if exact, and otherwise over
+    the vectors, which an `Estimate` calls "probes".
 
     Raises:
         ValueError: as for `exact_hessian_diagonal`; or y is not a tensor or comes more than once in
             a loss; or the loss is not convex in y, mixes its rows, or depends on a layer by another
             way than y.
-        TypeError: samples without a torch.Generator.
+        TypeError: `samples` is given without a torch.Generator.
 
     Source: Schraudolph 2002; Martens 2020 (arXiv 1412.1193).
 
@@ -223,7 +225,7 @@ def _unit_vectors(y: Tensor, chunk_size: int) -> Iterator[Tensor]:
     for start in range(0, T * C, chunk_size):
         index = torch.arange(start, min(start + chunk_size, T * C), device=y.device)
         xi = y.new_zeros(len(index), n, T * C)
-        xi[torch.arange(len(index)), :, index] = 1
+        xi[torch.arange(len(index), device=index.device), :, index] = 1
         yield xi.view(-1, n, T, C)
 
 

@@ -125,13 +125,16 @@ def _layer_diagonal(
     """One layer, one batch. gradients: ∂L/∂z of each call. → (d_out, d_in)."""
     x = stacked_inputs(layer_calls, independent)  # (n, T, d_in)
     g = stack_positions(gradients, independent)  # (n, T, d_out)
-    h = x.new_zeros(g.shape[2], x.shape[2], dtype=g.dtype)
+    d_out, d_in = g.shape[2], x.shape[2]
+    h = x.new_zeros(d_out, d_in, dtype=g.dtype)
     shifts = [call.shift for call in layer_calls]
     # The gradient of a sum over samples holds one column of each sample's block.
     for index, columns in _jacobian_rows(g.sum(0), shifts, chunk_size):
-        t, i = index // len(h), index % len(h)
+        t, i = index // d_out, index % d_out
         stacked = stack_positions(columns, independent, batched=True)  # (K, n, T, d_out)
-        block = stacked[torch.arange(len(index)), :, :, i]  # (K, n, T): ∂²L / ∂z_ti ∂z_t'i over t'
+        block = stacked[
+            torch.arange(len(index), device=index.device), :, :, i
+        ]  # (K, n, T): ∂²L / ∂z_ti ∂z_t'i over t'
         mixed = torch.einsum("knt,ntj->knj", block, x)
         h.index_add_(0, i, (mixed * x[:, t].transpose(0, 1)).sum(1))
     if feeds_itself(layer_calls):
@@ -142,14 +145,17 @@ def _layer_diagonal(
 def _add_recurrence(
     h: Tensor, layer_calls: list[Call], g: Tensor, x: Tensor, chunk_size: int, independent: bool
 ) -> None:
-    """Add 2 Σ over t, t' of ∂L/∂z_t'i · ∂x_t'j/∂z_ti · x_tj to h. g: (n, T, d_out). x: (n, T,
-    d_in)."""
+    """Add 2 Σ over t, t' of ∂L/∂z_t'i · ∂x_t'j/∂z_ti · x_tj to h.
+
+    h: (d_out, d_in). g: (n, T, d_out). x: (n, T, d_in).
+    """
+    d_out = len(h)
     w, JTw = recurrence_jacobian(layer_calls)
     if independent:
         check_independent(JTw, w)
     summed = stack_positions(JTw, independent).sum(0)
     for index, rows in _jacobian_rows(summed, w, chunk_size):
-        t, i = index // len(h), index % len(h)
+        t, i = index // d_out, index % d_out
         dx_dz = stack_positions(rows, independent, batched=True)  # (K, n, T, d_in): ∂x_t'j / ∂z_ti
         path = torch.einsum("knt,kntj->knj", g[:, :, i].permute(2, 0, 1), dx_dz)  # (K, n, d_in)
         h.index_add_(0, i, 2 * (path * x[:, t].transpose(0, 1)).sum(1))
@@ -166,7 +172,7 @@ def _jacobian_rows(
     for start in range(0, value.numel(), chunk_size):
         index = torch.arange(start, min(start + chunk_size, value.numel()), device=value.device)
         units = value.new_zeros(len(index), value.numel())
-        units[torch.arange(len(index)), index] = 1
+        units[torch.arange(len(index), device=index.device), index] = 1
         yield index, vector_jacobian_products([value], variables, [units.view(-1, *value.shape)])
 
 
@@ -223,5 +229,5 @@ def _weight_diagonal(gradient: Tensor, weight_shift: Tensor, chunk_size: int) ->
     """∂gradient_k / ∂weight_shift_k for every entry k, (d_out, d_in)."""
     h = torch.zeros_like(gradient).flatten()
     for index, (rows,) in _jacobian_rows(gradient, [weight_shift], chunk_size):
-        h[index] = rows.flatten(1)[torch.arange(len(index)), index]
+        h[index] = rows.flatten(1)[torch.arange(len(index), device=index.device), index]
     return h.detach().view_as(gradient)

@@ -1,9 +1,11 @@
-"""Hutchinson's estimates of the Hessian diagonal: for a random vector v of independent signs, E[v ⊙
-H v] = diag(H).
+"""Hutchinson's estimates of the Hessian diagonal, from random vectors v of independent signs:
 
-One Hessian-vector product serves all layers. The signs can be those of the weights, as in the
-textbook. They can also be those of the outputs z = W x + b of the layers, one for every sample and
-position: hessian.py explains why the outputs suffice. There
+    E[v ⊙ H v] = diag(H)
+
+In this file, "vector" means such a v, and "sample" a sample of the data. (The argument `samples`
+counts vectors.) One Hessian-vector product serves all layers. The vector can have one sign for each
+weight, as in the textbook. It can also have one sign for each output z = W x + b of the layers, at
+every sample and position: hessian.py explains why the outputs suffice. There
 
     h(W_ij) ≈ Σ over samples of  (Σ_t v_ti x_tj) (Σ_t' (H_z v)_t'i x_t'j)
 
@@ -59,29 +61,30 @@ def hutchinson_weights(
 
     Target: the exact diagonal on `batches`.
     Bias: none.
-    Variance: on one batch and for one sample, Σ over j ≠ i of H_ij² for entry i, j counting the
-    weights of all targets; and 2 Σ over i ≠ j of H_ij² for the trace. It falls as 1 / samples, and
-    with the number of batches, since every batch has vectors of its own.
-    Cost: for each sample, a Hessian-vector product per batch. For every `chunk_size` samples, a
+    Variance, on one batch and with one vector: of entry i, Σ over j ≠ i of H_ij², j counting the
+    weights of all targets; of the trace of a layer l, 2 Σ over i ≠ j in l of H_ij² + Σ over i in l
+    and j in the other targets of H_ij². It falls as one over the number of vectors, and with the
+    number of batches, since every batch has vectors of its own.
+    Cost: for each vector, a Hessian-vector product per batch. For every `chunk_size` vectors, a
     forward pass and a backward pass with its graph kept per batch. Memory: `chunk_size` times one
     backward pass and the diagonals.
 
     Args:
         model, loss_fn, targets, batch_weight: as for `exact_hessian_diagonal`. Nothing is assumed
             about the samples of a batch.
-        batches: iterated once for every `chunk_size` samples.
+        batches: iterated once for every `chunk_size` vectors.
         generator: draws the signs. A CPU generator gives one result for one seed on every device.
         samples: the number of random vectors per batch, at most.
         tolerance: stop as soon as the standard error of every trace is at most this fraction of the
-            mean |trace| over the layers. This is checked after every `chunk_size` samples, from
-            10 samples on. If `samples` run out before, the result's standard errors say so. A run
-            that was stopped errs a little more often than its standard errors say. None: take all
-            samples.
-        chunk_size: Hessian-vector products taken at once, and so samples per pass over the batches.
+            mean |trace| over the layers. This is checked after every `chunk_size` vectors, from
+            10 vectors on. If `samples` vectors are too few, the result's standard errors say so. A
+            run that was stopped errs a little more often than its standard errors say. None: take
+            all vectors.
+        chunk_size: Hessian-vector products taken at once, and so vectors per pass over the batches.
             1 takes them one by one, for models that torch.vmap cannot handle.
 
-    Returns: {name: (d_out, d_in)} with standard errors over probes. Entries can be of either sign;
-    float32 for a half-precision model.
+    Returns: {name: (d_out, d_in)} with standard errors over the vectors, which an `Estimate` calls
+    "probes". Entries can be of either sign; float32 for a half-precision model.
 
     Raises:
         ValueError: as for `exact_hessian_diagonal`, but for samples that interact; or a second pass
@@ -144,7 +147,7 @@ def hutchinson_outputs(
     Variance: that of `hutchinson_weights`, with the Hessian over the outputs in place of the one
     over the weights. Every sample of a batch has signs of its own, so that a batch of n averages n
     of them. The variance of an entry is usually smaller; that of the trace is not always.
-    Cost and memory: as for `hutchinson_weights`, and for each sample two matrix products of the
+    Cost and memory: as for `hutchinson_weights`, and for each vector two matrix products of the
     size of a layer's gradient.
 
     Args:

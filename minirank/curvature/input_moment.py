@@ -1,4 +1,10 @@
-"""The input second moment: Sensitivity-LoRA's own stand-in for the Hessian diagonal."""
+"""The input second moment: Sensitivity-LoRA's own stand-in for the Hessian diagonal.
+
+Padding is dropped here, by one rule. The batch's mask (`attention_mask` where a batch has that key;
+see `mask`) says which tokens are real. An input with one row per entry of the mask, (n, T, d_in) or
+(n · T, d_in), loses the rows of its padding tokens. An input with one row per sample, (n, d_in),
+has no padding and counts whole. Any other shape is an error.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +18,7 @@ from ..layers.targets import Targets, linear_targets
 from ..measure import LossFn, measuring, scalar_loss
 from .averaging import BatchAverage, check_tolerance
 from .estimate import Estimate
+from .layer_outputs import layer_input
 
 DEFAULT_MASK = "attention_mask"
 Mask = str | Callable[[Any], Tensor] | None
@@ -153,8 +160,7 @@ class _BatchMean:
         self.mean: Tensor | None = None  # (d_in,)
 
     def observe(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        count, mean = self.mean_squares.of_input(x, self.name)
+        count, mean = self.mean_squares.of_input(layer_input(args, kwargs), self.name)
         self.tokens += count
         if count:
             self.mean = (

@@ -28,6 +28,12 @@ class Call(NamedTuple):
 Calls = dict[str, list[Call]]  # {name: calls in one forward pass}
 
 
+def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """A layer's input, (…, d_in): the first argument of its call, by place or by name."""
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x
+
+
 @contextmanager
 def shifted_outputs(layers: Mapping[str, nn.Module]) -> Iterator[Calls]:
     """Record every call of the layers; its output gets a shift of zeros that requires gradients."""
@@ -85,7 +91,7 @@ def _recorded_calls(
                 )
             # A copy, because the model may later change its tensor in place; in the dtype to which
             # the layer cast it.
-            x = (args[0] if args else next(iter(kwargs.values()))).to(output.dtype, copy=True)
+            x = layer_input(args, kwargs).to(output.dtype, copy=True)
             shift = make_shift(name, x, output)
             calls[name].append(Call(x, shift))
             return output + shift
@@ -195,9 +201,11 @@ def recurrence_jacobian(layer_calls: Sequence[Call]) -> tuple[list[Tensor], list
     """The derivative J = ∂x/∂z of a layer's later inputs by its earlier outputs, if it feeds
     itself.
 
-    Returns (w, Jᵀw), each with one tensor per call. w has the shapes of x; it is zero, but Jᵀw, of
-    the shapes of z, is linear in it. Autograd computes products with Jᵀ only. Differentiating Jᵀw
-    by w gives products with J too: J v is vector_jacobian_products(Jᵀw, w, v).
+    By the double-backward trick: autograd computes products with Jᵀ only, but Jᵀw is linear in w.
+    So differentiating Jᵀw by w gives products with J: J v is vector_jacobian_products(Jᵀw, w, v).
+    The values of w do not matter; they are zero.
+
+    Returns (w, Jᵀw), each with one tensor per call: w of the shapes of x, Jᵀw of the shapes of z.
     """
     w = [torch.zeros_like(call.x, requires_grad=True) for call in layer_calls]
     pairs = [(call.x, wc) for call, wc in zip(layer_calls, w, strict=True) if call.x.requires_grad]

@@ -83,8 +83,13 @@ class _Trial(NamedTuple):
 def _try_products(hessian_times: Callable[[Tensor], Tensor], y: Tensor) -> _Trial:
     """Raises ValueError unless H_y has one block per row of y: scaled rows give scaled products."""
     generator = torch.Generator().manual_seed(0)
-    v = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
-    scales = torch.rand(*y.shape[:-1], 1, generator=generator, dtype=torch.float64).to(y) + 0.5
+    draw: dict[str, Any] = {
+        "generator": generator,
+        "device": generator.device,
+        "dtype": torch.float64,
+    }
+    v = torch.randn(y.shape, **draw).to(y)
+    scales = torch.rand(*y.shape[:-1], 1, **draw).to(y) + 0.5
     Hv, H_scaled, H_nudged, row_sums = hessian_times(
         torch.stack([v, scales * v, NUDGE * v, torch.ones_like(v)])
     )

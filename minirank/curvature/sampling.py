@@ -1,6 +1,7 @@
 """What the estimators by random vectors share: the vectors, and the loop that draws them.
 
-A random vector is called a probe. The user's argument `samples` counts probes.
+A probe is one random vector for each batch, and what these vectors tell together: a mean over the
+batches. The user's argument `samples` counts probes. Elsewhere "sample" means a sample of the data.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from .objective import Objective
 
 
 class ProbedDiagonal(NamedTuple):
-    """What K probes tell of one layer's diagonal, on one batch."""
+    """What K random vectors tell of one layer's diagonal, on one batch."""
 
     total: Tensor  # (d_out, d_in), the sum of the K diagonals
     traces: Tensor  # (K,), the trace of each
 
 
-# (batch, K, whether this is the first pass over the batches) → {name: K probes}; None for a layer
-# that the batch does not reach
+# (batch, K, whether this is the first pass over the batches) → {name: what K random vectors tell};
+# None for a layer that the batch does not reach
 ProbeBatch = Callable[[Any, int, bool], Mapping[str, ProbedDiagonal | None]]
 
 
@@ -40,8 +41,8 @@ def mean_over_probes(
 ) -> Estimate:
     """The mean over `samples` probes, or fewer: until the standard errors are within `tolerance`.
 
-    The value of one probe is a weighted mean over all batches, on each of which it draws a vector
-    of its own. One pass over the batches draws `chunk_size` probes.
+    The value of one probe is a weighted mean over all batches, each with a random vector of its
+    own. One pass over the batches draws `chunk_size` vectors for each batch.
     """
     diagonals, traces = DiagonalAverage(objective.layers), TraceAverage(objective.layers)
     drawn = 0
@@ -78,9 +79,11 @@ def _one_pass(
     first_pass: bool,
     diagonals: DiagonalAverage,
 ) -> dict[str, list[float]] | None:
-    """Draw `count` probes on every batch, add their diagonals to `diagonals`, and return the trace
-    of each probe for each layer, a mean over the batches; None if the batches weigh nothing
-    together."""
+    """Draw `count` vectors for every batch and add their diagonals to `diagonals`.
+
+    Returns: {name: the trace of each of the `count` probes, a mean over the batches}; None if the
+    batches weigh nothing together.
+    """
     batches = objective.batches
     if first_pass:
         batches = repeatable(objective.model, objective.loss_fn, batches)

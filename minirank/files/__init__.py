@@ -19,8 +19,8 @@ it is complete on the disk. Loading checks everything before it touches the mode
   bit what the model had, in its types.
 - Metadata, under "minirank" (JSON): the format's number (2); for each layer its rank, shape, alpha,
   reference rank, scaling, start value of gates, dropout, and whether it is enabled; a fingerprint
-  of each base module; which parameters beside the adapters require a gradient; and where the ranks
-  came from. Under "checksum": the SHA-256 of all of it.
+  of each base module; which parameters beside the adapters require a gradient; the further names
+  of tied tensors; and where the ranks came from. Under "checksum": the SHA-256 of all of it.
 - Not in the file: the base weights, optimizers, L1RA's own state (its `state_dict`), and whether
   single adapters were frozen. After loading, all adapters train.
 - Files of minirank 0.1 (format 1) are read. They do not say what trained: the modules that they

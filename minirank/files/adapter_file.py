@@ -1,13 +1,20 @@
 """One adapter in one safetensors file: save_adapter, load_adapter, read_adapter.
 
-What the file holds, and what is refused, stands in the folder's docstring.
+In the file: A, B and gates of every LoRA layer, its numbers (scaling, dropout, …), what trained
+beside the adapters, a fingerprint of the base, and where the ranks came from.
+
+Not in the file: the base weights; optimizers; L1RA's own state (its `state_dict`); frozen modules,
+unless `modules` names them; and whether single adapters were frozen.
+
+The folder's docstring has the format, and what is refused.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from os import PathLike
 from pathlib import Path
@@ -20,15 +27,17 @@ from ..allocators.allocation import Allocation
 from ..allocators.table import draw_table
 from ..checks import quoted_names
 from ..layers.lora import RANK_DIM, LoRALinear
-from ..layers.targets import first_names, modules_by_name
+from ..layers.targets import as_patterns, first_names, modules_by_name
 from ..layers.wrap import insert_layers
 from .base_fingerprint import base_fingerprint, same_base
 from .other_tensors import (
     converted_values,
     copy_value,
+    moving_statistics,
     parameters_named,
     tensors_of_modules,
     tensors_that_train,
+    tied_names,
     trainable_parameters,
 )
 from .safetensors_file import checksum, read_safetensors, safetensors_bytes, write_files
@@ -67,12 +76,15 @@ class SavedAdapter:
     layers: Mapping[str, SavedLayer]
     # Parameters and buffers of other modules, by their names in the plain model.
     other_tensors: Mapping[str, Tensor]
-    # The names of the parameters beside the adapters that required a gradient.
-    trainable: tuple[str, ...] = ()
+    # The names of the parameters beside the adapters that required a gradient. None: the file, of
+    # minirank 0.1, does not say. The parameters among `other_tensors` train when it is loaded.
+    trainable: tuple[str, ...] | None = ()
     # Where the ranks came from, if the allocation was given.
     method: str = ""
     budget: int | None = None
     unit: str = "ranks"
+    # {name in `other_tensors` or `trainable`: further names that the tensor had, being tied}
+    tied: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -89,6 +101,8 @@ class SavedAdapter:
                 f"beside the adapters: {_counted(len(self.other_tensors), 'tensor')} with "
                 f"{entries:,} entries ({_listed(self.other_tensors)})"
             )
+        if self.trainable is None and self.other_tensors:
+            lines.append("trains beside them: the parameters among these")
         if self.trainable:
             lines.append(
                 f"trains beside them: {_counted(len(self.trainable), 'parameter')} "
@@ -128,11 +142,11 @@ def save_adapter(
         path: of the file, in an existing folder.
         allocation: where the ranks came from. Its method, budget and unit are written down.
         modules: what goes into the file beside the adapters.
-            None: what trains. Of a module whose parameters all require a gradient (a head), these
-            are its parameters and persistent buffers; elsewhere, the single parameters that require
-            a gradient. After wrap(…, trainable=None) that can be nearly the whole model: every
-            module without an adapter whose parameters nobody froze. `read_adapter` prints how much
-            it is.
+            None: what trains, which is
+            (a) of a module that trains whole (a head): its parameters and persistent buffers;
+            (b) of any other module: only the parameters that require a gradient.
+            After wrap(…, trainable=None) that can be nearly the whole model: every module without
+            an adapter whose parameters nobody froze. `read_adapter` prints how much it is.
             Names or globs: these modules, whole, whether they train or not. (): the adapters alone.
 
     A frozen module can change too: a BatchNorm in training mode updates its buffers. Name it in
@@ -140,11 +154,14 @@ def save_adapter(
 
     Warns:
         UserWarning: parameters require a gradient and are not in the file. If they trained, they
-            are lost.
+            are lost. Or a BatchNorm (or its like) is in training mode now, has seen batches, and is
+            not in the file.
 
     Raises:
         ValueError: there is no LoRA layer, or one that is merged or not finite; the ranks are not
-            those of the allocation; a name matches nothing. The old file is left as it was.
+            those of the allocation; a name matches nothing; a lazy module that belongs into the
+            file has no values yet. The old file is left as it was.
+        TypeError: `modules` holds anything but names.
         OSError: from the file system. The old file is left as it was.
 
     >>> import tempfile, torch
@@ -160,7 +177,7 @@ def save_adapter(
     if modules is None:
         others = tensors_that_train(model)
     else:
-        others = tensors_of_modules(model, [modules] if isinstance(modules, str) else modules)
+        others = tensors_of_modules(model, as_patterns(modules, "modules"))
     saved = {
         name: SavedLayer.from_layer(layer, base_fingerprint(layer.base))
         for name, layer in layers.items()
@@ -175,6 +192,8 @@ def save_adapter(
         "Name their modules in save_adapter(…, modules=[…]), or freeze them before training, as "
         "wrap(…, trainable=[…]) does",
     )
+    _warn_of_moving_statistics(model, others)
+    trainable = trainable_parameters(model)
     tensors = _named_tensors(saved) | others
     record = json.dumps(
         {
@@ -184,11 +203,25 @@ def save_adapter(
             "unit": allocation.unit if allocation else "ranks",
             "layers": {name: _record_of(layer) for name, layer in saved.items()},
             "others": list(others),
-            "trainable": trainable_parameters(model),
+            "trainable": trainable,
+            "tied": tied_names(model, {*others, *trainable}),
         }
     )
     metadata = {"minirank": record, "checksum": checksum(tensors, record)}
     write_files({Path(path): safetensors_bytes(tensors, metadata)})
+
+
+def _warn_of_moving_statistics(model: nn.Module, others: Mapping[str, Tensor]) -> None:
+    """Warn the caller of `save_adapter`."""
+    moving = moving_statistics(model, others)
+    if moving:
+        warnings.warn(
+            f"{quoted_names(moving)} in training mode, where every batch moves the running "
+            "statistics, which will not be in the file. If batches ran so beside the adapters, the "
+            "loaded model will compute something else: name the modules in save_adapter(…, "
+            "modules=[…]), or keep them in evaluation mode",
+            stacklevel=3,
+        )
 
 
 def _named_tensors(layers: Mapping[str, SavedLayer]) -> dict[str, Tensor]:
@@ -210,7 +243,7 @@ def _check_allocation(
     allocated = {first.get(name, name): rank for name, rank in allocation.ranks.items() if rank > 0}
     if allocated != {name: layer.rank for name, layer in layers.items() if layer.rank > 0}:
         raise ValueError(
-            "the model's ranks are not those of the allocation: leave it out, or pass "
+            "the model's ranks are not those of the allocation: leave `allocation` out, or pass "
             "dataclasses.replace(allocation, ranks=…) with the ranks that the layers have now"
         )
 
@@ -230,24 +263,30 @@ def load_adapter(
 
     The layers are as they were when saved, bit for bit, on the devices of their modules. They can
     be trained, resized and merged. Other tensors of the file are copied into the model, in the
-    model's own types.
+    model's own types, under every name that they had when saved.
 
     Args:
         other_base: accept other base weights than those that the adapter was trained beside. (The
-            same model in another floating-point type is no other base. It is compared as closely
-            as the coarser type allows.)
+            same model in another floating-point type counts as the same base. It is compared as
+            closely as the coarser type allows.)
         trainable: what trains beside the adapters. AS_SAVED, the default: the parameters that did
-            when the file was written, and everything else is frozen. Otherwise as in `wrap`: names
-            or globs of modules; () for the adapters alone; None to leave all other `requires_grad`
-            as they are. The adapters themselves always train, even if they were frozen when saved.
+            when the file was written, and everything else is frozen. (Parameters made under
+            torch.inference_mode() cannot train, and are left as they are.) Otherwise as in `wrap`:
+            names or globs of modules; () for the adapters alone; None to leave all other
+            `requires_grad` as they are. The adapters themselves train, even if they were frozen
+            when saved; and unless it is None, those of earlier calls too.
 
     Returns: the layers by name.
+
+    Warns:
+        UserWarning: the model had other adapters already, and this call freezes modules that
+            trained until now.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is cut off, damaged, foreign, or of a newer format; the model lacks a
             module, has it with another shape, or with an adapter already; the base weights (or
-            buffers beside them) are others; the model's types cannot hold the values. The model is
+            buffers beside them) differ; the model's types cannot hold the values. The model is
             left unchanged.
 
     >>> import copy, tempfile, torch
@@ -265,8 +304,11 @@ def load_adapter(
     names = find_modules(model, {name: layer.shape for name, layer in adapter.layers.items()})
     if not other_base:
         _check_base(model, adapter.layers)
-    values = converted_values(model, adapter.other_tensors)
-    parameters = parameters_named(model, adapter.trainable) if trainable is AS_SAVED else []
+    values = converted_values(model, adapter.other_tensors, adapter.tied)
+    saved_trainable = adapter.other_tensors if adapter.trainable is None else adapter.trainable
+    parameters = (
+        parameters_named(model, saved_trainable, adapter.tied) if trainable is AS_SAVED else []
+    )
     builders = {first: adapter.layers[name].build_around for name, first in names.items()}
     old_values = [tensor.detach().clone() for tensor, _ in values]
     copied: list[Tensor] = []
@@ -356,8 +398,6 @@ def _adapter_from(
         )
     if checksum(tensors, text) != expected_checksum:
         raise ValueError("wrong checksum: damaged, or changed by another program")
-    if record["format"] == 1:
-        record = _upgraded(record)
     others = {name: tensors.pop(name) for name in record["others"]}
     layers = {name: _take_layer(tensors, name, it) for name, it in record["layers"].items()}
     if tensors:
@@ -365,16 +405,12 @@ def _adapter_from(
     return SavedAdapter(
         layers,
         others,
-        tuple(record["trainable"]),
+        None if record["format"] == 1 else tuple(record["trainable"]),
         record["method"],
         record["budget"],
         "ranks" if record["unit"] == "rank" else record["unit"],  # the word of minirank 0.1
+        {name: tuple(aliases) for name, aliases in record.get("tied", {}).items()},
     )
-
-
-def _upgraded(record: dict[str, Any]) -> dict[str, Any]:
-    """A record of format 1 as one of format 2: the modules that the file holds train."""
-    return {**record, "trainable": record["others"]}
 
 
 def _take_layer(tensors: dict[str, Tensor], name: str, record: Mapping[str, Any]) -> SavedLayer:

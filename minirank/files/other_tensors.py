@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from ..checks import quoted_names
 from ..layers.lora import LoRALinear
 from ..layers.targets import matching_modules, modules_by_name
+from ..layers.wrap import can_train
 from .safetensors_file import tensor_bytes
 
 # ---- from the model -----------------------------------------------------------------------------
@@ -53,6 +55,43 @@ def tensors_of_modules(model: nn.Module, patterns: Sequence[str]) -> dict[str, T
     return _each_once(named_tensors)
 
 
+def tied_names(model: nn.Module, names: Collection[str]) -> dict[str, list[str]]:
+    """{name: the further names of the same parameter or buffer}, for those that have any."""
+    aliases: dict[int, list[str]] = {}
+    for name, tensor in _all_tensors("", model):
+        aliases.setdefault(id(tensor), []).append(name)
+    return {
+        name: [alias for alias in several if alias != name]
+        for several in aliases.values()
+        for name in several
+        if name in names and len(several) > 1
+    }
+
+
+def moving_statistics(model: nn.Module, saved: Collection[str]) -> list[str]:
+    """The modules in training mode whose running statistics have moved and are not `saved`.
+
+    In training mode every batch moves the running statistics of BatchNorm and its kin, even where
+    their parameters are frozen. Those that no batch has reached yet are left out.
+
+    Args:
+        saved: names of the tensors that go into the file beside the adapters.
+    """
+    kept = {id(tensor) for name, tensor in _all_tensors("", model) if name in saved}
+    return [
+        name
+        for name, module in modules_by_name(model).items()
+        if isinstance(module, _NormBase)
+        and module.training
+        and module.momentum != 0  # it keeps its statistics
+        and module.running_mean is not None
+        and id(module.running_mean) not in kept
+        and module.num_batches_tracked is not None
+        and not module.num_batches_tracked.is_meta
+        and bool(module.num_batches_tracked > 0)
+    ]
+
+
 def _trains_as_a_whole(module: nn.Module) -> bool:
     """Not so if a LoRA layer is inside it, whose base may be frozen."""
     parameters = list(module.parameters())
@@ -87,9 +126,17 @@ def _joined(name: str, key: str) -> str:
 
 
 def _each_once(named_tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """{first name: tensor}: a tied tensor has several names."""
+    """{first name: tensor}: a tied tensor has several names.
+
+    Raises ValueError for a lazy one, which has no values yet.
+    """
     first: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in named_tensors:
+        if is_lazy(tensor):
+            raise ValueError(
+                f"{name!r} is a lazy {type(tensor).__name__} without values to save: run the model "
+                "once, so that it gets its shape"
+            )
         first.setdefault(id(tensor), (name, tensor.detach()))
     return dict(first.values())
 
@@ -97,8 +144,15 @@ def _each_once(named_tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]
 # ---- into the model -----------------------------------------------------------------------------
 
 
-def converted_values(model: nn.Module, values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+def converted_values(
+    model: nn.Module, values: Mapping[str, Tensor], tied: Mapping[str, Sequence[str]]
+) -> list[tuple[Tensor, Tensor]]:
     """Pairs (tensor of the model, the value that it gets, converted to its type).
+
+    Args:
+        values: the file's tensors by name.
+        tied: {name: the further names that the tensor had when it was saved}. What the model has
+            under one of these names gets the value too.
 
     Raises ValueError: the model has no such tensor, or it cannot hold the file's value.
     """
@@ -106,8 +160,14 @@ def converted_values(model: nn.Module, values: Mapping[str, Tensor]) -> list[tup
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+    further = {
+        alias: value
+        for name, value in values.items()
+        for alias in tied.get(name, ())
+        if alias in model_tensors
+    }
     pairs: dict[int, tuple[str, Tensor, Tensor]] = {}
-    for name, value in values.items():
+    for name, value in (further | dict(values)).items():
         tensor = model_tensors.get(name)
         converted = _converted(name, value, tensor)
         assert tensor is not None  # else _converted has raised
@@ -120,8 +180,18 @@ def converted_values(model: nn.Module, values: Mapping[str, Tensor]) -> list[tup
     return [(tensor, converted) for _, tensor, converted in pairs.values()]
 
 
-def parameters_named(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
-    """The model's parameters among these names; ValueError if it has no tensor of a name."""
+def parameters_named(
+    model: nn.Module, names: Iterable[str], tied: Mapping[str, Sequence[str]]
+) -> list[nn.Parameter]:
+    """The model's parameters with these names that can train.
+
+    Args:
+        tied: {name: the further names that the parameter had when it was saved}. What the model has
+            under one of these names counts too.
+
+    Raises ValueError: the model has no tensor of a name.
+    """
+    names = list(names)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     missing = [name for name in names if name not in parameters and name not in buffers]
@@ -130,7 +200,8 @@ def parameters_named(model: nn.Module, names: Sequence[str]) -> list[nn.Paramete
             f"the file says that {quoted_names(missing)} trained, which the model does not have: "
             "is it the model that was saved? Otherwise name what shall train, trainable=[…]"
         )
-    return [parameters[name] for name in names if name in parameters]
+    names += [alias for name in names for alias in tied.get(name, ())]
+    return [parameters[n] for n in names if n in parameters and can_train(parameters[n])]
 
 
 def _converted(name: str, value: Tensor, tensor: Tensor | None) -> Tensor:

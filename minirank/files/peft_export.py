@@ -147,7 +147,7 @@ def _folded_B(name: str, layer: LoRALinear, factor: float) -> Tensor:
 
 
 def _warn_of_fast_paths(model: nn.Module) -> None:
-    """Warn the caller's caller of encoder layers that read the weights of adapted modules."""
+    """Warn of encoder layers that read the weights of adapted modules; at export_peft's call."""
     for name, module in modules_by_name(model).items():
         if isinstance(module, nn.TransformerEncoderLayer) and any(
             isinstance(linear, LoRALinear) for linear in (module.linear1, module.linear2)

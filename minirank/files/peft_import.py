@@ -76,6 +76,10 @@ def import_peft(
 
     Returns: the layers by name.
 
+    Warns:
+        UserWarning: the model had other adapters already, and this call freezes modules that
+            trained until now.
+
     Raises:
         FileNotFoundError: there is no such folder, or a file is missing in it.
         ValueError: the folder holds anything but plain LoRA on linear layers (DoRA, AdaLoRA,

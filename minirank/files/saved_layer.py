@@ -27,7 +27,7 @@ class SavedLayer:
     alpha: float
     reference_rank: float
     scaling: float
-    initial_gate: float | None = None  # of ranks to come, too; None: no gates
+    initial_gate: float | None = None  # new ranks start from it too; None: no gates
     dropout: float = 0.0
     enabled: bool = True
     base_fingerprint: Mapping[str, Any] | None = None  # None: of any base

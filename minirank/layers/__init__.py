@@ -8,8 +8,10 @@
     optimizer_state.py  what an optimizer knows of each rank, slice by slice
     resize.py           other ranks in the middle of training: resize
 
-A file imports only from files above it. Only `wrap`, `resize`, `merge`, `unmerge` and `unwrap`
-change a model. Each checks everything first, so a call that raises leaves the model unchanged.
+A file imports only from files above it. In this folder, only `wrap`, `resize`, `merge`, `unmerge`
+and `unwrap` change a model. Each checks everything first, so a call that raises leaves the model
+unchanged. (`disabled` switches adapters off for a block, and making a `LoRALinear` freezes the
+module that it is given.)
 
 One layer serves all three methods: y = W x + b + s · B (gate ⊙ A x).
 

@@ -86,7 +86,8 @@ def applies_weight(module: nn.Module) -> bool:
     if weight is None or shape is None:
         return False
     W = weight.detach().t() if is_transposed(module) else weight.detach()
-    x = torch.randn(4, shape[1], generator=torch.Generator().manual_seed(0)).to(W.device, W.dtype)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, shape[1], generator=generator, device=generator.device).to(W.device, W.dtype)
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             offset = module.forward(torch.zeros_like(x))

@@ -9,7 +9,7 @@ Merging is in merge.py, changing the rank in resize.py.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,14 @@ from .merge import Mergeable
 RANK_DIM = {"lora_A": 0, "lora_B": 1, "gate": 0}  # the axis of each parameter that counts ranks
 
 
+class Scaling(NamedTuple):
+    """The scaling of a layer, which is fixed when the layer is made."""
+
+    reference_rank: float  # r_ref
+    alpha: float
+    s: float  # alpha / r_ref, or alpha / √r_ref if rank-stabilised
+
+
 class LoRALinear(Mergeable):
     """A linear module with a trainable low-rank update beside its frozen weight.
 
@@ -31,10 +39,12 @@ class LoRALinear(Mergeable):
     Args:
         base: a linear-like module (see `linear_shape`), with W (d_out, d_in).
         rank: number of ranks, 0 ≤ rank ≤ min(d_in, d_out).
-        alpha: numerator of the scaling. None: the reference rank, so that the plain scaling is 1.
+        alpha: numerator of the scaling. None: the reference rank, so that s = 1 (√r_ref if
+            `rank_stabilized`).
         reference_rank: r_ref in the scaling. None: `rank` (1 for rank 0).
         rank_stabilized: scaling = alpha / sqrt(r_ref) instead of alpha / r_ref.
-        scaling: s itself, in place of `alpha`, `reference_rank` and `rank_stabilized`.
+        scaling: s itself, in place of `alpha`, `reference_rank` and `rank_stabilized`. (A `Scaling`
+            holds all three; `wrap` makes one for all its layers.)
         gate: None: no gate; A uniform in ±1/sqrt(d_in), B = 0, as in LoRA.
             0 < gate ≤ 1: gates train from that value; A ~ N(0, 1/r_ref²), B = 0 (L1RA: 1.0).
             0.0: gates train from 0; A and B ~ N(0, 0.02²) (ShapLoRA; the deviation is AdaLoRA's).
@@ -58,6 +68,9 @@ class LoRALinear(Mergeable):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     gate: nn.Parameter | None
+    # Names the present ranks: another object as soon as the layer gets other parameters. It keeps
+    # its identity beside whoever holds it when both are copied or pickled together.
+    ranks_token: object
 
     def __init__(
         self,
@@ -67,7 +80,7 @@ class LoRALinear(Mergeable):
         alpha: float | None = None,
         reference_rank: float | None = None,
         rank_stabilized: bool = False,
-        scaling: float | None = None,
+        scaling: float | Scaling | None = None,
         gate: float | None = None,
         dropout: float = 0.0,
         dtype: torch.dtype | None = None,
@@ -76,16 +89,10 @@ class LoRALinear(Mergeable):
         super().__init__()
         self.out_features, self.in_features = _checked_shape(base)
         _require_numbers(rank, (self.out_features, self.in_features), gate, dropout, dtype)
-        check_scaling(scaling, alpha, reference_rank, rank_stabilized)
-        self.reference_rank = float(reference_rank if reference_rank is not None else max(rank, 1))
-        if scaling is None:
-            self.alpha = float(alpha if alpha is not None else self.reference_rank)
-            root = math.sqrt(self.reference_rank)
-            self.scaling = self.alpha / (root if rank_stabilized else self.reference_rank)
-        else:
-            self.alpha = scaling * self.reference_rank
-            self.scaling = float(scaling)
-        self.initial_gate = gate
+        if not isinstance(scaling, Scaling):
+            scaling = fixed_scaling(max(rank, 1), scaling, alpha, reference_rank, rank_stabilized)
+        self.reference_rank, self.alpha, self.scaling = scaling
+        self.initial_gate = None if gate is None else float(gate)
         self.dropout = float(dropout)
         self.enabled = True  # False: the layer computes what its base computes
         self.training = base.training
@@ -99,6 +106,11 @@ class LoRALinear(Mergeable):
     def rank(self) -> int:
         """r, the number of ranks now."""
         return self.lora_A.shape[0]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # Assignments end here; to() and load_state_dict(), which keep the ranks, do not.
+        super().register_parameter(name, param)
+        self.ranks_token = object()
 
     # ---- initial values -------------------------------------------------------------------------
 
@@ -215,22 +227,44 @@ class LoRALinear(Mergeable):
         return f"{size}, rank={self.rank}, scaling={self.scaling:g}{gated}{merged}"
 
 
-def check_scaling(
+def fixed_scaling(
+    default_reference_rank: float,
     scaling: float | None,
     alpha: float | None,
     reference_rank: float | None,
     rank_stabilized: bool,
-) -> None:
-    """Raise ValueError unless the numbers are finite and positive and fix one scaling."""
+) -> Scaling:
+    """The scaling of new layers, from the arguments of `LoRALinear` or `wrap`.
+
+    Args:
+        default_reference_rank: r_ref where `reference_rank` is None.
+
+    Raises:
+        ValueError: a number that is not finite and positive, or `scaling` and what would compute
+            it.
+    """
     numbers = {"scaling": scaling, "alpha": alpha, "reference_rank": reference_rank}
     for name, number in numbers.items():
-        allowed = number is None or 0 < number < math.inf
+        allowed = number is None or (not isinstance(number, bool) and 0 < number < math.inf)
         require(allowed, name, number, "a finite positive number")
     if scaling is not None and (alpha is not None or reference_rank is not None or rank_stabilized):
         raise ValueError(
             f"scaling={scaling!r} is the whole scale of the update: give either scaling, or alpha, "
             "reference_rank and rank_stabilized, from which it is computed"
         )
+    r_ref = float(default_reference_rank if reference_rank is None else reference_rank)
+    if scaling is not None:
+        s = float(scaling)
+        numerator = s * r_ref
+    else:
+        numerator = float(r_ref if alpha is None else alpha)
+        s = numerator / (math.sqrt(r_ref) if rank_stabilized else r_ref)
+    if not (0 < numerator < math.inf and 0 < s < math.inf):
+        raise ValueError(
+            f"the scaling {s!r} = alpha / reference_rank, with alpha {numerator!r} and reference "
+            f"rank {r_ref!r}, is out of the range of float64: give numbers nearer to 1"
+        )
+    return Scaling(r_ref, numerator, s)
 
 
 def _checked_shape(base: nn.Module) -> tuple[int, int]:
@@ -260,6 +294,7 @@ def _require_numbers(
     expected = f"an integer from 0 to min(d_in, d_out) = {limit}"
     require(is_integer(rank, 0, limit), "rank", rank, expected)
     start = "None (no gate) or a start value from 0 to 1"
-    require(gate is None or 0 <= gate <= 1, "gate", gate, start)
+    in_range = gate is None or (not isinstance(gate, bool) and 0 <= gate <= 1)
+    require(in_range, "gate", gate, start)
     require(0 <= dropout < 1, "dropout", dropout, "at least 0 and below 1")
     require(dtype is None or dtype.is_floating_point, "dtype", dtype, "a floating-point type")

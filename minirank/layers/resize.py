@@ -1,4 +1,14 @@
-"""Change the ranks of LoRA layers in the middle of training, the optimizer's state with them."""
+"""Change the ranks of LoRA layers in the middle of training, the optimizer's state with them.
+
+A new rank starts as in a new layer (`LoRALinear.initial_ranks`), and contributes exactly zero:
+
+    start of the gates    row of A             column of B    gate
+    none (plain LoRA)     uniform, ±1/√d_in    0              –
+    above 0 (L1RA: 1)     N(0, 1/r_ref²)       0              the start
+    0 (ShapLoRA)          N(0, 0.02²)          N(0, 0.02²)    0
+
+The optimizer's moments of a new rank are zero.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +54,8 @@ def resize(
     A parameter that changes its shape is a new nn.Parameter. `optimizer` gets it in the old one's
     place, with the moments and gradients of surviving ranks bit for bit and zeros for new ranks.
     An optimizer that is in use but not given here keeps the old parameters: the new ones would not
-    train. An entry whose shape does not say where its ranks are resets its parameter's state, and
-    `Resized.state_reset` names that entry.
+    train. If the shape of an optimizer's entry does not tell which axis counts ranks, that
+    parameter's state is reset, and `Resized.state_reset` names the entry.
 
     Args:
         model: holds LoRA layers. Layers that are not named stay as they are.
@@ -93,8 +103,8 @@ def resized_parameters(
 
     Args:
         keep: bool (r,), the ranks that survive, in their order.
-        add: number of new ranks after them, started as in a new layer: they contribute exactly
-            zero, so that growing leaves the function as it is.
+        add: number of new ranks after them, started as the table at the top of this file says.
+            They contribute exactly zero, so that growing leaves the function as it is.
         generator: a torch.Generator or a seed, for the new ranks.
 
     Raises:

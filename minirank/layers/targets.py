@@ -149,6 +149,26 @@ def first_names(model: nn.Module) -> dict[str, str]:
     return {alias: name for name, aliases in all_names(model).items() for alias in aliases}
 
 
+def as_patterns(patterns: str | Iterable[str], argument: str) -> list[str]:
+    """The names and globs of an argument that is one of them or several.
+
+    Raises TypeError, which names the `argument`, if it holds anything else.
+
+    >>> as_patterns("head", "trainable")
+    ['head']
+    """
+    if isinstance(patterns, str):
+        return [patterns]
+    listed: list[object] = list(patterns) if isinstance(patterns, Iterable) else [patterns]
+    for pattern in listed:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"{argument} must be names or globs of modules, got {pattern!r:.60} of type "
+                f"{type(pattern).__name__}"
+            )
+    return [str(pattern) for pattern in listed]
+
+
 def matching_modules(model: nn.Module, pattern: str, argument: str) -> dict[str, nn.Module]:
     """The modules of any kind, LoRA layers included, with the name `pattern` or one it matches.
 
@@ -225,13 +245,13 @@ def explain_no_match(model: nn.Module, pattern: str) -> str:
     """Why `pattern` selects no linear layer of `model`, and what to write instead.
 
     >>> print(explain_no_match(nn.ModuleDict({"norm": nn.LayerNorm(4)}), "norm"))
-    'norm' is a LayerNorm, not a linear layer with a 2-D floating-point weight
+    'norm' is of type LayerNorm, not a linear layer with a 2-D floating-point weight
     """
     module, linear = modules_by_name(model).get(pattern), _linear_modules(model)
     if isinstance(module, LoRALinear):
         return f"{pattern!r} already has an adapter: use resize(), or unwrap() the model first"
     if module is not None:
-        what = f"{pattern!r} is a {type(module).__name__}, not a linear layer"
+        what = f"{pattern!r} is of type {type(module).__name__}, not a linear layer"
         if any(name.startswith(f"{pattern}.") for name in linear):
             return f"{what}; for those inside it: '{pattern}.*'"
         return f"{what} with a 2-D floating-point weight"

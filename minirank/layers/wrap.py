@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -9,11 +10,19 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from ..checks import as_generator, is_integer
+from ..checks import as_generator, is_integer, quoted_names
 from .linear import linear_shape
-from .lora import LoRALinear, check_scaling
-from .targets import explain_no_match, first_names, matching_modules, modules_by_name
+from .lora import LoRALinear, fixed_scaling
+from .targets import (
+    all_names,
+    as_patterns,
+    explain_no_match,
+    first_names,
+    matching_modules,
+    modules_by_name,
+)
 
 
 class AllocationLike(Protocol):
@@ -60,9 +69,9 @@ def wrap(
 ) -> dict[str, LoRALinear]:
     """Put a LoRALinear around each named linear layer; the model's function stays the same.
 
-    A later call on the same model adds to what trains: whatever trains then (the adapters of
-    earlier calls, the modules that they named) goes on training, and what is frozen stays frozen
-    unless it is named. The base weights of LoRA layers are frozen in every case.
+    Each call says what trains from now on: all adapters of the model, those of earlier calls too,
+    and the modules in `trainable`. Everything else is frozen. A later call therefore names again
+    what shall go on training.
 
     Args:
         model: any module. Its layers are replaced in place.
@@ -71,21 +80,27 @@ def wrap(
         alpha, reference_rank, rank_stabilized: s = alpha / reference_rank, or
             alpha / sqrt(reference_rank) if `rank_stabilized`, the same for every layer. The default
             reference rank is the average rank asked for in this call, zeros included; the default
-            alpha makes the plain scaling 1.
+            alpha is the reference rank, so that s = 1 (√reference_rank if `rank_stabilized`).
         scaling: s itself, in place of these three.
         gate, dropout, dtype: see `LoRALinear`; the same for every layer.
         trainable: names or globs of modules that train beside the adapters, such as a new head.
-            Everything else in the model is frozen. None leaves every parameter outside the wrapped
-            layers as it is.
+            Everything else is frozen. None leaves every parameter outside the wrapped layers as it
+            is.
         generator: a torch.Generator or a seed, for the new parameters.
 
     Returns: the new layers by name.
 
+    Warns:
+        UserWarning: the model had adapters already, and this call freezes modules that trained
+            until now.
+
     Raises:
         ValueError: an unknown or already wrapped name, a rank out of range, two ranks for one
-            module, a module on the meta device, or a name in `trainable` that matches nothing. The
-            model is left unchanged.
-        TypeError: the model itself is the linear layer, so it has no parent to put a layer into.
+            module, a module on the meta device, or a name in `trainable` that matches nothing, only
+            adapted layers, or parameters made under torch.inference_mode(). The model is left
+            unchanged.
+        TypeError: the model itself is the linear layer, so it has no parent to put a layer into; or
+            `trainable` holds anything but names.
 
     >>> from minirank import wrap
     >>> model = nn.ModuleDict({"q": nn.Linear(8, 8), "v": nn.Linear(8, 8), "head": nn.Linear(8, 2)})
@@ -99,28 +114,20 @@ def wrap(
         raise ValueError(
             "every rank is 0, so there is nothing to wrap: give a module a rank above 0"
         )
-    check_scaling(scaling, alpha, reference_rank, rank_stabilized)
-    if reference_rank is None:
-        reference_rank = sum(rank_of.values()) / len(rank_of)
-    if scaling is not None:
-        alpha = scaling * reference_rank
+    average_rank = sum(rank_of.values()) / len(rank_of)
+    common = fixed_scaling(average_rank, scaling, alpha, reference_rank, rank_stabilized)
     generator = as_generator(generator)
 
     def make_layer(module: nn.Module, rank: int) -> LoRALinear:
-        layer = LoRALinear(
+        return LoRALinear(
             module,
             rank,
-            alpha=alpha,
-            reference_rank=reference_rank,
-            rank_stabilized=rank_stabilized,
+            scaling=common,
             gate=gate,
             dropout=dropout,
             dtype=dtype,
             generator=generator,
         )
-        if scaling is not None:
-            layer.scaling = float(scaling)  # without the rounding of alpha / reference_rank
-        return layer
 
     makers = {name: partial(make_layer, rank=rank) for name, rank in rank_of.items() if rank > 0}
     return insert_layers(model, makers, trainable)
@@ -137,29 +144,32 @@ def insert_layers(
     Args:
         makers: by names as `resolve_ranks` returns them.
         trainable: as in `wrap`.
-        parameters: these parameters of the model train as well.
+        parameters: these parameters of the model train as well. Those that cannot, since they were
+            made under torch.inference_mode(), are left as they are.
 
     Returns: the new layers by name. If anything raises, the model is left unchanged.
     """
     modules = modules_by_name(model)
-    adapted = {id(p) for name in makers for p in modules[name].parameters()}
+    earlier = lora_layers(model)
+    bases = [layer.base for layer in earlier.values()] + [modules[name] for name in makers]
+    adapted = {id(parameter) for base in bases for parameter in base.parameters()}
     named = set() if trainable is None else _named_parameters(model, trainable, adapted)
     named |= {id(parameter) for parameter in parameters}
-    earlier = lora_layers(model)
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     layers: dict[str, LoRALinear] = {}
     try:
         for name, make_layer in makers.items():
             layers[name] = make_layer(modules[name])
-        bases = [layer.base for layer in [*earlier.values(), *layers.values()]]
-        named -= {id(parameter) for base in bases for parameter in base.parameters()}
-        _set_requires_grad(model, named, freeze_others=trainable is not None and not earlier)
-        _replace(model, {id(layer.base): layer for layer in layers.values()})
+        _put_in(model, layers.values())
+        if trainable is not None:
+            _set_requires_grad(model, named - adapted)
+            if earlier:
+                _warn_of_frozen_modules(model, before)
         return layers
     except BaseException:
         _replace(model, {id(layer): layer.base for layer in layers.values()})
-        for parameter, requires_grad in before:
-            parameter.requires_grad = requires_grad
+        for parameter, requires_grad in before.items():
+            _restore_flag(parameter, requires_grad)
         raise
 
 
@@ -171,8 +181,10 @@ def ranks_by_name(ranks: Mapping[str, int] | AllocationLike) -> Mapping[str, int
     """
     by_name = ranks if isinstance(ranks, Mapping) else getattr(ranks, "ranks", None)
     if not isinstance(by_name, Mapping) or not by_name:
+        is_allocator = callable(getattr(ranks, "allocate", None))
+        hint = ", an allocator: pass its allocate(budget)" if is_allocator else ""
         raise ValueError(
-            f"expected an Allocation or a non-empty {{module name: rank}}, got {ranks!r}"
+            f"expected an Allocation or a non-empty {{module name: rank}}, got {ranks!r}{hint}"
         )
     return by_name
 
@@ -237,32 +249,88 @@ def _named_parameters(
 ) -> set[int]:
     """The ids of the parameters in the modules that the names and globs match.
 
-    Each pattern must match a parameter that is not among the `adapted` ones.
+    Each pattern must match a parameter that is not among the `adapted` ones, and none besides these
+    that cannot train.
     """
     named: set[int] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in as_patterns(patterns, "trainable"):
         matching = {
-            id(parameter)
+            id(parameter): parameter
             for module in matching_modules(model, pattern, "trainable").values()
             for parameter in module.parameters()
-            if parameter.is_floating_point() or parameter.is_complex()
+            if can_train(parameter)
         }
-        if matching and matching <= adapted:
+        if matching and matching.keys() <= adapted:
             raise ValueError(
-                f"trainable={pattern!r} names only layers that get an adapter, whose own weights "
-                "stay frozen: leave it out of `trainable`, or out of `ranks`"
+                f"trainable={pattern!r} names only layers that get an adapter or have one, whose "
+                "own weights stay frozen (tied weights too): leave it out of `trainable`, or out "
+                "of `ranks`"
             )
-        named |= matching
+        if any(_is_inference(p) for key, p in matching.items() if key not in adapted):
+            raise ValueError(
+                f"trainable={pattern!r} names parameters that were made under "
+                "torch.inference_mode(), and cannot train: make or load the model outside of it, "
+                "or leave them out of `trainable`"
+            )
+        named |= matching.keys()
     return named
 
 
-def _set_requires_grad(model: nn.Module, named: set[int], freeze_others: bool) -> None:
+def can_train(parameter: Tensor) -> bool:
+    """Whether the type of its entries has gradients."""
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+def _is_inference(parameter: Tensor) -> bool:
+    """Whether the parameter was made under torch.inference_mode(), so that it cannot train."""
+    return not is_lazy(parameter) and parameter.is_inference()
+
+
+def _set_requires_grad(model: nn.Module, named: set[int]) -> None:
+    """The adapters and the parameters with these ids train, and the others are frozen."""
+    trained = named | {
+        id(parameter)
+        for layer in lora_layers(model).values()
+        for parameter in layer.parameters(recurse=False)
+    }
     # Set as an attribute: a lazy parameter without values has no requires_grad_().
     for parameter in model.parameters():
-        if id(parameter) in named:
-            parameter.requires_grad = True
-        elif freeze_others:
+        if id(parameter) not in trained:
             parameter.requires_grad = False
+        elif not _is_inference(parameter):  # torch refuses to let an inference tensor train
+            parameter.requires_grad = True
+
+
+def _warn_of_frozen_modules(model: nn.Module, before: Mapping[nn.Parameter, bool]) -> None:
+    """Warn the caller of `wrap` or its like of modules that trained before and do not any more."""
+    modules = modules_by_name(model)
+    frozen = [
+        name
+        for name in all_names(model)
+        if not isinstance(modules[name], LoRALinear)
+        and any(
+            before.get(parameter, False) and not parameter.requires_grad
+            for parameter in modules[name].parameters(recurse=False)
+        )
+    ]
+    if frozen:
+        warnings.warn(
+            f"this call freezes {quoted_names(frozen)}, which required a gradient until now: name "
+            "in `trainable` again what shall go on training beside the adapters, or give "
+            "trainable=None to leave every requires_grad as it is",
+            stacklevel=5,
+        )
+
+
+def _restore_flag(parameter: nn.Parameter, requires_grad: bool) -> None:
+    """Set `requires_grad`, in inference mode if that is where the parameter was made."""
+    with torch.inference_mode(_is_inference(parameter)):
+        parameter.requires_grad = requires_grad
+
+
+def _put_in(model: nn.Module, layers: Iterable[LoRALinear]) -> None:
+    """Put every layer into the places of its base."""
+    _replace(model, {id(layer.base): layer for layer in layers})
 
 
 def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
@@ -316,7 +384,7 @@ def _restore_requires_grad(layer: LoRALinear) -> None:
     parameters += [("weight", weight) for weight in layer.weight_set_aside or ()]
     for name, parameter in parameters:
         if layer.base_requires_grad.get(name, False):
-            parameter.requires_grad_(True)
+            _restore_flag(parameter, True)
 
 
 @contextmanager

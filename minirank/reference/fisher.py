@@ -4,28 +4,28 @@
     W    (d_out, d_in)  the weight of one layer
     h    (d_out, d_in)  the mean over all samples i of (∂L_i / ∂W)²
 
-It is cheap, and often taken for the Hessian. It is near the Gauss-Newton diagonal where the model
-fits the labels as often as it claims to, and vanishes where it fits them perfectly (Kunstner,
-Balles and Hennig 2019).
+It is cheap, and often taken for the Hessian. It is near the Gauss-Newton diagonal where the
+predicted probabilities are how often each label occurs, and vanishes where the model fits the
+labels perfectly (Kunstner, Balles and Hennig 2019).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-@torch.enable_grad()
+@torch.inference_mode(False)  # which also turns gradients on
 def empirical_fisher(
     model: nn.Module, loss_fn: Callable[..., Tensor], batches: Iterable[Any], targets: list[str]
 ) -> dict[str, Tensor]:
     """{name: (d_out, d_in)}, by one backward pass for each sample."""
-    model = copy.deepcopy(model).eval().requires_grad_()
-    weights = [model.get_submodule(name).get_parameter("weight") for name in targets]
+    model = copy.deepcopy(model).eval()
+    weights = [model.get_submodule(n).get_parameter("weight").requires_grad_() for n in targets]
     sums, n = [torch.zeros_like(W) for W in weights], 0
     for batch in batches:
         for sample in samples_of(batch):
@@ -38,16 +38,16 @@ def empirical_fisher(
 
 
 def samples_of(batch: Any) -> list[Any]:
-    """A batch of n samples, a tensor, tuple or dict of tensors (n, …), as n batches of one."""
+    """A batch of n samples, a tensor, tuple or mapping of tensors (n, …), as n batches of one."""
     if isinstance(batch, Tensor):
         return [batch[i : i + 1] for i in range(len(batch))]
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return [dict(zip(batch, s, strict=True)) for s in samples_of(tuple(batch.values()))]
     return list(zip(*map(samples_of, batch), strict=True))
 
 
 def demo() -> None:
-    """Labels are drawn from the model itself, so that the Fisher's mean is the Hessian's."""
+    """Labels drawn from the model itself make the Fisher's mean the Hessian; others do not."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3))
     x = torch.randn(4000, 4)

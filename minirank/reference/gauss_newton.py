@@ -7,20 +7,21 @@
     H_y  (M, M)         ∂²L / ∂y²
 
 By the chain rule the Hessian over W is Jᵀ H_y J + Σ over m of ∂L/∂y_m · ∂²y_m/∂W². Gauss-Newton
-leaves the second term out (Schraudolph 2002). If L is convex in y, the rest is never negative.
+leaves the second term out (Schraudolph 2002). If L is convex in y, the diagonal of the first term
+is never negative.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-@torch.enable_grad()
+@torch.inference_mode(False)  # which also turns gradients on
 def gauss_newton_diagonal(
     model: nn.Module, loss_fn: Callable[..., Tensor], batches: Iterable[Any], targets: list[str]
 ) -> dict[str, Tensor]:
@@ -28,7 +29,8 @@ def gauss_newton_diagonal(
 
     `loss_fn` calls the model once and uses nothing of it but its output, the tensor y.
     """
-    model = copy.deepcopy(model).eval().requires_grad_()
+    model = copy.deepcopy(model).eval()
+    weights = {n: model.get_submodule(n).get_parameter("weight").requires_grad_() for n in targets}
     outputs: list[Tensor] = []
     model.register_forward_hook(lambda module, inputs, y: outputs.append(y))
     sums, n = dict.fromkeys(targets, torch.zeros(())), 0
@@ -39,8 +41,7 @@ def gauss_newton_diagonal(
         L = loss_fn(Constant(y_alone), batch)
         (slope,) = torch.autograd.grad(L, y_alone, create_graph=True)
         H_y = jacobian(slope, y_alone)
-        for name in targets:
-            W = model.get_submodule(name).get_parameter("weight")
+        for name, W in weights.items():
             J = jacobian(y, W)
             h = torch.einsum("ak,ab,bk->k", J, H_y, J).view_as(W)
             sums[name] = sums[name].to(h) + length(batch) * h
@@ -71,8 +72,9 @@ def jacobian(values: Tensor, x: Tensor) -> Tensor:
 
 def length(batch: Any) -> int:
     """How many samples: the first dimension of the batch's first tensor."""
-    first = next(iter(batch.values())) if isinstance(batch, dict) else batch
-    return len(first[0] if isinstance(first, (tuple, list)) else first)
+    if isinstance(batch, Tensor):
+        return len(batch)
+    return length(next(iter(batch.values() if isinstance(batch, Mapping) else batch)))
 
 
 def demo() -> None:

@@ -30,7 +30,7 @@ def l1ra_reassign(
     threshold: float = 0.0,
 ) -> tuple[dict[str, int], dict[str, list[bool]]]:
     """({name: new rank}, {name: which of the old ranks stay}). The new ranks sum to the budget."""
-    # 1. Prune every rank whose gate is at the threshold, but keep the `lower` largest of a module.
+    # 1a. Prune every rank whose gate is at the threshold, but keep the `lower` largest of a module.
     keep = {}
     for name, c in gates.items():
         above = sum(gate > threshold for gate in c)
@@ -39,7 +39,7 @@ def l1ra_reassign(
         keep[name] = [i in stay for i in range(len(c))]
     ranks = {name: max(sum(keep[name]), lower[name]) for name in gates}
 
-    # 2. Beyond the budget, prune the smallest gates of all; ties: the later one goes.
+    # 1b. Beyond the budget, prune the smallest gates of all; ties: the later one goes.
     each = [(c[i], name, i) for name, c in gates.items() for i in range(len(c))]
     each.reverse()
     for _, name, i in sorted(each, key=lambda rank: rank[0]):
@@ -47,14 +47,14 @@ def l1ra_reassign(
             keep[name][i] = False
             ranks[name] -= 1
 
-    # 3. Hand the freed ranks round, one each, to the modules with the largest smallest gate.
+    # 2. Hand the freed ranks round the modules with all gates above the threshold. 3. The others.
     def smallest(name: str) -> float:
         kept = [c for c, stays in zip(gates[name], keep[name], strict=True) if stays]
         return min(kept, default=float("-inf"))
 
     order = sorted(gates, key=smallest, reverse=True)  # ties: the earlier module first
-    high = [name for name in order if all(c > threshold for c in gates[name])]
-    for receivers in (high, [name for name in order if name not in high]):
+    intact = [name for name in order if all(c > threshold for c in gates[name])]
+    for receivers in (intact, [name for name in order if name not in intact]):
         while sum(ranks.values()) < budget and any(ranks[n] < upper[n] for n in receivers):
             for name in receivers:
                 if sum(ranks.values()) < budget and ranks[name] < upper[name]:
@@ -65,13 +65,14 @@ def l1ra_reassign(
 def demo() -> None:
     """Three layers have to change by a matrix of rank 1, 2 and 6. Each starts with 3 ranks."""
     torch.manual_seed(0)
-    half = [torch.linalg.qr(torch.randn(12, k)).Q for k in (1, 2, 6, 1, 2, 6)]
-    goals = {f"needs {P.shape[1]}": P @ Q.T for P, Q in zip(half[:3], half[3:], strict=True)}
+    penalty, gate_lr, interval = 0.3, 0.02, 100  # λ, η, T
+    P, Q = ({k: torch.linalg.qr(torch.randn(12, k)).Q for k in (1, 2, 6)} for _ in range(2))
+    goals = {f"needs {k}": P[k] @ Q[k].T for k in P}
     A = {name: torch.randn(3, 12) / 3 for name in goals}  # A ~ N(0, 1 / r₀²)
     B = {name: torch.zeros(12, 3) for name in goals}
     c = {name: torch.ones(3) for name in goals}
     for step in range(1301):
-        if step % 100 == 0:
+        if step % interval == 0:
             gates = {name: c[name].tolist() for name in goals}
             ranks, keep = l1ra_reassign(gates, 9, dict.fromkeys(goals, 1), dict.fromkeys(goals, 12))
             if step == 0 or not all(map(all, keep.values())):  # ranks move
@@ -81,8 +82,9 @@ def demo() -> None:
                     A[name] = torch.cat([A[name][stay], torch.randn(add, 12) / 3]).detach()
                     B[name] = torch.cat([B[name][:, stay], torch.zeros(12, add)], dim=1).detach()
                     c[name] = torch.cat([c[name][stay], torch.ones(add)]).detach()
-                w = [x.requires_grad_() for x in (*A.values(), *B.values(), *c.values())]
-                groups = [{"params": w[:6], "weight_decay": 0.5}, {"params": w[6:], "lr": 0.02}]
+                factors = [x.requires_grad_() for x in (*A.values(), *B.values())]
+                own = [x.requires_grad_() for x in c.values()]
+                groups = [{"params": factors, "weight_decay": 0.5}, {"params": own, "lr": gate_lr}]
                 # Adam starts anew, as in the authors' code. resize.py keeps its moments instead.
                 adam = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.0)
         x = torch.randn(32, 12)
@@ -90,8 +92,8 @@ def demo() -> None:
         adam.zero_grad()
         torch.autograd.backward(torch.stack(misses).square().sum(-1).mean(-1).sum())
         adam.step()
-        for gate, shrunk in zip(c.values(), l1ra_shrink([*c.values()], 0.02 * 0.3), strict=True):
-            gate.data = shrunk.detach()
+        for gate in c.values():
+            gate.data = l1ra_shrink([gate.detach()], gate_lr * penalty)[0]
 
 
 if __name__ == "__main__":

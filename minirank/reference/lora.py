@@ -29,9 +29,9 @@ def lora_forward(
     """x: (…, d_in) → y: (…, d_out), in x's dtype. A, B and gate may have a wider one."""
     h = x.to(A.dtype) @ A.T  # (…, r)
     if gate is not None:
-        h = gate * h
+        h = gate.to(h.dtype) * h
     y = x @ W.T + (scaling * (h @ B.T)).to(x.dtype)
-    return y if b is None else y + b
+    return y if b is None else y + b.to(x.dtype)
 
 
 def merged_weight(

@@ -22,7 +22,8 @@ def resize(layer: dict[str, Any], keep: Tensor, add: int) -> dict[str, Any]:
 
     `layer` holds A, B, gate, scaling, step, and the moments exp_avg and exp_avg_sq, each a dict of
     A, B and gate. A rank that stays keeps its moments. A new rank starts with moments of zero, and
-    with a zero column of B, so that it leaves the function unchanged.
+    with a zero column of B, so that it leaves the function unchanged. The new tensors take no
+    gradient, and share no memory with the old.
     """
     d_out, d_in = layer["B"].shape[0], layer["A"].shape[1]
     new = {
@@ -30,28 +31,30 @@ def resize(layer: dict[str, Any], keep: Tensor, add: int) -> dict[str, Any]:
         "B": layer["B"].new_zeros(d_out, add),
         "gate": layer["gate"].new_ones(add),
     }
-    no_moments = {key: torch.zeros_like(value) for key, value in new.items()}
+    zeros = {key: torch.zeros_like(value) for key, value in new.items()}
 
     def changed(old: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
         return {
-            "A": torch.cat([old["A"][keep], new["A"]]),
-            "B": torch.cat([old["B"][:, keep], new["B"]], dim=1),
-            "gate": torch.cat([old["gate"][keep], new["gate"]]),
+            "A": torch.cat([old["A"][keep], new["A"].to(old["A"])]),
+            "B": torch.cat([old["B"][:, keep], new["B"].to(old["B"])], dim=1),
+            "gate": torch.cat([old["gate"][keep], new["gate"].to(old["gate"])]),
         }
 
-    moments = {key: changed(layer[key], no_moments) for key in ("exp_avg", "exp_avg_sq")}
-    return {**layer, **changed(layer, new), **moments}
+    moments = {key: changed(layer[key], zeros) for key in ("exp_avg", "exp_avg_sq")}
+    return {**layer, **changed(layer, new), **moments, "step": layer["step"] + 0}
 
 
 def adam_step(layer: dict[str, Any], gradients: dict[str, Tensor], lr: float = 0.02) -> None:
     """One step of Adam (arXiv 1412.6980, Algorithm 1), in place."""
+    beta1, beta2, epsilon = 0.9, 0.999, 1e-8
     layer["step"] += 1
     for key, gradient in gradients.items():
         mean, square = layer["exp_avg"][key], layer["exp_avg_sq"][key]
-        mean.lerp_(gradient, 1 - 0.9)
-        square.lerp_(gradient.square(), 1 - 0.999)
-        unbiased = (mean / (1 - 0.9 ** layer["step"]), square / (1 - 0.999 ** layer["step"]))
-        layer[key].data -= lr * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+        mean.lerp_(gradient, 1 - beta1)
+        square.lerp_(gradient.square(), 1 - beta2)
+        unbiased_mean = mean / (1 - beta1 ** layer["step"])
+        unbiased_square = square / (1 - beta2 ** layer["step"])
+        layer[key].data -= lr * unbiased_mean / (unbiased_square.sqrt() + epsilon)
 
 
 def demo() -> None:
@@ -70,7 +73,9 @@ def demo() -> None:
     for prune, add in ((0, 0), (2, 0), (0, 2)):
         size = layer["B"].norm(dim=0) * layer["gate"].abs() * layer["A"].norm(dim=1)  # (r,)
         before = loss()
-        layer = resize(layer, keep=size.argsort().argsort() >= prune, add=add)
+        keep = torch.ones(len(size), dtype=torch.bool)
+        keep[size.argsort()[:prune]] = False  # the smallest contributions to ΔW
+        layer = resize(layer, keep, add)
         print(f"{prune} ranks pruned, {add} added: loss {before:.1e} → {loss():.1e}", end="")
         for _ in range(200):
             parameters = [layer[key].requires_grad_() for key in ("A", "B", "gate")]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 
-@torch.no_grad()
+@torch.inference_mode(False)
 def input_second_moment(
     model: nn.Module, loss_fn: Callable[..., Tensor], batches: Iterable[Any], targets: list[str]
 ) -> dict[str, Tensor]:
@@ -34,8 +34,8 @@ def input_second_moment(
     counts = dict.fromkeys(targets, 0)
     real: Tensor | None = None  # bool (n, T): which tokens of the batch at hand are no padding
 
-    def observe(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0]
+    def observe(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = (args[0] if args else next(iter(kwargs.values()))).detach()
         padded = real is not None and x.shape[:-1] == real.shape
         tokens = (x[real] if padded else x.reshape(-1, x.shape[-1])).double()  # (tokens, d_in)
         sums[name] = sums.get(name, 0) + tokens.square().sum(0)
@@ -43,7 +43,9 @@ def input_second_moment(
 
     model = copy.deepcopy(model).eval()
     for name in targets:
-        model.get_submodule(name).register_forward_pre_hook(partial(observe, name))
+        module = model.get_submodule(name)
+        module.weight.requires_grad_()  # gradients keep nn.Transformer's layers off their fast path
+        module.register_forward_pre_hook(partial(observe, name), with_kwargs=True)
     for batch in batches:
         masked = isinstance(batch, Mapping) and "attention_mask" in batch
         real = batch["attention_mask"] != 0 if masked else None
@@ -54,7 +56,10 @@ def input_second_moment(
 def sensitivity_theta(
     diagonals: Mapping[str, Tensor], topk_fraction: float = 0.5, effective_share: float = 0.85
 ) -> dict[str, float]:
-    """θ of every matrix. Its ranks are θ / Σθ of the budget (Eq 15, in budget.py)."""
+    """θ of every matrix. Its ranks are θ / Σθ of the budget (Eq 15, in budget.py).
+
+    The mean trace must be positive: otherwise σ/μ² means nothing, and θ can be inf.
+    """
     traces, means, counts = [], [], []
     for h in diagonals.values():
         # An exact Hessian has negative entries too. They count as zero in Eqs 9 and 10.

@@ -46,7 +46,8 @@ def coalition_masks(ranks: list[int], coalitions: int, generator: torch.Generato
     masks = []
     for _ in range(coalitions // 18):
         for p in range(1, 10):
-            mask = torch.rand(sum(ranks), generator=generator) < p / 10
+            shares = torch.rand(sum(ranks), generator=generator, device=generator.device)
+            mask = shares < p / 10
             masks += [mask, ~mask]
     return torch.stack(masks)
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..files.safetensors_file import tensor_bytes
+
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
@@ -35,10 +37,17 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     for key in dict.fromkeys([*before, *after]):
         old, new = before.get(key), after.get(key)
         if isinstance(old, Tensor) and isinstance(new, Tensor):
-            same = torch.equal(old, new)
+            same = _same_bits(old, new)
         else:
             same = old == new
         assert same, f"{key} changed: expected {old}, got {new}"
+
+
+def _same_bits(old: Tensor, new: Tensor) -> bool:
+    """Whether type, shape and entries are the same; a NaN is the same as itself."""
+    if (old.dtype, old.shape) != (new.dtype, new.shape):
+        return False
+    return tensor_bytes(old) == tensor_bytes(new)
 
 
 def _state(model: nn.Module) -> dict[str, object]:

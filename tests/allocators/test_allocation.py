@@ -38,7 +38,7 @@ class ByHand:
         self.scores = scores
 
     def score(self):
-        return self.keep_scores(
+        return self.store_scores(
             {name: torch.tensor(score, dtype=torch.float64) for name, score in self.scores.items()}
         )
 
@@ -172,6 +172,37 @@ def test_a_copy_of_model_and_allocator_knows_its_scores(clone):
     with pytest.raises(RuntimeError, match="stale: '0' was resized"):
         twin.allocate(3)
     assert allocator.allocate(3).total_rank == 3
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_knows_that_its_scores_are_stale(clone):
+    model = mlp()
+    wrap(model, {"0": 3, "2": 2})
+    allocator = scored(model, {"0": [0.1, 5.0, 0.2], "2": [0.3, 0.0]}, RankScores)
+    resize(model, {"0": 2})
+    resize(model, {"0": 3})
+    for copied in (clone(allocator), clone(clone(allocator))):
+        with pytest.raises(RuntimeError, match="stale: '0' was resized"):
+            copied.allocate(3)
+
+
+def test_scores_hold_while_the_model_is_converted_or_loaded_and_not_when_a_factor_is_replaced():
+    model = mlp()
+    layers = wrap(model, {"0": 3, "2": 2})
+    allocator = scored(model, {"0": [0.1, 5.0, 0.2], "2": [0.3, 0.0]}, RankScores)
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    for swap in (True, False):
+        torch.__future__.set_swap_module_params_on_conversion(swap)
+        try:
+            model.double()
+            model.load_state_dict(copy.deepcopy(model.state_dict()))
+            model.float()
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(before)
+        assert allocator.allocate(3).total_rank == 3
+    layers["0"].lora_A = nn.Parameter(torch.ones(3, layers["0"].in_features))
+    with pytest.raises(RuntimeError, match="stale: '0' was resized"):
+        allocator.allocate(3)
 
 
 def test_scores_of_the_wrong_kind_are_told_so():

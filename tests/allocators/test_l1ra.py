@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -204,6 +205,7 @@ def test_a_step_that_a_grad_scaler_skips_shrinks_nothing(fused):
 # ---- when ranks move ---------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:3 updates in a row pruned no rank:UserWarning")
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -244,6 +246,49 @@ def test_an_update_prunes_reassigns_and_records():
     assert layers["body.up"].gate.tolist() == pytest.approx([0.9, 0.8, 1.0])
     assert layers["body.conv"].gate.tolist() == [0.5]
     assert layers["body.up"].lora_B[:, 2].eq(0).all()
+
+
+def test_an_l1_that_moves_nothing_is_named_once():
+    model, _, optimizer, l1ra = made(interval=1, l1=1e-3)
+    for step in range(1, 6):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            still_step(model, optimizer, l1ra)
+        messages = [(w.category, str(w.message), w.filename) for w in caught]
+        if step == 3:
+            ((category, message, filename),) = messages
+            assert (category, filename) == (UserWarning, __file__)
+            assert "3 updates in a row pruned no rank" in message
+            assert "l1=0.001 and gate_lr=0.02, the penalty alone takes 50,000 steps" in message
+        else:
+            assert messages == []
+
+
+@pytest.mark.parametrize(
+    ("case", "l1"),
+    [
+        ("no penalty", 0.0),
+        ("20 intervals are enough", 2.5),  # 20 · 0.02 · 2.5 = 1
+        ("a gate at 0.9", 1e-3),
+        ("a rank was pruned", 1e-3),
+        ("frozen gates", 1e-3),
+    ],
+)
+def test_an_l1_that_may_still_move_ranks_is_not_named(case, l1):
+    model, layers, optimizer, l1ra = made(interval=1, l1=l1)
+    for step in range(4):  # filterwarnings = error
+        if case == "20 intervals are enough":
+            for layer in layers.values():
+                layer.gate.data.fill_(1.0)  # as if training pushed them back up
+        if case == "a gate at 0.9":
+            layers["body.up"].gate.data[0] = 0.9
+        if case == "a rank was pruned" and step == 1:
+            layers["body.up"].gate.data[0] = 0.0
+        if case == "frozen gates":
+            for layer in layers.values():
+                layer.gate.requires_grad_(False)
+        still_step(model, optimizer, l1ra)
+    assert len(l1ra.history.updates) == 4
 
 
 def test_the_threshold_decides_what_falls():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
+from helpers.terminal import Terminal
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -252,9 +254,30 @@ def test_layers_that_have_an_adapter_already_are_named():
     assert SensitivityLoRA(model, loss_fn, batches).targets.keys() == {"0", "2"}
 
 
-def test_progress_shows_a_bar_and_can_be_switched_off(capsys):
+def test_progress_shows_a_bar_in_a_terminal_alone_and_can_be_switched_off(monkeypatch, capsys):
     model, batches = model_and_batches()
-    SensitivityLoRA(model, loss_fn, batches, progress=False).score()
-    assert capsys.readouterr().err == ""
     SensitivityLoRA(model, loss_fn, batches).score()
-    assert "calibration" in capsys.readouterr().err
+    assert capsys.readouterr().err == ""  # no terminal
+    monkeypatch.setattr("sys.stderr", Terminal())
+    SensitivityLoRA(model, loss_fn, batches, progress=False).score()
+    assert sys.stderr.getvalue() == ""
+    SensitivityLoRA(model, loss_fn, batches).score()
+    assert "calibration" in sys.stderr.getvalue()
+
+
+def test_a_tuple_of_tensors_that_may_be_one_batch():
+    model, x, y = nn.Sequential(nn.Linear(3, 2)), torch.ones(4, 3), torch.ones(4, 2)
+
+    def loss_of_pairs(model, batch):
+        inputs, labels = batch
+        return (model(inputs) - labels).square().mean()
+
+    with pytest.raises(ValueError, match=r"tuple of 2 tensors.* pass \[batches\]") as raised:
+        SensitivityLoRA(model, loss_of_pairs, (x, y), progress=False).score()
+    assert "too many values to unpack" in str(raised.value.__cause__)
+    for batches in ([(x, y)], ((x, y),)):
+        SensitivityLoRA(model, loss_of_pairs, batches, progress=False).score()
+    two_batches = SensitivityLoRA(model, loss_fn, (x, x), progress=False)
+    assert two_batches.score().keys() == {"0"}
+    with pytest.raises(ValueError, match="too many values to unpack"):  # as it came
+        SensitivityLoRA(model, loss_of_pairs, [x, y], progress=False).score()

@@ -23,7 +23,7 @@ from helpers.shaplora_cases import (
 from torch import nn
 
 from minirank import ShapLoRA, lora_layers, resize, wrap
-from minirank.allocators.coalitions import mean_gradient
+from minirank.allocators.masked_gates import mean_gradient
 from minirank.allocators.shaplora import ipt, san
 from minirank.shapley import coalition_masks, exact_shapley_values
 

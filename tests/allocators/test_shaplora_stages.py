@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
 from helpers.models import assert_unchanged, snapshot
 from helpers.shaplora_cases import RANKS, Net, data, flat, loss_fn, scored, trained
+from helpers.terminal import Terminal
 
 from minirank import ShapLoRA, UniformRanks, merge, wrap
 
@@ -306,11 +308,23 @@ def test_magnitudes_that_are_not_finite_are_told_too():
         scored(model, importance="magnitude")
 
 
-def test_a_bar_that_can_be_switched_off(capsys):
-    scored(coalitions=18)
-    assert capsys.readouterr().err == ""
+def test_a_bar_in_a_terminal_alone_that_can_be_switched_off(monkeypatch, capsys):
     ShapLoRA(trained(), loss_fn, data(), coalitions=18).score()
-    assert "coalitions" in capsys.readouterr().err
+    assert capsys.readouterr().err == ""  # no terminal
+    monkeypatch.setattr("sys.stderr", Terminal())
+    scored(coalitions=18)
+    assert sys.stderr.getvalue() == ""
+    ShapLoRA(trained(), loss_fn, data(), coalitions=18).score()
+    assert "coalitions" in sys.stderr.getvalue()
+
+
+def test_a_tuple_of_tensors_that_may_be_one_batch():
+    def loss_of_pairs(model, batch):
+        raise TypeError("one tensor is no pair")
+
+    batch = (torch.ones(2, 3), torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"raised TypeError on a batch.* pass \[batches\]"):
+        ShapLoRA(trained(), loss_of_pairs, batch, coalitions=18, progress=False).score()
 
 
 def test_uniform_ranks_start_stage_one():

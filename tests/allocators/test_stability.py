@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from minirank import Allocation, SensitivityLoRA, curvature, testing
+from minirank import Allocation, SensitivityLoRA, UniformRanks, curvature, testing
 from minirank.allocators.sensitivity import (
     effective_rank,
     matrix_metrics,
@@ -56,8 +56,8 @@ def test_of_a_plain_mean_the_jackknife_gives_the_textbook_error():
 
 
 def test_unequal_groups_follow_busing_and_others():
-    """Their estimator written out: mean 1/g Σ (θ̃_j − θ_J)² / (h_j − 1) with θ̃_j = h_j θ − (h_j −
-    1) θ_(−j)."""
+    """Their estimator written out: 1/g Σ (θ̃_j − θ_J)² / (h_j − 1) with the pseudovalues
+    θ̃_j = h_j θ − (h_j − 1) θ_(−j) and the center θ_J = g θ − Σ (1 − 1/h_j) θ_(−j)."""
     xs, ws = (
         torch.tensor([1.0, 4.0, 6.0, 9.0], dtype=torch.float64),
         torch.tensor([1.0, 2.0, 2.0, 5.0]),
@@ -69,19 +69,18 @@ def test_unequal_groups_follow_busing_and_others():
     def squared(h):
         return h["a"].square()
 
-    mean = float((xs * ws).sum() / ws.sum())
-    pseudo, variances = [], 0.0
+    theta = float((xs * ws).sum() / ws.sum()) ** 2
+    h, without = [], []
     for j in range(4):
         rest = [i for i in range(4) if i != j]
-        h = float(ws.sum() / ws[j])
-        pseudo.append(
-            (h, h * mean**2 - (h - 1) * float((xs[rest] * ws[rest]).sum() / ws[rest].sum()) ** 2)
-        )
-    center = sum(p for _, p in pseudo) / 4
-    variances = sum((p - center) ** 2 / (h - 1) for h, p in pseudo) / 4
+        h.append(float(ws.sum() / ws[j]))
+        without.append(float((xs[rest] * ws[rest]).sum() / ws[rest].sum()) ** 2)
+    pseudo = [h[j] * theta - (h[j] - 1) * without[j] for j in range(4)]
+    center = 4 * theta - sum((1 - 1 / h[j]) * without[j] for j in range(4))
+    variance = sum((pseudo[j] - center) ** 2 / (h[j] - 1) for j in range(4)) / 4
     score, deviations = groups.jackknife(squared)
-    assert float(score) == pytest.approx(mean**2, rel=1e-12)
-    assert float(deviations.square().sum()) == pytest.approx(variances, rel=1e-10)
+    assert float(score) == pytest.approx(theta, rel=1e-12)
+    assert float(deviations.square().sum()) == pytest.approx(variance, rel=1e-10)
 
 
 @settings(max_examples=100, deadline=None)
@@ -275,6 +274,18 @@ def test_groups_change_no_score(estimator):
     for name, theta in together.score().items():
         torch.testing.assert_close(scores[name], theta, rtol=1e-9, atol=0)
     assert by_group.allocate(10).ranks == together.allocate(10).ranks
+
+
+def test_the_default_device_changes_nothing():
+    model, batches = model_and_batches(27, sizes=(8, 3, 5))
+    expected, tested = (allocator(model, batches, groups=5) for _ in range(2))
+    expected.score()
+    with torch.device("meta"):
+        tested.score()
+        assert tested.stability(10) == expected.stability(10)
+        uniform = UniformRanks(model)
+        uniform.score()
+        assert uniform.allocate(10).total_rank == 10
 
 
 def width(result):

@@ -418,6 +418,15 @@ def test_batches_of_any_type(estimate):
 
 
 @pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
+def test_the_default_device_changes_nothing(estimate):
+    model, batches = build(mlp), pairs((5,), (4,))
+    expected = estimate(model, classify, batches)
+    with torch.device("meta"):
+        found = estimate(model, classify, batches)
+    assert all(torch.equal(found[name], h) for name, h in expected.items())
+
+
+@pytest.mark.parametrize("estimate", LOSS_BASED.values(), ids=LOSS_BASED.keys())
 def test_a_sample_without_a_batch_dimension_is_a_batch_of_one(estimate):
     model, ((x, y),) = build(mlp), pairs((5,), (1,))
     expected = estimate(model, classify, [(x, y)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import json
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from helpers.models import (
 from torch import nn
 
 from minirank import load_adapter, lora_layers, read_adapter, save_adapter, wrap
+from minirank.files.safetensors_file import checksum, read_safetensors, safetensors_bytes
 
 
 @pytest.fixture
@@ -268,7 +271,7 @@ def test_adapters_train_after_loading_even_if_they_were_frozen(path):
     assert trains(again) == {"body.0.lora_A", "body.0.lora_B"}
 
 
-def test_a_second_file_adds_to_what_trains(path):
+def test_a_second_file_says_anew_what_trains(path):
     model = trained(frozen_norm, trainable=["head"])
     save_adapter(model, path)
     other = frozen_norm()
@@ -276,8 +279,19 @@ def test_a_second_file_adds_to_what_trains(path):
     save_adapter(other, path.with_name("other"))
     again = frozen_norm()
     load_adapter(again, path)
+    with pytest.warns(UserWarning, match=r"freezes 'head\.out', 'head\.norm', which") as caught:
+        load_adapter(again, path.with_name("other"))
+    assert caught[0].filename == __file__
+    adapters = {f"body.{i}.lora_{matrix}" for i in (0, 3) for matrix in "AB"}
+    assert trains(again) == adapters
+    again = frozen_norm()
     load_adapter(again, path.with_name("other"))
-    assert trains(again) == trains(model) | {"body.3.lora_A", "body.3.lora_B"}
+    load_adapter(again, path)
+    assert trains(again) == adapters | HEAD
+    again = frozen_norm()
+    load_adapter(again, path)
+    load_adapter(again, path.with_name("other"), trainable=["head"])
+    assert trains(again) == adapters | HEAD
 
 
 def test_a_parameter_that_trained_and_is_not_in_the_model_is_refused(path):
@@ -371,3 +385,144 @@ def test_a_model_made_in_inference_mode_gets_its_values(path):
         model = Body(x=torch.zeros(2))
     load_adapter(model, path)
     assert torch.equal(model.head.x, torch.ones(2))
+
+
+# ---- what has several names, no values yet, or cannot train ------------------------------------
+
+
+class Untied(nn.Module):
+    def __init__(self, tie):
+        super().__init__()
+        self.emb, self.q, self.h = nn.Embedding(4, 3), nn.Linear(3, 3), nn.Linear(3, 4, bias=False)
+        if tie:
+            self.h.weight = self.emb.weight
+
+
+def untied_twin(model):
+    twin = Untied(tie=False)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+@pytest.mark.parametrize("modules", [None, "h", ["emb"], ["h", "emb"]])
+def test_a_tied_tensor_comes_back_under_all_its_names(path, modules):
+    model = Untied(tie=True)
+    plain = untied_twin(model)
+    wrap(model, {"q": 1}, trainable=["h"])
+    with torch.no_grad():
+        model.h.weight += 1
+    save_adapter(model, path, modules=modules)
+    load_adapter(plain, path)
+    assert same_bits(plain.emb.weight, model.h.weight)
+    assert same_bits(plain.h.weight, model.h.weight)
+    assert trains(plain) == {"emb.weight", "h.weight", "q.lora_A", "q.lora_B"}
+
+
+def test_a_further_name_need_not_be_in_the_model(path):
+    model = Untied(tie=True)
+    plain = untied_twin(model)
+    del plain.h
+    wrap(model, {"q": 1}, trainable=["h"])
+    with torch.no_grad():
+        model.h.weight += 1
+    save_adapter(model, path)
+    load_adapter(plain, path)
+    assert same_bits(plain.emb.weight, model.emb.weight)
+
+
+def test_a_tied_parameter_that_is_not_in_the_file_trains_under_all_its_names(path):
+    model = Untied(tie=True)
+    plain = untied_twin(model)
+    wrap(model, {"q": 1}, trainable=["h"])
+    with pytest.warns(UserWarning, match="require a gradient"):
+        save_adapter(model, path, modules=())
+    load_adapter(plain, path)
+    assert trains(plain) == {"emb.weight", "h.weight", "q.lora_A", "q.lora_B"}
+
+
+def test_a_lazy_module_without_values_is_told_so(path):
+    model = nn.ModuleDict({"q": nn.Linear(3, 3), "lazy": nn.LazyLinear(2)})
+    wrap(model, {"q": 1}, trainable=["lazy"])
+    for modules in (None, "lazy"):
+        with pytest.raises(ValueError, match=r"'lazy\.weight' is a lazy .* run the model once"):
+            save_adapter(model, path, modules=modules)
+    assert not path.exists()
+
+
+def head_model():
+    return nn.ModuleDict({"a": nn.Linear(4, 4), "h": nn.Linear(4, 2)})
+
+
+def test_a_head_loads_into_a_model_of_inference_mode(path):
+    model = head_model()
+    plain = {name: value.clone() for name, value in model.state_dict().items()}
+    wrap(model, {"a": 1}, trainable=["h"])
+    with torch.no_grad():
+        model.h.weight += 1
+    save_adapter(model, path)
+    for requires_grad in (True, False):
+        with torch.inference_mode():
+            again = head_model().requires_grad_(requires_grad)
+            again.load_state_dict(plain)
+        load_adapter(again, path)
+        assert same_bits(again.h.weight, model.h.weight)
+        assert again.h.weight.requires_grad == requires_grad
+
+
+def test_a_file_of_0_1_with_tensors_that_cannot_train(path):
+    """It does not say which of its tensors trained: parameters that can do, nothing else."""
+
+    def make():
+        model = head_model()
+        codes = nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)
+        model.h.register_parameter("codes", codes)
+        model.h.register_buffer("mean", torch.zeros(2))
+        return model
+
+    model = make()
+    again = copy.deepcopy(model)
+    wrap(model, {"a": 1}, trainable=["h"])
+    save_adapter(model, path, modules=["h"])
+    tensors, metadata = read_safetensors(path)
+    record = json.loads(metadata["minirank"])
+    del record["trainable"], record["tied"]
+    text = json.dumps(record | {"format": 1})
+    metadata = {"minirank": text, "checksum": checksum(tensors, text)}
+    path.write_bytes(safetensors_bytes(tensors, metadata))
+    load_adapter(again, path)
+    assert trains(again) == {"a.lora_A", "a.lora_B", "h.weight", "h.bias"}
+    read = read_adapter(path)
+    assert read.trainable is None
+    assert str(read).splitlines()[-1] == "trains beside them: the parameters among these"
+
+
+# ---- statistics that move without a gradient ---------------------------------------------------
+
+
+def test_running_statistics_that_moved_and_are_not_saved_are_warned_of(path):
+    model = classifier()
+    wrap(model, {"body.0": 2}, trainable=["head"])
+    save_adapter(model, path)  # no batch has moved them yet
+    model(inputs(5, 4))
+    with pytest.warns(UserWarning, match=r"'body\.1' in training mode, where every") as caught:
+        save_adapter(model, path)
+    assert caught[0].filename == __file__
+    save_adapter(model, path, modules=["head", "body.1"])
+    again = classifier().eval()
+    load_adapter(again, path)
+    assert same_bits(again.body[1].running_mean, model.body[1].running_mean)
+    model.body[1].momentum = 0.0
+    save_adapter(model, path)
+    model.body[1].momentum = None  # the average over all batches
+    with pytest.warns(UserWarning, match=r"'body\.1' in training mode"):
+        save_adapter(model, path)
+    model.body[1].eval()
+    save_adapter(model, path)
+
+
+def test_norms_without_running_statistics_are_not_warned_of(path):
+    model = classifier()
+    model.body[1] = nn.BatchNorm1d(6, track_running_stats=False, dtype=torch.float64)
+    wrap(model, {"body.0": 2}, trainable=["head"])
+    model(inputs(5, 4))
+    save_adapter(model, path)

@@ -367,7 +367,7 @@ def test_modules_that_have_an_adapter_or_are_not_linear(folder):
     import_refused(
         nn.ModuleDict({"fc": nn.Tanh(), "xfc": nn.Tanh()}),
         folder,
-        "'fc' is a Tanh, not a linear layer",
+        "'fc' is of type Tanh, not a linear layer",
     )
 
 

@@ -172,6 +172,10 @@ def test_scaling_can_be_given_itself():
     assert (lora.scaling, lora.reference_rank) == (0.3, 4)
     assert lora.alpha == pytest.approx(1.2, rel=1e-15)
     assert LoRALinear(nn.Linear(8, 8), 0, scaling=2).scaling == 2
+    of_tensors = LoRALinear(nn.Linear(8, 8), 4, scaling=torch.tensor(2.0), gate=torch.tensor(0.5))
+    numbers = of_tensors.scaling, of_tensors.alpha, of_tensors.reference_rank
+    assert numbers == (2.0, 8.0, 4.0)
+    assert {type(number) for number in (*numbers, of_tensors.initial_gate)} == {float}
     for other in ({"alpha": 1.0}, {"reference_rank": 4}, {"rank_stabilized": True}):
         with pytest.raises(ValueError, match="give either scaling, or alpha"):
             LoRALinear(nn.Linear(8, 8), 4, scaling=0.3, **other)
@@ -298,6 +302,13 @@ def test_a_seed_gives_the_same_values_in_every_dtype():
         ({"scaling": 0}, "scaling must be a finite positive number"),
         ({"scaling": math.inf}, "scaling"),
         ({"scaling": math.nan}, "scaling"),
+        ({"scaling": True}, "scaling must be a finite positive number, got True"),
+        ({"alpha": True}, "alpha must be a finite positive number, got True"),
+        ({"reference_rank": True}, "reference_rank must be a finite positive number, got True"),
+        ({"scaling": 1e308}, "out of the range of float64"),
+        ({"alpha": 1e308, "reference_rank": 0.1}, "out of the range of float64"),
+        ({"alpha": 1e-320, "reference_rank": 1e10}, "out of the range of float64"),
+        ({"gate": True}, "gate must be None"),
         ({"reference_rank": -2}, "reference_rank"),
         ({"reference_rank": math.inf}, "reference_rank"),
         ({"gate": 1.5}, "gate"),

@@ -49,7 +49,7 @@ def test_a_type_selects_its_instances():
     assert list(linear_targets(zoo(), nn.Linear)) == ["body.up", "blocks.0.0", "blocks.1.0", "head"]
 
 
-def test_a_predicate_sees_no_module_that_is_not_linear():
+def test_a_function_sees_no_module_that_is_not_linear():
     seen = []
     linear_targets(nested(), lambda name, module: seen.append((name, module)) or True)
     assert [name for name, _ in seen] == ["fc", "enc.fc", "enc.0", "fc2"]
@@ -107,8 +107,8 @@ def test_the_model_itself_may_be_the_linear_layer():
             r"'nothing' matches no linear layer.*known names start \['fc', 'enc\.fc', 'enc\.0'\]",
         ),
         ("c", "matches no linear layer"),
-        ("enc", r"is a ModuleDict, not a linear layer; for those inside it: 'enc\.\*'"),
-        ("enc.norm", "is a LayerNorm, not a linear layer"),
+        ("enc", r"is of type ModuleDict, not a linear layer; for those inside it: 'enc\.\*'"),
+        ("enc.norm", "is of type LayerNorm, not a linear layer"),
         (
             nn.Conv2d,
             "selects none in ModuleDict: it has 4 linear-like modules and 0 with an adapter",

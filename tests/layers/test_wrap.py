@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,16 @@ from helpers.models import (
 )
 from torch import nn
 
-from minirank import LoRALinear, disabled, lora_layers, merge, unmerge, unwrap, wrap
+from minirank import (
+    LoRALinear,
+    UniformRanks,
+    disabled,
+    lora_layers,
+    merge,
+    unmerge,
+    unwrap,
+    wrap,
+)
 
 # ---- the way in ---------------------------------------------------------------------------------
 
@@ -126,20 +136,92 @@ def test_only_the_adapters_train_unless_more_is_named():
     assert names_that_train(model) == adapter_names("body.up", "head")
 
 
-def test_a_later_call_adds_to_what_trains_and_freezes_only_the_weights_that_it_wraps():
+def test_every_call_says_what_trains_beside_all_adapters():
     model = zoo()
     wrap(model, {"body.up": 1, "body.conv": 1}, trainable="body.norm")
     norm = {"body.norm.weight", "body.norm.bias"}
     assert names_that_train(model) == norm | adapter_names("body.up", "body.conv")
     model.body["up"].lora_A.requires_grad_(False)  # by hand
-    wrap(model, {"blocks.1.0": 1})
-    expected = norm | adapter_names("body.up", "body.conv", "blocks.1.0") - {"body.up.lora_A"}
+    wrap(model, {"blocks.1.0": 1}, trainable=["like", "body.norm"])
+    expected = {"like.weight"} | norm | adapter_names("body.up", "body.conv", "blocks.1.0")
     assert names_that_train(model) == expected
-    wrap(model, {"head": 1}, trainable=["like", "body.up"])
-    expected |= {"like.weight", "body.up.lora_A"} | adapter_names("head")
-    assert names_that_train(model) == expected
-    wrap(model, {"like": 1})  # trained as a plain layer until now
+    model.body["up"].lora_A.requires_grad_(False)
+    wrap(model, {"head": 1}, trainable=None)
+    expected |= adapter_names("head")
+    assert names_that_train(model) == expected - {"body.up.lora_A"}
+    wrap(model, {"like": 1}, trainable="body.norm")  # like trained as a plain layer until now
     assert names_that_train(model) == expected - {"like.weight"} | adapter_names("like")
+
+
+def test_a_later_call_warns_of_what_it_freezes():
+    model = zoo()
+    wrap(model, {"body.up": 1}, trainable=["body.norm", "like"])
+    with pytest.warns(UserWarning, match=r"freezes 'body\.norm', which required") as caught:
+        wrap(model, {"head": 1}, trainable="like")
+    assert caught[0].filename == __file__
+    assert names_that_train(model) == {"like.weight"} | adapter_names("body.up", "head")
+
+
+def test_a_model_around_an_adapted_one_is_frozen_too():
+    inner = nn.ModuleDict({"q": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+    wrap(inner, {"q": 1}, trainable="norm")
+    model = nn.ModuleDict({"encoder": inner, "pooler": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    with pytest.warns(UserWarning, match=r"freezes 'pooler', which required"):
+        wrap(model, {"head": 1}, trainable="encoder.norm")
+    assert names_that_train(model) == (
+        {"encoder.norm.weight", "encoder.norm.bias"} | adapter_names("encoder.q", "head")
+    )
+
+
+def test_a_warning_that_is_an_error_leaves_the_model_unchanged():
+    model = zoo()
+    wrap(model, {"body.up": 1}, trainable="body.norm")
+    before = snapshot(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"freezes 'body\.norm'"):
+            wrap(model, {"like": 1})
+    assert_unchanged(model, before)
+    assert list(lora_layers(model)) == ["body.up"]
+
+
+def test_a_module_tied_to_an_adapted_layer_is_refused_in_a_later_call_too():
+    for ranks_of_calls in ([{"head": 1, "like": 1}], [{"head": 1}, {"like": 1}]):
+        model = zoo()  # head.weight is emb.weight
+        for ranks in ranks_of_calls[:-1]:
+            wrap(model, ranks)
+        with pytest.raises(ValueError, match="trainable='emb' names only layers that get"):
+            wrap(model, ranks_of_calls[-1], trainable=["emb"])
+
+
+def inference_model():
+    with torch.inference_mode():
+        return nn.ModuleDict({"q": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+
+
+def test_parameters_of_inference_mode_cannot_be_named():
+    model = inference_model()
+    for _ in ("requires a gradient", "frozen"):
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=r"'head' names parameters .*inference_mode\(\)"):
+            wrap(model, {"q": 1}, trainable=["head"])
+        assert_unchanged(model, before)
+        model.requires_grad_(False)
+    model = inference_model()
+    layers = wrap(model, {"q": 1})
+    assert names_that_train(model) == adapter_names("q")
+    layers["q"](torch.ones(1, 4)).sum().backward()
+    unwrap(model)
+    assert names_that_train(model) == {"q.weight", "q.bias"}
+
+
+@pytest.mark.parametrize("trainable", [[1], 1, True, nn.Linear(2, 2), ["head", None]])
+def test_trainable_that_is_no_name_is_told_so(trainable):
+    model = zoo()
+    before = snapshot(model)
+    with pytest.raises(TypeError, match="trainable must be names or globs of modules, got "):
+        wrap(model, {"body.up": 1}, trainable=trainable)
+    assert_unchanged(model, before)
 
 
 def test_freezing_does_not_need_the_values_of_lazy_parameters():
@@ -262,7 +344,7 @@ def test_a_refused_wrap_changes_nothing(case):
         Container(),
     )
     model.full = Container()
-    wrap(model, {"full.inner": 1})
+    wrap(model, {"full.inner": 1}, trainable=None)
     model.like.weight.requires_grad_(False)
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
@@ -335,6 +417,14 @@ def test_trainable_that_names_only_adapted_layers_is_refused():
         *("head.weight", "head.bias"),
         *("norm.weight", "norm.bias"),
     }
+
+
+def test_an_allocator_in_the_place_of_its_allocation_is_told_what_to_pass():
+    model = zoo()
+    with pytest.raises(ValueError, match=r"an allocator: pass its allocate\(budget\)"):
+        wrap(model, UniformRanks(model))
+    with pytest.raises(ValueError, match=r"got \{\}$"):
+        wrap(model, {})
 
 
 # ---- the way out --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import UserDict
 
 import pytest
 import torch
@@ -217,6 +218,29 @@ def test_curvature_of_one_weight():
     )
 
 
+def test_batches_that_are_mappings_but_no_dicts_count_by_their_samples():
+    """As transformers' BatchEncoding: two batches, of 2 samples and of 1."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False)).double()
+    batches = [UserDict(x=tensor([[1], [2]])), UserDict(x=tensor([[4]]))]
+
+    def loss_fn(model, batch):
+        return model(batch["x"]).square().mean()
+
+    arguments = (model, loss_fn, batches, ["0"])
+    assert reference.hessian_diagonal(*arguments)["0"].item() == pytest.approx(2 * 21 / 3)
+    assert reference.gauss_newton_diagonal(*arguments)["0"].item() == pytest.approx(2 * 21 / 3)
+    w = model[0].weight.item()  # gradients 2 w x²
+    fisher = reference.empirical_fisher(*arguments)["0"].item()
+    assert fisher == pytest.approx(4 * w**2 * (1 + 16 + 256) / 3)
+
+    def loss(adapters, batch):
+        return (batch["x"] * adapters["m"]["gate"]).square().mean()
+
+    params = {"m": {"gate": tensor([1]), "P": tensor([[0]]), "Q": tensor([[0]])}}
+    scores = reference.shapley_sensitivity(loss, params, batches, torch.ones(1, 1).bool())
+    assert scores["m"].item() == pytest.approx(2 * 21 / 3)
+
+
 def test_the_models_own_curvature_is_left_out_of_gauss_newton():
     """y = w² x, L = (y − t)²: ∂²L/∂w² = 2 (2wx)² + 2 (y − t) 2x; Gauss-Newton: the first term."""
 
@@ -272,3 +296,71 @@ def test_how_peft_scales():
     assert delta.unique().tolist() == [4 * 6 / 2]
     patterns = {"alpha_pattern": {"other": 1.0, "w[0]": 10.0}, "use_rslora": False}
     assert reference.peft_delta_weight(tensors, config | patterns, "w[0]").unique().tolist() == [10]
+
+
+# ---- inputs that implementations meet ------------------------------------------------------------
+
+
+def quadratic(model, batch):
+    inputs, t = batch
+    return (model(inputs["x"]) - t).square().mean()
+
+
+@pytest.mark.parametrize("block", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_on_whatever_the_caller_does(block):
+    model = nn.Sequential(nn.Linear(1, 1, bias=False)).double()
+    batches = [
+        ({"x": tensor([[1], [2]])}, tensor([[0], [4]])),
+        ({"x": tensor([[4]])}, tensor([[11]])),
+    ]
+    arguments = (model, quadratic, batches, ["0"])
+    with block():
+        assert reference.hessian_diagonal(*arguments)["0"].item() == pytest.approx(14)
+        assert reference.gauss_newton_diagonal(*arguments)["0"].item() == pytest.approx(14)
+        seed = torch.Generator().manual_seed(0)
+        h = reference.hutchinson(*arguments, generator=seed, samples=1)
+        assert h["0"].item() == pytest.approx(14)
+        plain = [(x["x"], t) for x, t in batches]
+        fisher = reference.empirical_fisher(
+            model, lambda m, b: (m(b[0]) - b[1]).square().mean(), plain, ["0"]
+        )
+        assert fisher["0"].item() > 0
+        params = {"m": {"gate": tensor([1]), "P": tensor([[2]]), "Q": tensor([[3]])}}
+        scores = reference.shapley_sensitivity(
+            lambda a, b: (a["m"]["P"] * a["m"]["gate"] @ a["m"]["Q"] - b).square().mean(),
+            params,
+            [tensor([[4]])],
+            torch.tensor([[True]]),
+        )
+        assert scores["m"].tolist() == [72]
+
+
+def test_a_target_called_by_keyword_beside_whole_numbers_in_the_model():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 1, bias=False)
+            self.count = nn.Parameter(torch.arange(3), requires_grad=False)
+
+        def forward(self, x):
+            return self.inner(input=x)
+
+    arguments = (
+        Model(),
+        lambda m, x: m(x).square().mean(),
+        [tensor([[1, 2], [3, 4]]).float()],
+        ["inner"],
+    )
+    assert reference.input_second_moment(*arguments)["inner"].tolist() == [5, 10]
+    assert reference.hessian_diagonal(*arguments)["inner"].tolist() == [[10, 20]]
+
+
+def test_resizing_shares_nothing_and_keeps_dtypes():
+    step = torch.tensor(3.0)
+    layer = {"A": torch.ones(1, 2), "B": torch.ones(2, 1), "gate": torch.ones(1), "scaling": 1.0}
+    half = {key: layer[key].bfloat16() for key in ("A", "B", "gate")}
+    layer |= {"step": step, "exp_avg": half, "exp_avg_sq": half}
+    new = reference.resize(layer, torch.tensor([True]), add=1)
+    new["step"] += 1
+    assert step.item() == 3
+    assert {value.dtype for value in new["exp_avg"].values()} == {torch.bfloat16}

@@ -43,7 +43,7 @@ class RankScores(RankScoreAllocator):
     """One score per existing rank, as L1RA and ShapLoRA give."""
 
     def score(self):
-        return self.keep_scores(
+        return self.store_scores(
             {
                 name: torch.arange(m.rank) * 1.0
                 for name, m in self.model.named_modules()
@@ -127,7 +127,7 @@ def broken_allocators():
     class GivesNaN(UniformRanks):
         def score(self):
             scores = super().score()
-            return self.keep_scores({name: score * float("nan") for name, score in scores.items()})
+            return self.store_scores({name: score * float("nan") for name, score in scores.items()})
 
     class KeepsMoreThanItGives(RankScores):
         grows = True
@@ -144,19 +144,104 @@ def broken_allocators():
             ranks, keep = RankScores.ranks_from_scores(self, scores, constraints)
             return ranks, {"up": keep["up"]}
 
-    return [
-        KeepsMoreThanItGives,
-        ForgetsAMask,
-        ChangesTheModel,
-        LeavesEvalMode,
-        DrawsFromTheGlobalGenerator,
-        LosesARank,
-        NeedsNoScores,
-        GivesNaN,
-    ]
+    class InventsAMask(KeepsMoreThanItGives):
+        def ranks_from_scores(self, scores, constraints):
+            ranks, keep = RankScores.ranks_from_scores(self, scores, constraints)
+            return ranks, {**keep, "side": keep["up"]}
+
+    class CutsAMask(KeepsMoreThanItGives):
+        def ranks_from_scores(self, scores, constraints):
+            ranks, keep = RankScores.ranks_from_scores(self, scores, constraints)
+            return ranks, {name: mask[:1] for name, mask in keep.items()}
+
+    class NamesAnUnknownModule(UniformRanks):
+        def score(self):
+            return self.store_scores({"side": torch.ones(())})
+
+    class NamesANorm(UniformRanks):
+        def score(self):
+            return self.store_scores({"norm": torch.ones(())})
+
+    class ForgetsToStore(UniformRanks):
+        def score(self):
+            return {name: torch.ones(()) for name in self.targets}
+
+    class GivesANegativeShare(UniformRanks):
+        def score(self):
+            return self.store_scores({name: torch.tensor(-1.0) for name in self.targets})
+
+    class GivesFloats(UniformRanks):
+        def score(self):
+            return self.store_scores(dict.fromkeys(self.targets, 1.0))
+
+    class ReturnsFloats(UniformRanks):
+        def score(self):
+            super().score()
+            return dict.fromkeys(self.targets, 1.0)
+
+    class ReturnsRanks(UniformRanks):
+        def allocate(self, budget, **options):
+            return super().allocate(budget, **options).ranks
+
+    class RaisesKeyErrorBeforeScores(UniformRanks):
+        def allocate(self, budget, **options):
+            if self._scores is None:
+                raise KeyError("scores")
+            return super().allocate(budget, **options)
+
+    def ignoring(bound, in_unit):
+        """An allocator that ignores a bound in one unit, if it can."""
+
+        class Ignores(UniformRanks):
+            def allocate(self, budget, *, unit="ranks", **options):
+                super().allocate(budget, unit=unit, **options)  # an impossible budget is refused
+                if unit == in_unit:
+                    del options[bound]
+                return super().allocate(budget, unit=unit, **options)
+
+        return Ignores
+
+    def accepting(what):
+        class Accepts(UniformRanks):
+            def allocate(self, budget, *, unit="ranks", **options):
+                try:
+                    return super().allocate(budget, unit=unit, **options)
+                except ValueError:
+                    if unit != what:
+                        raise
+                    return None
+
+        return Accepts
+
+    return {
+        KeepsMoreThanItGives: "the keep mask of 'up' holds 3, but its rank is 0",
+        ForgetsAMask: r"expected keep masks for \['up', 'down'\], got \['up'\]",
+        InventsAMask: r"expected keep masks for \['up', 'down'\], got \['up', 'down', 'side'\]",
+        CutsAMask: r"the keep mask of 'up' has shape \(1,\); expected \(3,\)",
+        ChangesTheModel: "up.weight changed",
+        LeavesEvalMode: "mode, numbers of hooks",
+        DrawsFromTheGlobalGenerator: "random state changed",
+        LosesARank: "miss the budget of 1",
+        NeedsNoScores: r"allocate\(\) before score\(\) must raise RuntimeError",
+        RaisesKeyErrorBeforeScores: "must raise RuntimeError, got KeyError",
+        GivesNaN: "score of 'up' is not finite",
+        NamesAnUnknownModule: "names 'side', which is not a linear layer",
+        NamesANorm: "names 'norm', which is not a linear layer",
+        ForgetsToStore: r"allocate\(0, .* must not raise, but raised RuntimeError: .*call score",
+        GivesANegativeShare: "must not raise, but raised ValueError: score of 'up' is -1.0",
+        GivesFloats: r"score\(\) must not raise, but raised AttributeError",
+        ReturnsFloats: "score of 'up' must be a tensor, got 1.0",
+        ReturnsRanks: "must return an Allocation",
+        ignoring("min_rank", "ranks"): r"unit='ranks', min_rank=.* are out of bounds",
+        ignoring("min_rank", "parameters"): r"unit='parameters', min_rank=.* are out of bounds",
+        ignoring("max_rank", "ranks"): r"unit='ranks', .*max_rank=.* are out of bounds",
+        ignoring("max_rank", "parameters"): r"unit='parameters', .*max_rank.* are out of bounds",
+        accepting("ranks"): r"unit='ranks', .* cannot be met, and must raise ValueError",
+        accepting("parameters"): r"unit='parameters', .* cannot be met, and must raise ValueError",
+    }
 
 
-@pytest.mark.parametrize("broken", broken_allocators())
-def test_the_rules_catch_broken_allocators(broken):
-    with pytest.raises(AssertionError):
+@pytest.mark.parametrize(("broken", "message"), broken_allocators().items())
+def test_the_rules_catch_broken_allocators(broken, message):
+    with pytest.raises(AssertionError, match=message):
         testing.check_allocator(broken(Block()))

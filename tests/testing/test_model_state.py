@@ -54,6 +54,17 @@ def test_a_change_is_named(changed):
     assert " changed: expected " in str(caught.value)
 
 
+def test_nan_is_no_change_and_another_nan_or_zero_is_one():
+    tested = model()
+    tested[1].running_mean[0] = torch.nan
+    tested[0].weight.grad[0, 0] = torch.nan
+    with testing.unchanged(tested):
+        tested(torch.ones(2, 3))
+    for change in (lambda x: x.neg_(), lambda x: x.nan_to_num_(0.0)):
+        with pytest.raises(AssertionError, match="running_mean changed"), testing.unchanged(tested):
+            change(tested[1].running_mean)
+
+
 def test_a_forward_pass_changes_nothing():
     tested = model()
     with testing.unchanged(tested):

@@ -1,4 +1,8 @@
-"""ShapLoRA's coalitions: gates set to zero, and gradients over a whole data set."""
+"""ShapLoRA: gates set to zero by coalitions that `minirank/shapley.py` draws (`coalition_masks`).
+
+Here are the parts of one coalition's score: the adapters of a model, the gates set to zero outside
+the coalition, and the gradients over a whole data set. In this file, λ is the paper's gate.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,13 @@ from torch import Tensor, nn
 from ..checks import require
 from ..layers.lora import LoRALinear
 from ..layers.resize import separate_layers
-from ..measure import NO_BATCH, LossFn, scalar_loss
+from ..measure import NO_BATCH, LossFn, finite_loss
 
 WeightedBatch = tuple[Any, float]
 
 
 class Adapter(NamedTuple):
-    """The adapter of one layer, or something of the same shapes, in ShapLoRA's letters."""
+    """The adapter of one layer in ShapLoRA's letters, or its gradients or importances."""
 
     gate: Tensor  # λ, (r,)
     P: Tensor  # lora_B, (d_out, r)
@@ -171,11 +175,7 @@ def _gradient(
     model: nn.Module, loss_fn: LossFn, batch: Any, parameters: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     """∂L/∂w of one batch; None for a parameter that the loss does not depend on."""
-    loss = scalar_loss(model, loss_fn, batch)
-    if not torch.isfinite(loss):
-        raise ValueError(
-            f"the loss of a batch is {loss.item()}: check the data and the model's weights"
-        )
+    loss = finite_loss(model, loss_fn, batch)
     if not loss.requires_grad:
         return []  # the batch reaches no adapter
     return torch.autograd.grad(loss, list(parameters), allow_unused=True)
