@@ -85,15 +85,16 @@ def own_sensitivity(loss, params, batches, masks):
         )
 
     def loss_fn(model, batch):
-        parts = {named[m]: model.get_submodule(m) for m in layers}
-        return loss(
-            {n: {"gate": m.gate, "P": m.lora_B, "Q": m.lora_A} for n, m in parts.items()}, batch
-        )
+        adapters = dict(params)  # wrap() makes no layer of rank 0
+        for module in layers:
+            layer = model.get_submodule(module)
+            adapters[named[module]] = {"gate": layer.gate, "P": layer.lora_B, "Q": layer.lora_A}
+        return loss(adapters, batch)
 
     allocator = ShapLoRA(model, loss_fn, batches, progress=False)
     allocator._masks = lambda layers: masks
     scores = by_module(allocator._sensitivities(layers).mean(0), layers)
-    empty = next(iter(params.values()))["gate"][:0]  # wrap() makes no layer of rank 0
+    empty = next(iter(params.values()))["gate"][:0]
     return {name: scores.get(module, empty) for module, name in named.items()}
 
 

@@ -926,6 +926,7 @@ def reassign_cases() -> tuple[CaseSpec, ...]:
         ),
         case("a module without survivors comes last", OUT, [[0.0, 0.0], [0.0, 0.3], [0.0, 0.2]], 6),
         case("nothing survives", OUT, [[0.0, 0.0], [0.0], [0.0, 0.0]], 5),
+        case("a kept gate of zero before none", OUT, [[0.0], [0.0, 0.0]], 2, [0, 1]),
         case("kept, yet not intact", FIRST, [[0.0], [0.0, 0.5], [0.3]], 5, 1),
         case(
             "lower keeps the largest", KEPT, [[0.02, 0.05, 0.01], [0.6]], 4, [2, 1], threshold=0.1
