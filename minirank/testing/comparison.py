@@ -142,8 +142,7 @@ def _of_bits(entry: str, expected: Tensor, got: Any) -> Difference:
         return Difference(entry, _text(expected), _text(got), INFINITE, 0.0)
     if (expected.dtype, expected.shape) != (got.dtype, got.shape):
         return Difference(entry, _kind(expected), _kind(got), INFINITE, 0.0)
-    # A clone, since contiguous() leaves a single number with the stride that it had.
-    a, b = (t.detach().cpu().reshape(-1).clone() for t in (expected, got))
+    a, b = dense(expected), dense(got)
     unequal = torch.zeros(len(a), dtype=torch.bool)
     if len(a):
         bytes_differ = a.view(torch.uint8) != b.view(torch.uint8)
@@ -155,6 +154,11 @@ def _of_bits(entry: str, expected: Tensor, got: Any) -> Difference:
     return Difference(
         f"{entry}{index}", repr(a[place].item()), repr(b[place].item()), INFINITE, 0.0
     )
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The entries in a row, on the CPU. (contiguous() leaves a single number with its stride.)"""
+    return torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
 
 
 def _of_numbers(entry: str, exact: Any, rounded: Any, got: Any, allowance: Allowance) -> Difference:
@@ -175,7 +179,7 @@ def _of_numbers(entry: str, exact: Any, rounded: Any, got: Any, allowance: Allow
         a, b = (str(t.reshape(-1)[place].item()) for t in (right, came))
         return Difference(f"{entry}{_index(place, right.shape)}", a, b, INFINITE, 0.0)
     precision, note, shape = own.dtype, "", right.shape
-    if came.is_floating_point() and torch.finfo(came.dtype).eps > torch.finfo(precision).eps:
+    if came.dtype == torch.float32 and precision == torch.float64:
         note = f"the result is {_name(came.dtype)}, where {_name(precision)} came in"
         precision = came.dtype
     right, own, came = (

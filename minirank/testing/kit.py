@@ -101,12 +101,15 @@ class Case:
         arguments = self.arguments()
         tensors = _tensors(arguments)
         before = [tensor.detach().clone() for tensor in tensors]
+        flags = [tensor.requires_grad for tensor in tensors]
         plain = mapped(arguments, lambda x: None)  # containers and numbers, copied
         with ModelsUnchanged(arguments):
             outcome = self.spec.observe(implementation, arguments)
         for tensor, old in zip(tensors, before, strict=True):
             if any(difference.wrong for difference in _same(Bits(old), Bits(tensor.detach()))):
                 raise BrokenRule(f"an argument of shape {tuple(old.shape)} was changed in place")
+        if [tensor.requires_grad for tensor in tensors] != flags:
+            raise BrokenRule("the requires_grad of an argument was changed")
         if mapped(arguments, lambda x: None) != plain:
             raise BrokenRule("an argument was changed in place: a list or a mapping")
         return outcome

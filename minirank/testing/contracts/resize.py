@@ -34,6 +34,8 @@ def resize_arguments(
             tensor = tensor.square() * 1e-3 if part == "exp_avg_sq" else tensor
             if part == "values" and key == "B":
                 tensor[:2] = -0.0
+            if part == "values" and key == "gate":
+                tensor[::2] *= 1e-12
             if part == "exp_avg" and key == "A":
                 tensor[:, 0] *= 1e-30
             tensors[key] = view(tensor)

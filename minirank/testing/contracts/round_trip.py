@@ -37,7 +37,8 @@ def one_layer(**options: Any) -> Arguments:
 
 NAMES = (
     *("h.1", "h.10", "h_1", "h.1x", "fc", "enc.fc", "A", "mlp.gate", "mlp.B", "a+b", "w[0]"),
-    *("q/v", "with space", "größe", "^t$", "back\\slash", 'quo"te', "x" * 60),
+    *("encoder.layer.0.attention.query", "encoder.layer.1.attention.query", "q/v"),
+    *("with space", "größe", "^t$", "back\\slash", 'quo"te', "x" * 60),
 )
 
 
@@ -94,7 +95,7 @@ def contents_of(folder: str) -> list[bytes]:
 
 
 def bits_of_layer(layer: Mapping[str, Any]) -> dict[str, Any]:
-    gate = layer.get("gate")
+    gate = layer["gate"]
     return {
         "A": Bits(layer["A"].detach().clone()),
         "B": Bits(layer["B"].detach().clone()),
