@@ -485,7 +485,9 @@ def by_remainder(real, cost):
 
 @right("ranks_from_shares", "Modules at a bound are fixed in turn; results are np.int64.")
 def shares_by_fixing(scores, budget, costs=None, lower=None, upper=None):
-    order = lambda real, cost: [n for n in by_remainder({n: real[n] for n in scores}, cost)]  # noqa: E731, C416
+    def order(real, cost):
+        return by_remainder({n: real[n] for n in scores}, cost)
+
     ranks = whole_ranks(scores, budget, costs, lower, upper, order)
     return {name: np.int64(rank) for name, rank in ranks.items()}
 

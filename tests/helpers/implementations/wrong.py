@@ -1627,7 +1627,10 @@ def best_without_upper(scores, budget, costs=None, lower=None, upper=None):
 @wrong("best_ranks", "The first `lower` ranks of each module are kept, not its best ones.")
 def best_lower_by_position(scores, budget, costs=None, lower=None, upper=None):
     low = lower or dict.fromkeys(scores, 0)
-    first = lambda rank: -math.inf if rank[1] < low[rank[0]] else -scores[rank[0]][rank[1]]  # noqa: E731
+
+    def first(rank):
+        return -math.inf if rank[1] < low[rank[0]] else -scores[rank[0]][rank[1]]
+
     return chosen(scores, budget, costs, lower, upper, first)
 
 
@@ -2124,7 +2127,9 @@ def params_left_requiring_gradients(loss, params, batches, masks):
     "Signed products are averaged over coalitions, absolute values come last.",
 )
 def absolute_value_last(loss, params, batches, masks):
-    signed = lambda l, P, Q, gl, gP, gQ: l * gl + (P * gP).mean(0) + (Q * gQ).mean(1)  # noqa: E731, E741
+    def signed(gate, P, Q, grad_gate, grad_P, grad_Q):
+        return gate * grad_gate + (P * grad_P).mean(0) + (Q * grad_Q).mean(1)
+
     return {n: s.abs() for n, s in averaged(loss, params, batches, masks, score=signed).items()}
 
 
