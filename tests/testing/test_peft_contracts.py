@@ -291,6 +291,8 @@ def test_the_fault_that_fits_most_cases_is_named():
         return reference.peft_delta_weight(tensors, found, name)
 
     hints = Counter(
-        result.hint.split(";")[0] for result in failed(plain_names, reference.peft_delta_weight)
+        result.hint.split(";")[0]
+        for result in failed(plain_names, reference.peft_delta_weight)
+        if result.twins  # the first failures alone are held against twins
     )
     assert set(hints) == {"equals ΔW with keys as plain names"}

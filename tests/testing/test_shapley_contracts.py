@@ -9,10 +9,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from minirank.allocators.coalitions import by_module
 from torch import nn
 
 from minirank import ShapLoRA, reference, shapley, testing, wrap
+from minirank.allocators.masked_gates import by_module
 from minirank.allocators.shaplora import ipt, san
 from minirank.testing.contracts import shapley as contracts
 
