@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..checks import quoted_names
 from .case import Arguments, CaseSpec, Contract, Implementation, cast, mapped
 from .comparison import Bits, Difference, differences, kept
+from .contracts import all_contracts
 from .model_state import unchanged
 from .report import ConformanceError, Report, Result
 
@@ -381,14 +382,12 @@ class WithBackward:
 
 def contract_of(like: Implementation) -> Contract:
     """The contract whose reference is `like`. Raises ValueError if there is none."""
-    from .contracts import CONTRACTS  # only now, so that `import minirank` does not make the cases
-
-    for contract in CONTRACTS:
+    for contract in all_contracts():
         if contract.reference is like:
             return contract
     raise ValueError(
         f"{getattr(like, '__name__', like)!r} has no contract: expected like=reference.NAME, with "
-        f"one of {quoted_names([contract.name for contract in CONTRACTS], 99)}"
+        f"one of {quoted_names([contract.name for contract in all_contracts()], 99)}"
     )
 
 

@@ -28,7 +28,7 @@ from ..files.peft_folder import CONFIG_FILE, TENSORS_FILE
 from ..files.safetensors_file import read_safetensors, safetensors_bytes
 from .adapters import ADAPTERS, Adapter, details
 from .case import Contract, Implementation, call, cast
-from .contracts import CONTRACTS
+from .contracts import all_contracts
 from .kit import Case, WithBackward, cases_of
 from .plain_data import NotPlainData, Tensors, decoded, encoded, shaped_like, with_allowed
 from .report import Report, Result
@@ -183,7 +183,7 @@ def detached(value: Any) -> Any:
 
 def plain_contracts() -> Iterator[Contract]:
     """Every contract, in a form whose arguments may be plain data."""
-    for contract in CONTRACTS:
+    for contract in all_contracts():
         yield tabulated(contract) or contract
     yield MLP
 

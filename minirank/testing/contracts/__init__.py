@@ -14,13 +14,20 @@ A case says how to make fresh arguments and what of the outcome is compared. A w
 implementation with one fault, under a sentence that completes "the result equals …".
 """
 
-from ..case import Contract
-from . import curvature, layer, peft, ranks, shapley
+from functools import cache
 
-CONTRACTS: tuple[Contract, ...] = (
-    *layer.CONTRACTS,
-    *peft.CONTRACTS,
-    *curvature.CONTRACTS,
-    *ranks.CONTRACTS,
-    *shapley.CONTRACTS,
-)
+from ..case import Contract
+
+
+@cache
+def all_contracts() -> tuple[Contract, ...]:
+    """Every contract, made at the first call, so that `import minirank` need not wait for them."""
+    from . import curvature, layer, peft, ranks, shapley
+
+    return (
+        *layer.CONTRACTS,
+        *peft.CONTRACTS,
+        *curvature.CONTRACTS,
+        *ranks.CONTRACTS,
+        *shapley.CONTRACTS,
+    )
