@@ -324,7 +324,7 @@ def test_a_case_of_two_calls_has_two_entries(tmp_path, monkeypatch):
     assert write_function(tmp_path, contract, [wide, narrow]) == 4
     cases = read(tmp_path / "total.json")["cases"]
     assert [case["name"] for case in cases] == [*wide.names, *narrow.names]
-    monkeypatch.setattr("minirank.testing.vectors.CONTRACTS", (contract,))
+    monkeypatch.setattr("minirank.testing.vectors.all_contracts", lambda: (contract,))
     (tmp_path / "total.json").unlink()
     for second, status in ((6.0, "passed"), (3.0, "failed"), ({"$skipped": "why"}, "skipped")):
         results = dict(zip([*wide.names, *narrow.names], [3.0, second, 3.0, 6.0], strict=True))
@@ -610,7 +610,7 @@ def test_files_that_are_no_results(tmp_path, capsys):
 def test_a_wrong_table_is_told_what_it_is(original, arguments, sentence, tmp_path, monkeypatch):
     spec = CaseSpec("uneven", "equation", arguments, terms=64)
     contract = Contract(original.__name__, "2026", original, (spec,))
-    monkeypatch.setattr("minirank.testing.vectors.CONTRACTS", (contract,))
+    monkeypatch.setattr("minirank.testing.vectors.all_contracts", lambda: (contract,))
     plain = tabulated(contract)
     results = {
         case.name: as_json(call(plain.wrong_twins[sentence], case.arguments()))
