@@ -16,7 +16,7 @@ An allocator of your own is a class with one method, `score`. Choose the base by
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     >>> _ = [nn.init.constant_(layer.weight, 1.0) for layer in model]
     >>> allocator = LargestWeights(model)
-    >>> testing.check_allocator(LargestWeights(model))  # does it keep the rules?
+    >>> report = testing.check_allocator(LargestWeights(model))  # does it keep the rules?
     >>> allocator.score()  # √16 and √8
     {'0': tensor(4.), '1': tensor(2.8284)}
     >>> allocator.allocate(5).ranks

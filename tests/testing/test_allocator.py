@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -214,34 +216,116 @@ def broken_allocators():
         return Accepts
 
     return {
-        KeepsMoreThanItGives: "the keep mask of 'up' holds 3, but its rank is 0",
+        KeepsMoreThanItGives: "the keep mask of 'up' from .*: expected 0 kept, its rank, got 3",
         ForgetsAMask: r"expected keep masks for \['up', 'down'\], got \['up'\]",
         InventsAMask: r"expected keep masks for \['up', 'down'\], got \['up', 'down', 'side'\]",
-        CutsAMask: r"the keep mask of 'up' has shape \(1,\); expected \(3,\)",
+        CutsAMask: r"the keep mask of 'up' from .*: expected shape \(3,\), got \(1,\)",
         ChangesTheModel: "up.weight changed",
         LeavesEvalMode: "mode, numbers of hooks",
         DrawsFromTheGlobalGenerator: "random state changed",
-        LosesARank: "miss the budget of 1",
-        NeedsNoScores: r"allocate\(\) before score\(\) must raise RuntimeError",
-        RaisesKeyErrorBeforeScores: "must raise RuntimeError, got KeyError",
-        GivesNaN: "score of 'up' is not finite",
-        NamesAnUnknownModule: "names 'side', which is not a linear layer",
-        NamesANorm: "names 'norm', which is not a linear layer",
-        ForgetsToStore: r"allocate\(0, .* must not raise, but raised RuntimeError: .*call score",
-        GivesANegativeShare: "must not raise, but raised ValueError: score of 'up' is -1.0",
-        GivesFloats: r"score\(\) must not raise, but raised AttributeError",
-        ReturnsFloats: "score of 'up' must be a tensor, got 1.0",
-        ReturnsRanks: "must return an Allocation",
-        ignoring("min_rank", "ranks"): r"unit='ranks', min_rank=.* are out of bounds",
-        ignoring("min_rank", "parameters"): r"unit='parameters', min_rank=.* are out of bounds",
-        ignoring("max_rank", "ranks"): r"unit='ranks', .*max_rank=.* are out of bounds",
-        ignoring("max_rank", "parameters"): r"unit='parameters', .*max_rank.* are out of bounds",
-        accepting("ranks"): r"unit='ranks', .* cannot be met, and must raise ValueError",
-        accepting("parameters"): r"unit='parameters', .* cannot be met, and must raise ValueError",
+        LosesARank: "expected ranks that sum to 1, got 0",
+        NeedsNoScores: r"allocate\(\) before score\(\): expected RuntimeError, got no exception",
+        RaisesKeyErrorBeforeScores: "expected RuntimeError, got KeyError",
+        GivesNaN: "score of 'up': expected finite numbers, got nan",
+        NamesAnUnknownModule: "expected linear layers of the model, got 'side', which is none",
+        NamesANorm: "expected linear layers of the model, got 'norm', which is none",
+        ForgetsToStore: r"at allocate\(0, .* expected no exception, got RuntimeError: .*call score",
+        GivesANegativeShare: "expected no exception, got ValueError: score of 'up' is -1.0",
+        GivesFloats: r"at score\(\): expected no exception, got AttributeError",
+        ReturnsFloats: "score of 'up': expected a tensor, got 1.0",
+        ReturnsRanks: "expected an Allocation, got {'up'",
+        ignoring("min_rank", "ranks"): r"FAILED +min_rank, ranks .*unit='ranks', min_rank=",
+        ignoring("min_rank", "parameters"): r"FAILED +min_rank, parameters .*unit='parameters'",
+        ignoring("max_rank", "ranks"): r"FAILED +max_rank, ranks .*unit='ranks', .*max_rank=",
+        ignoring("max_rank", "parameters"): r"FAILED +max_rank, parameters .*unit='parameters'",
+        accepting("ranks"): r"unit='ranks', .*: expected ValueError, got no exception",
+        accepting("parameters"): r"unit='parameters', .*: expected ValueError, got no exception",
     }
+
+
+def text_of(broken, **options):
+    """The report on an allocator that breaks rules, in one line."""
+    with pytest.raises(testing.ConformanceError) as caught:
+        testing.check_allocator(broken, **options)
+    assert isinstance(caught.value, AssertionError)
+    return " ".join(str(caught.value).split())
 
 
 @pytest.mark.parametrize(("broken", "message"), broken_allocators().items())
 def test_the_rules_catch_broken_allocators(broken, message):
-    with pytest.raises(AssertionError, match=message):
-        testing.check_allocator(broken(Block()))
+    assert re.search(message, text_of(broken(Block())))
+
+
+def test_all_broken_rules_are_reported():
+    class BreaksTwo(UniformRanks):
+        def score(self):
+            torch.rand(1)
+            return super().score()
+
+        def allocate(self, budget, *, unit="ranks", **options):
+            lost = unit == "ranks" and budget == 7
+            return super().allocate(budget - lost, unit=unit, **options)
+
+    text = text_of(BreaksTwo(Block()))
+    assert "FAILED score() leaves the model" in text
+    assert "FAILED budget, ranks (Σ r = budget) at allocate(7, " in text
+    assert text.count("FAILED") == 2
+
+
+def test_rules_without_scores_are_skipped_with_a_reason():
+    class Raises(UniformRanks):
+        def score(self):
+            raise KeyError("up")
+
+    text = text_of(Raises(Block()))
+    assert text.count("FAILED") == 1
+    assert "SKIPPED budget, ranks (Σ r = budget) the scores are not what they must be" in text
+
+
+def test_equal_scores_must_meet_the_budget_too():
+    class KeepsAboveAThreshold(RankScores):
+        """Ranks whose score is above that of the first that falls out: none, if all are equal."""
+
+        def score(self):
+            return self.store_scores({"up": torch.arange(3.0), "down": 0.5 + torch.arange(4.0)})
+
+        def ranks_from_scores(self, scores, constraints):
+            ranks, keep = super().ranks_from_scores(scores, constraints)
+            if len(set(torch.cat(list(scores.values())).tolist())) == 1 and any(ranks.values()):
+                ranks = dict.fromkeys(ranks, 0)
+                keep = {name: torch.zeros_like(mask) for name, mask in keep.items()}
+            return ranks, keep
+
+    text = text_of(KeepsAboveAThreshold(wrapped()))
+    assert "FAILED ties, ranks" in text
+    assert text.count("FAILED") == 2  # in both units
+
+
+def test_the_scores_are_the_measured_ones_afterwards():
+    allocator = RankScores(wrapped())
+    testing.check_allocator(allocator)
+    ranks = allocator.allocate(4).ranks
+    allocator.score()
+    assert allocator.allocate(4).ranks == ranks
+
+
+def test_an_allocator_without_parameter_budgets():
+    class RanksOnly(UniformRanks):
+        def allocate(self, budget, *, min_rank=0, max_rank=None):
+            return super().allocate(budget, min_rank=min_rank, max_rank=max_rank)
+
+    report = testing.check_allocator(RanksOnly(Block()), units=("ranks",))
+    assert not any("parameters" in result.case for result in report)
+    assert "unexpected keyword argument 'unit'" in text_of(RanksOnly(Block()))
+
+
+@pytest.mark.parametrize("units", [(), ("rank",), "ranks"])
+def test_unknown_units_are_refused(units):
+    with pytest.raises(ValueError, match="expected units among"):
+        testing.check_allocator(UniformRanks(Block()), units=units)
+
+
+def test_the_report_tells_all_rules():
+    report = testing.check_allocator(RankScores(wrapped()))
+    assert {result.status for result in report} == {"passed"}
+    assert "check_allocator (the rules of score() and allocate(budget)): 19 of 19" in str(report)
