@@ -16,7 +16,7 @@ wide layers cost more parameters there.
 
 All methods return an `Allocation`, for `wrap` or `resize`. L1RA moves ranks by itself, in `step()`:
 its `allocate` answers what an update would do. A budget counts ranks, which are met exactly, or
-trainable parameters (`unit="parameters"`), which are not exceeded, and then no further rank fits.
+trainable parameters (`unit="parameters"`), never exceeded, with too little left for one more rank.
 `min_rank` and `max_rank` are options of `allocate` (L1RA, which allocates by itself, takes them
 when it is made too): one bound for all modules, or {full name: bound}. `targets` are exact names,
 globs, a type or a function. A pattern that matches nothing is an error. By default every linear

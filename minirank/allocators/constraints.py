@@ -88,7 +88,7 @@ def _lower_bounds(min_rank: Bound, shapes: Mapping[str, tuple[int, int]]) -> dic
 
 
 def _upper_bounds(max_rank: Bound, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """min(d_out, d_in) where `max_rank` says nothing, or more."""
+    """At most min(d_out, d_in), which is also the bound where `max_rank` says nothing."""
     given = _given_bounds("max_rank", max_rank, shapes)
     return {name: min(given.get(name, min(shape)), *shape) for name, shape in shapes.items()}
 

@@ -9,7 +9,7 @@ A diagonal has the shape of the layer's weight, (d_out, d_in); the input second 
 `SensitivityLoRA` (options are bound with `functools.partial`), and each is useful by itself. The
 model is measured in eval mode and left unchanged.
 
-| estimator                    | gives                          | differs from the Hessian by   |
+| estimator                    | gives                          | can differ from the Hessian by|
 |------------------------------|--------------------------------|-------------------------------|
 | `exact_hessian_diagonal`     | the diagonal, through outputs  | nothing                       |
 | `hessian_diagonal_reference` | the diagonal, entry by entry   | nothing                       |
@@ -19,9 +19,9 @@ model is measured in eval mode and left unchanged.
 |                              | random signs on the weights    |                               |
 | `gauss_newton`               | Gauss-Newton's diagonal, exact | the network's own curvature   |
 |                              | or by random signs             | (and chance, by random signs) |
-| `empirical_fisher`           | the mean square of the         | without bound                 |
+| `empirical_fisher`           | the mean square of the         | any amount                    |
 |                              | gradients of single samples    |                               |
-| `input_second_moment`        | the mean square of the layer's | without bound                 |
+| `input_second_moment`        | the mean square of the layer's | any amount                    |
 |                              | inputs: Sensitivity-LoRA's own |                               |
 
 | estimator                    | costs, for each batch                                          |
@@ -37,9 +37,9 @@ model is measured in eval mode and left unchanged.
 Which one: `exact_hessian_diagonal` for small models, `hutchinson_outputs` for larger ones,
 `gauss_newton` where no entry may be negative. The last two are cheap, but only stand-ins.
 
-How sure a result is: an `Estimate` knows the standard error of each layer's trace, from how many
-values (`samples`), and what varies between these (`over`: random vectors, or batches). With
-`tolerance=`, an estimator stops as soon as every standard error is small enough.
+How sure a result is: an `Estimate` holds the standard error of each layer's trace, the number of
+values behind it (`samples`), and their kind (`over`: random vectors, or batches). With
+`tolerance=`, an estimator stops as soon as every standard error is small enough (averaging.py).
 
 What to know:
 
@@ -49,9 +49,10 @@ What to know:
 - Padding. `input_second_moment` drops padding tokens by the batch's `attention_mask`; the rule is
   at the top of input_moment.py. The other estimators differentiate the loss, so they leave out what
   the loss leaves out.
+- Attention. Its fused kernels cannot be differentiated twice: measure.py selects one that can.
 - Samples. `exact_hessian_diagonal`, `hutchinson_outputs`, `gauss_newton` and `empirical_fisher`
   take the first dimension of a layer's input as samples that do not interact, and check it. With
-  `independent=False` all but the Fisher do without this assumption.
+  `independent=False` the first three work without it; the Fisher always needs it.
 - Checkpointing. Estimators through outputs follow gradient checkpointing (use_reentrant=False).
   Those through weights, `hutchinson_weights` and `hessian_diagonal_reference`, refuse it.
 - Tied weights. A layer counts by its outputs. If its weight is used elsewhere too (tied to another

@@ -37,8 +37,8 @@ def empirical_fisher(
 ) -> Estimate:
     """The mean over samples of each sample's squared gradient.
 
-    Target: the mean over the n samples of a batch of (∂ℓ/∂W)², ℓ being a sample's own loss: n times
-    its part of the mean.
+    Target: the mean over the n samples of a batch of (∂ℓ/∂W)². ℓ is a sample's own loss, n times
+    its part of the mean, with the label that the batch gives; none is drawn from the model.
     Bias: as a stand-in for the Hessian diagonal, without bound. It is near the Gauss-Newton
     diagonal where the predicted probabilities are how often each label occurs, and vanishes where
     the model fits the labels perfectly. Entries are never negative.

@@ -23,8 +23,8 @@ it is complete on the disk. Loading checks everything before it touches the mode
   of tied tensors; and where the ranks came from. Under "checksum": the SHA-256 of all of it.
 - Not in the file: the base weights, optimizers, L1RA's own state (its `state_dict`), and whether
   single adapters were frozen. After loading, all adapters train.
-- Files of minirank 0.1 (format 1) are read. They do not say what trained: the modules that they
-  hold do.
+- Files of minirank 0.1 (format 1) are read. They do not say what trained, so every module
+  in them is taken as trained.
 
 Refused: files that are cut off, changed or foreign; other base weights, unless they are meant
 (other_base=True), since an adapter computes nonsense beside them; layers that are merged, whose
@@ -46,10 +46,10 @@ what is done here about them:
   written as alpha = scaling · r for every layer.
 - A list in target_modules names suffixes: "fc" also means "enc.fc". export_peft writes one regular
   expression that matches the full names.
-- The keys of rank_pattern and alpha_pattern are regular expressions, tried after any prefix, and
-  the first that matches counts. export_peft writes "^" and the escaped name of each layer.
-  import_peft follows PEFT's rule. PEFT sorts the keys when it saves: if two of them match one name,
-  what PEFT loads is not always what it trained.
+- The keys of rank_pattern and alpha_pattern are regular expressions. A key may match the whole name
+  or its end after a dot, and the first key that matches wins. export_peft writes "^" and the
+  escaped name of each layer. import_peft follows PEFT's rule. PEFT sorts the keys when it saves: if
+  two of them match one name, what PEFT loads is not always what it trained.
 - Some loaders (vLLM, diffusers) ignore alpha_pattern, and scale wrongly. For these,
   export_peft(…, portable=True) multiplies the scaling into B and sets every alpha to the rank.
 - PEFT has no gates: they are multiplied into B. It has one dropout for all layers: the largest of

@@ -36,7 +36,7 @@ scaling; `save_adapter`'s file holds everything.
 A module that a model holds in several places is one module. Any of its names selects it, results
 list it under its first name, it gets one adapter, and the adapter works in every place.
 Two modules with one weight (a head tied to an embedding) stay two modules: each gets an adapter of
-its own, and merging is refused unless it may untie them.
+its own, and `merge` refuses them without `untie=True`.
 
 nn.MultiheadAttention reads its out_proj's weight without calling the module. An adapter there
 works, but nothing can be measured there and adapter dropout has no effect, so that out_proj is

@@ -15,9 +15,9 @@
     peft_format.py   what a PEFT folder of mixed ranks and alphas has to compute
 
 Each file imports torch and the standard library alone. Copied to an empty folder it works. Run as
-a script (`python l1ra.py`) it shows its method on a toy. The files check no arguments, know no
-devices and spare no memory. They compute in the precision of what they are given: pass
-`model.double()` for float64.
+a script (`python l1ra.py`) it shows its method on a toy. The files do not check arguments, do
+not move tensors between devices and do not save memory. They compute in the precision of what they
+are given: pass `model.double()` for float64.
 
 Each function has a hardened twin in the library:
 

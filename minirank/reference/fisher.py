@@ -1,6 +1,6 @@
 """The empirical Fisher diagonal: squared gradients of single samples.
 
-    L_i  a number       the loss of sample i alone
+    L_i  a number       the loss of sample i alone, with the label that the batch gives
     W    (d_out, d_in)  the weight of one layer
     h    (d_out, d_in)  the mean over all samples i of (∂L_i / ∂W)²
 

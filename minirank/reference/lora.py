@@ -4,8 +4,8 @@ y = W x + b + s · B (gate ⊙ A x)
 
 W     (d_out, d_in)  the frozen weight
 b     (d_out,)       its bias, or None
-A     (r, d_in)      the down-projection
-B     (d_out, r)     the up-projection
+A     (r, d_in)      the down-projection; starts uniform in ±1/√d_in
+B     (d_out, r)     the up-projection; starts at zero
 gate  (r,)           a factor for each rank, called c by L1RA and λ by ShapLoRA; None means 1
 s     a number       the scaling, alpha / r when the layer is made, and fixed from then on
 ΔW    (d_out, d_in)  s · B diag(gate) A

@@ -40,8 +40,9 @@ def exact_shapley_values(value: Callable[[Tensor], float], n: int) -> Tensor:
 def coalition_masks(ranks: list[int], coalitions: int, generator: torch.Generator) -> Tensor:
     """ShapLoRA's sample (after its Eq 10): bool (coalitions, Σ ranks), the players being ranks.
 
-    For p = 0.1, 0.2, … 0.9 every player is in with probability p; each mask is followed by its
-    complement; and all that coalitions / 18 times. So every player is in exactly half of them.
+    For p = 0.1, 0.2, … 0.9 every player is in with probability p, and each mask is followed by its
+    complement. This gives 18 masks. It is repeated coalitions / 18 times, so `coalitions` is a
+    multiple of 18. Every player is in exactly half of the masks.
     """
     masks = []
     for _ in range(coalitions // 18):

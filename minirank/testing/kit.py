@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import quoted_names
+from ..layers.targets import did_you_mean
 from .case import Arguments, CaseSpec, Contract, Implementation, cast, mapped
 from .comparison import Bits, Difference, differences, kept
 from .contracts import all_contracts
@@ -173,7 +174,16 @@ class Case:
 
     def _result(self, worst: Difference) -> Result:
         folder = "testing" if ".testing." in self.contract.reference.__module__ else "reference"
-        call = f"testing.cases({folder}.{self.contract.name}, {self.name!r})[0].run(mine)"
+        options = [f", {self.name!r}"]
+        if self.dtype not in (torch.float64, torch.float32):
+            options.append(f", dtype={self.dtype}")
+        if str(self.device) != "cpu":
+            options.append(f", device={str(self.device)!r}")
+        if self.tolerance is not None:
+            options.append(f", tolerance={self.tolerance}")
+        if self.convert is not None:
+            options.append(", convert=convert")
+        call = f"testing.cases({folder}.{self.contract.name}{''.join(options)})[0].run(mine)"
         return Result(
             case=self.name,
             equation=self.spec.equation,
@@ -272,7 +282,8 @@ def check(
             of the forward call and the gradient of the outcome, it returns {argument: gradient}.
             For lora_forward: backward(x, W, b, A, B, scaling, gate, grad_y), where b and gate may
             be None, returns "x", "A" and "B", and "gate" if there is one.
-        skip: {name or glob of a case: why it is not run}.
+        skip: {name or glob of a case: why it is not run}. A name ends with its dtype: "gate*"
+            covers "gate, float64" and "gate, float32".
         expected_failures: {name or glob of a case: why it fails}. One that passes is an error.
         on_fail: "raise" a ConformanceError, "warn", or None: only return the report.
 
@@ -354,12 +365,15 @@ def parametrize(
     return pytest.mark.parametrize("check", parameters)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Check:
     """Runs one case when it is called. Raises ConformanceError if it fails."""
 
     case: Case
     mine: Implementation
+
+    def __repr__(self) -> str:
+        return f"<check of {self.case.name!r}>"
 
     def __call__(self) -> Result:
         result = self.case.run(self.mine)
@@ -485,11 +499,14 @@ def _reason(name: str, reasons: Reasons) -> str:
 
 
 def _require_matches(names: Iterable[str], reasons: Reasons, argument: str) -> None:
+    if not isinstance(reasons, Mapping):
+        raise TypeError(f"{argument} must be {{name or glob of a case: reason}}, got {reasons!r}")
     for pattern in reasons:
         if not any(_reason(name, {pattern: "x"}) for name in names):
             raise ValueError(
-                f"{argument} names {pattern!r}, which matches none of the cases: "
-                f"{quoted_names(list(names), 99)}"
+                f"{argument} names {pattern!r}, which matches none of the cases (a name ends with "
+                f"its dtype; a glob such as '{pattern}*' leaves it out): "
+                f"{did_you_mean(pattern, list(names))}"
             )
 
 

@@ -42,7 +42,8 @@ class Result:
     twins: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{self.status.upper():8}{self.case}  ({self.equation})"]
+        status = "PASSED, with a note: " if self.status == "noted" else f"{self.status.upper():8}"
+        lines = [f"{status}{self.case}  ({self.equation})"]
         if self.status == "failed":
             lines += _wrapped(f"at {self.entry}: ", f"expected {self.expected}, got {self.got}")
             if self.allowed:
@@ -51,6 +52,8 @@ class Result:
             lines += _wrapped("", self.hint)
         if self.status == "failed" and self.reproduce:
             lines.append(f"        again: {self.reproduce}")
+            arguments = self.reproduce.replace(".run(mine)", ".arguments()")
+            lines.append(f"        its arguments: {arguments}")
         return "\n".join(lines)
 
 
@@ -101,10 +104,10 @@ class Report(Sequence[Result]):
         head = f"{self.contract} ({self.source}): {len(passed)} of {len(self)} cases passed"
         shares = [result.error / result.allowed for result in passed if result.allowed]
         if shares:
-            head += f"; largest error {max(shares):.2g} of the allowed one"
+            head += f"; largest error: {100 * max(shares):.2g} % of what is allowed"
         told = list(map(str, self.failed[:SHOWN]))
         if len(self.failed) > SHOWN:
-            more = ", ".join(result.case for result in self.failed[SHOWN:])
+            more = "; ".join(result.case for result in self.failed[SHOWN:])
             told += textwrap.wrap(f"and {len(self.failed) - SHOWN} more: {more}", 100)
         told += map(str, self.with_status("noted", "skipped", "xfailed"))
         return "\n".join([head, *told])
