@@ -99,16 +99,25 @@ class Report(Sequence[Result]):
         """The results that failed."""
         return self.with_status("failed")
 
+    def _distinct_failures(self) -> list[Result]:
+        """The failures, one for a case that failed in float64 and in float32."""
+        first: dict[str, Result] = {}
+        for result in self.failed:
+            name, _, dtype = result.case.rpartition(", ")
+            first.setdefault(name if dtype in ("float64", "float32") else result.case, result)
+        return list(first.values())
+
     def __str__(self) -> str:
         passed = self.with_status("passed", "noted")
         head = f"{self.contract} ({self.source}): {len(passed)} of {len(self)} cases passed"
         shares = [result.error / result.allowed for result in passed if result.allowed]
         if shares:
             head += f"; largest error: {100 * max(shares):.2g} % of what is allowed"
-        told = list(map(str, self.failed[:SHOWN]))
-        if len(self.failed) > SHOWN:
-            more = "; ".join(result.case for result in self.failed[SHOWN:])
-            told += textwrap.wrap(f"and {len(self.failed) - SHOWN} more: {more}", 100)
+        shown = self._distinct_failures()[:SHOWN]
+        told = list(map(str, shown))
+        if len(self.failed) > len(shown):
+            more = "; ".join(result.case for result in self.failed if result not in shown)
+            told += textwrap.wrap(f"and {len(self.failed) - len(shown)} more: {more}", 100)
         told += map(str, self.with_status("noted", "skipped", "xfailed"))
         return "\n".join([head, *told])
 
