@@ -16,12 +16,12 @@ import argparse
 import copy
 import importlib
 import importlib.metadata
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from reports import printed
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -225,14 +225,6 @@ def backpack_diagonal(
 
 
 # ---- reports -------------------------------------------------------------------------------------
-
-
-def printed(report: Any) -> str:
-    """The report, with paths relative to where Python finds packages."""
-    text = str(report)
-    for folder in sorted(filter(None, sys.path), key=len, reverse=True):
-        text = text.replace(f"{folder}/", "")
-    return text
 
 
 def show(title: str, package: str, mine: Callable[..., Any], like: Any, skip: bool) -> None:

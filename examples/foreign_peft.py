@@ -14,7 +14,6 @@ import fnmatch
 import inspect
 import json
 import re
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear
+from reports import printed
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -173,14 +173,6 @@ def peft_delta_weight(
 
 
 # ---- reports -------------------------------------------------------------------------------------
-
-
-def printed(report: Any) -> str:
-    """The report, with paths relative to where Python finds packages."""
-    text = str(report)
-    for folder in sorted(filter(None, sys.path), key=len, reverse=True):
-        text = text.replace(f"{folder}/", "")
-    return text
 
 
 def folded(mine: Callable[..., Any]) -> Callable[..., Any]:

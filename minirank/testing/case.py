@@ -76,6 +76,21 @@ class Contract:
     wrong_twins: Mapping[str, Implementation] = field(default_factory=dict)
 
 
+def fitting_twins(
+    twins: Mapping[str, Implementation], fits: Callable[[Implementation], bool]
+) -> tuple[str, ...]:
+    """The sentences of the wrong twins that fit. One that cannot do the case does not."""
+    found = []
+    for sentence, twin in twins.items():
+        try:
+            fitting = fits(twin)
+        except Exception:  # whatever a twin raises on arguments that it was not made for
+            continue
+        if fitting:
+            found.append(sentence)
+    return tuple(found)
+
+
 def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     """`value` with function(tensor) or function(module) in place of each tensor and module."""
     if isinstance(value, (Tensor, nn.Module)):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..checks import quoted_names
 from ..layers.targets import did_you_mean
-from .case import Arguments, CaseSpec, Contract, Implementation, cast, mapped
+from .case import Arguments, CaseSpec, Contract, Implementation, cast, fitting_twins, mapped
 from .comparison import Bits, Difference, differences, kept
 from .contracts import all_contracts
 from .model_state import unchanged
@@ -122,9 +122,10 @@ class Case:
             plain = isinstance(value, Tensor) and value.is_floating_point()
             return value.detach().mul(0.5) if plain else value
 
-        arguments = Arguments(mapped(self.arguments().positional, other), self.arguments().options)
+        arguments = self.arguments()
+        others = Arguments(mapped(arguments.positional, other), arguments.options)
         try:
-            self.spec.observe(implementation, arguments)
+            self.spec.observe(implementation, others)
         except Exception:  # these numbers may lie outside the contract
             return
 
@@ -158,15 +159,12 @@ class Case:
             outcome = self.spec.observe(implementation, self.arguments())
         except Exception:
             return ()
-        found = []
-        for sentence, twin in self.contract.wrong_twins.items():
-            try:
-                exact, rounded = self._right_outcomes(twin)
-            except Exception:  # this twin cannot do this case
-                continue
-            if not any(difference.wrong for difference in self._judged(exact, rounded, outcome)):
-                found.append(sentence)
-        return tuple(found)
+
+        def fits(twin: Implementation) -> bool:
+            exact, rounded = self._right_outcomes(twin)
+            return not any(d.wrong for d in self._judged(exact, rounded, outcome))
+
+        return fitting_twins(self.contract.wrong_twins, fits)
 
     def _failed(self, expected: str, got: str, hint: str) -> Result:
         result = self._result(Difference("result", expected, got, float("inf"), 0.0))
@@ -236,8 +234,7 @@ def cases(
     return [
         replace(case, device=device, tolerance=tolerance, convert=convert)
         for case in cases_of(contract_of(like), dtype)
-        if (case.name == only or fnmatch.fnmatchcase(case.name, only))
-        and (gradients or not case.spec.needs_gradients)
+        if _matches(case.name, only) and (gradients or not case.spec.needs_gradients)
     ]
 
 
@@ -491,9 +488,14 @@ def _judged(
     return replace(result, status="failed", entry="result", hint=message)
 
 
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a case has this name, or one that the glob covers."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
+
+
 def _reason(name: str, reasons: Reasons) -> str:
     for pattern, reason in reasons.items():
-        if name == pattern or fnmatch.fnmatchcase(name, pattern):
+        if _matches(name, pattern):
             return reason or "no reason given"
     return ""
 

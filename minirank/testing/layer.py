@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from .case import Implementation
+from .case import Implementation, fitting_twins
 from .comparison import Difference, differences
 from .contracts.forward import FORWARD_TWINS, LORA
 from .report import ConformanceError, Report, Result
@@ -61,7 +61,9 @@ def check_lora_layer(
     difference = _difference(y, reference.lora_forward, x, matrices, tolerance)
     if difference.wrong:
         largest = _difference(y, reference.lora_forward, x, matrices, 1.0).allowed
-        twins = _equal_twins(y, x, matrices, tolerance)
+        twins = fitting_twins(
+            FORWARD_TWINS, lambda twin: not _difference(y, twin, x, matrices, tolerance).wrong
+        )
         result = _failed(difference, largest, tolerance, twins)
         raise ConformanceError(Report("lora_forward", SOURCE, (result,)))
 
@@ -75,21 +77,6 @@ def _difference(
     rounded = {"y": exact["y"].to(x.dtype)}
     (found,) = differences(exact, rounded, {"y": y}, dtype=x.dtype, terms=0.0, tolerance=tolerance)
     return found
-
-
-def _equal_twins(
-    y: Tensor, x: Tensor, matrices: tuple[Any, ...], tolerance: float
-) -> tuple[str, ...]:
-    """The sentences of the wrong twins that gave y."""
-    twins = []
-    for sentence, twin in FORWARD_TWINS.items():
-        try:
-            wrong = _difference(y, twin, x, matrices, tolerance).wrong
-        except Exception:  # this twin cannot do these shapes
-            continue
-        if not wrong:
-            twins.append(sentence)
-    return tuple(twins)
 
 
 def _failed(

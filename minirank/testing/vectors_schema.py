@@ -6,7 +6,6 @@ from typing import Any
 
 TEXT = {"type": "string"}
 COUNT = {"type": "integer", "minimum": 0}
-NUMBER = "^(NaN|-?Infinity|-?[0-9.]+(e[+-]?[0-9]+)?)$"
 ERROR = {"type": "number", "minimum": 0}
 
 

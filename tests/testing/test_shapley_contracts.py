@@ -9,6 +9,11 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from helpers.contract_checks import (
+    assert_the_reference_passes,
+    assert_the_twin_is_named,
+    told,
+)
 from torch import nn
 
 from minirank import ShapLoRA, reference, shapley, testing, wrap
@@ -19,31 +24,17 @@ from minirank.testing.contracts import shapley as contracts
 CONTRACTS = {contract.name: contract for contract in contracts.CONTRACTS}
 
 
-def told(mine, like, *hints, **options):
-    """The report of a wrong implementation, in which each hint stands."""
-    report = testing.check(mine, like=like, on_fail=None, **options)
-    assert report.failed
-    for hint in hints:
-        assert hint in " ".join(str(report).split()), report
-    return report
-
-
 @pytest.mark.parametrize("name", CONTRACTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_reference_passes(name, dtype):
-    like = CONTRACTS[name].reference
-    assert not testing.check(like, like=like, dtype=dtype).with_status("noted")
+    assert_the_reference_passes(CONTRACTS[name], dtype)
 
 
 @pytest.mark.parametrize(
     ("name", "twin"), [(name, twin) for name in CONTRACTS for twin in CONTRACTS[name].wrong_twins]
 )
 def test_every_twin_fails_under_its_own_name(name, twin):
-    like, mine = CONTRACTS[name].reference, CONTRACTS[name].wrong_twins[twin]
-    report = testing.check(mine, like=like, dtype=torch.float64, on_fail=None)
-    hints = [result.hint for result in report.failed]
-    assert any(hint.startswith(f"equals {twin}") for hint in hints), report
-    assert not [hint for hint in hints if "equals" in hint and f"equals {twin}" not in hint]
+    assert_the_twin_is_named(CONTRACTS[name], twin)
 
 
 # ---- the library's own functions -----------------------------------------------------------------
