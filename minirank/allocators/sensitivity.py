@@ -45,6 +45,7 @@ from tqdm.auto import tqdm
 from ..checks import as_generator, quoted_names, require, require_batches, require_function
 from ..curvature.estimate import Estimate
 from ..curvature.input_moment import input_second_moment
+from ..distributed import Pooled, from_first
 from ..layers.linear import linear_shape
 from ..layers.targets import Targets, linear_targets
 from ..layers.wrap import lora_layers
@@ -390,6 +391,8 @@ class SensitivityLoRA(ShareAllocator):
             for _ in self._fill(groups, batches):
                 if len(groups) == groups.least:
                     result = stability_of(groups)
+                    if isinstance(self.curvature, Pooled):  # all stop together, or none
+                        result = from_first(result, self.curvature.group)
                     if result.max_moved <= max_moved:
                         settled = result
                         break
@@ -407,9 +410,14 @@ class SensitivityLoRA(ShareAllocator):
     def _fill(self, groups: Groups, batches: Iterable[Any]) -> Iterator[None]:
         """Measure the batches into `groups`, group by group, with a pause after each."""
         stream = iter(batches)
-        while group := list(islice(stream, groups.batches_per_group)):
+        while group := self._next_batches(stream, groups.batches_per_group):
             groups.add(self._diagonals(group), len(group))
             yield
+
+    def _next_batches(self, stream: Iterator[Any], count: int) -> list[Any]:
+        if isinstance(self.curvature, Pooled):  # every process must have as many
+            return self.curvature.next_batches(stream, count)
+        return list(islice(stream, count))
 
     def _diagonals(self, batches: Iterable[Any]) -> Diagonals:
         """The curvature of these batches, checked. An `Estimate` stays one."""

@@ -29,6 +29,7 @@ from ..checks import quoted_names
 from ..layers.lora import RANK_DIM, LoRALinear
 from ..layers.targets import as_patterns, first_names, modules_by_name
 from ..layers.wrap import insert_layers
+from ..tensor_bytes import checksum
 from .base_fingerprint import base_fingerprint, same_base
 from .other_tensors import (
     converted_values,
@@ -40,7 +41,7 @@ from .other_tensors import (
     tied_names,
     trainable_parameters,
 )
-from .safetensors_file import checksum, read_safetensors, safetensors_bytes, write_files
+from .safetensors_file import read_safetensors, safetensors_bytes, write_files
 from .saved_layer import SavedLayer, find_modules, savable_layers, warn_of_losses
 
 FORMAT = 2  # of the metadata; a reader refuses a higher one. 1: minirank 0.1, without "trainable"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .safetensors_file import checksum
+from ..tensor_bytes import checksum
 
 SAMPLES = 16  # entries of each tensor, for comparison across types
 

@@ -13,7 +13,7 @@ from ..checks import quoted_names
 from ..layers.lora import LoRALinear
 from ..layers.targets import matching_modules, modules_by_name
 from ..layers.wrap import can_train
-from .safetensors_file import tensor_bytes
+from ..tensor_bytes import tensor_bytes
 
 # ---- from the model -----------------------------------------------------------------------------
 

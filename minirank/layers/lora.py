@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import as_generator, is_integer, require
+from .data_parallel import require_averaged
 from .linear import is_transposed, linear_shape, read_weight
 from .merge import Mergeable
 
@@ -160,6 +161,8 @@ class LoRALinear(Mergeable):
         y: Tensor = self.base(x)
         if self.rank == 0 or self.merged or not self.enabled:
             return y
+        if self.training and not torch.compiler.is_compiling():
+            require_averaged(self.lora_A)
         if x.dtype != self.lora_A.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.dtype)
         if self.dropout:
