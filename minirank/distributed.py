@@ -93,7 +93,8 @@ def from_first(value: Value, group: dist.ProcessGroup | None = None) -> Value:
     take one Allocation: `allocation = from_first(allocator.allocate(budget))`.
     """
     values = [value]
-    dist.broadcast_object_list(values, group_src=0, group=group)
+    source = 0 if group is None else dist.get_global_rank(group, 0)
+    dist.broadcast_object_list(values, src=source, group=group)
     return values[0]
 
 
@@ -301,7 +302,9 @@ def _average_gradients(parameters: list[nn.Parameter], group: dist.ProcessGroup 
     flat /= dist.get_world_size(group)
     dist.all_reduce(flat, group=group)
     sizes = [gradient.numel() for gradient in gradients]
-    for parameter, gradient, mean in zip(parameters, gradients, flat.split_with_sizes(sizes), strict=True):
+    for parameter, gradient, mean in zip(
+        parameters, gradients, flat.split_with_sizes(sizes), strict=True
+    ):
         gradient.copy_(mean.view_as(gradient))
         parameter.grad = gradient
 
