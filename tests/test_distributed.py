@@ -102,6 +102,17 @@ def test_l1ra_trains_as_on_one_process(two, train):
         torch.testing.assert_close(other_parameters[name], parameter, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("train", ["train_with_trainer", "train_with_accelerate"])
+def test_l1ra_trains_in_other_peoples_loops_as_on_one_process(two, train):
+    trainers = pytest.importorskip("helpers.distributed_trainers")
+    ranks, parameters, given = getattr(trainers, train)(1)
+    assert any(given), "no rank moves in this training, which would show nothing"
+    other_ranks, other_parameters, other_given = same_on_all(two(getattr(trainers, train), 2))
+    assert (other_ranks, other_given) == (ranks, given)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(other_parameters[name], parameter, rtol=0, atol=1e-5)
+
+
 def test_gradients_that_some_processes_lack(three):
     some, bias, none = same_on_all(three(cases.gradients_on_some))
     assert some.tolist() == [[3.0, 0.0]]
