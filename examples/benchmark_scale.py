@@ -8,20 +8,25 @@
    on the meta device, by the formulas that the table prints. The first part checks the formulas.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
+from torch import Tensor, nn
 
 from minirank import L1RA, SensitivityLoRA, ShapLoRA, UniformRanks, linear_targets, wrap
 from minirank.curvature import empirical_fisher, input_second_moment
 from minirank.distributed import check_same, pooled, refresh, sync_gradients
+from minirank.layers.linear import linear_shape
 
 WIDTH, DEPTH, RANK, REPEATS = 256, 6, 8, 7
 COALITIONS = 18  # of the measurement; 90 is the default, which part 2 takes
@@ -33,8 +38,12 @@ LLAMAS = {
 }
 
 
-def payload(name, shapes, rank, coalitions=90):
-    """Bytes that each process hands to collectives. shapes: [(d_out, d_in)] of all targets."""
+Shapes = Sequence[tuple[int, int]]  # (d_out, d_in) of all targets
+Measured = dict[str, tuple[float, int]]  # {what: (seconds, bytes in all_reduce)}
+
+
+def payload(name: str, shapes: Shapes, rank: int, coalitions: int = 90) -> int:
+    """Bytes that each process hands to collectives."""
     return {
         "pooled proxy": sum(4 * d_in for _, d_in in shapes),
         "pooled matrix diagonal": sum(4 * d_out * d_in for d_out, d_in in shapes),
@@ -57,39 +66,40 @@ FORMULAS = {
 class Counted:
     """Counts the bytes of tensors that go into all_reduce while it is open."""
 
-    def __enter__(self):
+    def __enter__(self) -> Counted:
         self.bytes, self.original = 0, dist.all_reduce
 
-        def counting(tensor, *args, **kwargs):
+        def counting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
             self.bytes += tensor.numel() * tensor.element_size()
             return self.original(tensor, *args, **kwargs)
 
         dist.all_reduce = counting
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         dist.all_reduce = self.original
 
 
-def small_model():
+def small_model() -> nn.Module:
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(DEPTH)]
     return nn.Sequential(*layers)
 
 
-def loss_fn(model, x):
-    return model(x).square().mean()
+def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+    output: Tensor = model(x)
+    return output.square().mean()
 
 
-def measure(rank, count, port, path):
+def measure(rank: int, count: int, port: int, path: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=count)
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randn(32, WIDTH, generator=generator) for _ in range(12)]
-    results = {}
+    results: Measured = {}
 
-    def timed(name, work, repeats=REPEATS):
+    def timed(name: str, work: Callable[[], object], repeats: int = REPEATS) -> None:
         seconds = []
         for _ in range(repeats):
             dist.barrier()
@@ -112,7 +122,7 @@ def measure(rank, count, port, path):
     trial = small_model()
     layers = wrap(trial, dict.fromkeys(linear_targets(trial), RANK), gate=0.0)
     for layer in layers.values():
-        layer.gate.data.fill_(1.0)
+        nn.init.ones_(layer.get_parameter("gate"))
     shaplora = ShapLoRA(
         trial, loss_fn, batches[:4], coalitions=COALITIONS, group=dist.group.WORLD, progress=False
     )
@@ -125,9 +135,9 @@ def measure(rank, count, port, path):
     l1ra = L1RA(model, optimizer, l1=0.3, interval=1)
     ddp = nn.parallel.DistributedDataParallel(model)
 
-    def backward(run):
+    def backward(run: nn.Module) -> None:
         optimizer.zero_grad()
-        loss_fn(run, own[0]).backward()
+        loss_fn(run, own[0]).backward()  # type: ignore[no-untyped-call]
 
     timed("backward alone", lambda: backward(model))
     timed("backward in DDP", lambda: backward(ddp))
@@ -143,18 +153,20 @@ def measure(rank, count, port, path):
     dist.destroy_process_group()
 
 
-def measured(counts):
-    """{number of processes: {what: (seconds, bytes in all_reduce)}}"""
+def measured(counts: Sequence[int]) -> dict[int, Measured]:
+    """By number of processes."""
     by_count = {}
     with tempfile.TemporaryDirectory() as folder:
         for count in counts:
             path = f"{folder}/{count}.pt"
-            mp.spawn(measure, (count, 29500 + os.getpid() % 1000 + count, path), count)
+            mp.spawn(  # type: ignore[attr-defined, no-untyped-call]
+                measure, (count, 29500 + os.getpid() % 1000 + count, path), count
+            )
             by_count[count] = torch.load(path)
     return by_count
 
 
-def print_measured(by_count):
+def print_measured(by_count: dict[int, Measured]) -> None:
     print(f"Measured: {DEPTH} layers of {WIDTH} × {WIDTH}, rank {RANK}; medians of {REPEATS}")
     counts = list(by_count)
     columns = "".join(f"{f'{count} processes':>14}" for count in counts)
@@ -172,7 +184,7 @@ def print_measured(by_count):
 # ---- computed -----------------------------------------------------------------------------------
 
 
-def llama_shapes(hidden, mlp, layers, heads, kv_heads):
+def llama_shapes(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int) -> Shapes:
     """(d_out, d_in) of a Llama's linear layers, from the model itself on the meta device."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -190,11 +202,12 @@ def llama_shapes(hidden, mlp, layers, heads, kv_heads):
     allocator = UniformRanks(model, list(targets))
     allocator.score()
     ranks = allocator.allocate(16 * len(targets))
-    assert ranks.parameters == sum(16 * sum(module.weight.shape) for module in targets.values())
-    return [tuple(module.weight.shape) for module in targets.values()]
+    shapes = [shape for module in targets.values() if (shape := linear_shape(module))]
+    assert ranks.parameters == payload("sync_gradients", shapes, 16) // 4
+    return shapes
 
 
-def print_computed(sizes):
+def print_computed(sizes: Sequence[str]) -> None:
     shapes = {size: llama_shapes(*LLAMAS[size]) for size in sizes}
     print("\nComputed: bytes of one process, float32, rank 16 for each layer, 90 coalitions")
     print(f"{'':<24}" + "".join(f"{size:>12}" for size in sizes) + "   formula")
@@ -210,7 +223,7 @@ def print_computed(sizes):
         )
 
 
-def readable(count):
+def readable(count: float) -> str:
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
