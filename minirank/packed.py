@@ -151,6 +151,13 @@ def require_not_repacked(model: nn.Module) -> None:
             raise ValueError(f"no gradient passes through {where}: {why_no_backward(module)}")
 
 
+def would_repack(module: nn.Module) -> bool:
+    """Whether bitsandbytes would repack the weight in an evaluation on the CPU."""
+    weight = stored_weight(module)
+    on_cpu = weight is not None and weight.device.type == "cpu"
+    return on_cpu and bool(vars(module).get(REPACKS, False))
+
+
 def is_repacked(module: nn.Module) -> bool:
     """Whether bitsandbytes has put a 4-bit weight into the layout of its CPU inference."""
     state = getattr(stored_weight(module), "quant_state", None)
@@ -169,14 +176,7 @@ def dequantized_weight(module: nn.Module, shape: tuple[int, int]) -> Tensor:
     Raises:
         ValueError: there is none of these, or it gives no floating-point tensor of this shape.
     """
-    weight = stored_weight(module)
-    values: Any = None
-    if weight is not None and dequantizes_itself(weight):
-        values = getattr(weight, "get_original_weight", weight.dequantize)()
-    elif callable(getattr(module, "dequantize", None)):
-        values = module.dequantize()
-    elif weight is not None:
-        values = _bitsandbytes_weight(module, weight)
+    values = _own_dequantized(module)
     fits = isinstance(values, Tensor) and values.shape == shape and values.is_floating_point()
     if not fits:
         got = "" if values is None else f" (its dequantize() gave {_described(values)})"
@@ -187,6 +187,19 @@ def dequantized_weight(module: nn.Module, shape: tuple[int, int]) -> Tensor:
         )
     result: Tensor = values.detach()
     return result
+
+
+def _own_dequantized(module: nn.Module) -> Any:
+    """What the weight or the module gives as dequantised; None if neither has such a method."""
+    weight = stored_weight(module)
+    if weight is None or not dequantizes_itself(weight):
+        of_module: Any = getattr(module, "dequantize", None)
+        if callable(of_module):
+            return of_module()
+        return None if weight is None else _bitsandbytes_weight(module, weight)
+    is_nf4 = hasattr(weight, "get_original_weight")  # whose dequantize() needs an argument
+    of_weight: Any = getattr(weight, "get_original_weight" if is_nf4 else "dequantize")
+    return of_weight()
 
 
 def _described(values: object) -> str:
@@ -285,6 +298,19 @@ def half_type(module: nn.Module) -> torch.dtype | None:
     """
     types = [getattr(module, "compute_dtype", None)] + [t.dtype for t in own_tensors(module)]
     return next((dtype for dtype in types if dtype in HALF), None)
+
+
+def type_of_derivatives(module: nn.Module) -> torch.dtype:
+    """The widest floating-point type that a packed module names or holds, float32 at least.
+
+    >>> type_of_derivatives(nn.Linear(3, 5).half()), type_of_derivatives(nn.Linear(3, 5).double())
+    (torch.float32, torch.float64)
+    """
+    widest = torch.float32
+    for dtype in [getattr(module, "compute_dtype", None)] + [t.dtype for t in own_tensors(module)]:
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
+            widest = torch.promote_types(widest, dtype)
+    return widest
 
 
 @contextmanager

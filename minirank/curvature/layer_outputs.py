@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from ..layers.linear import is_packed, linear_shape, weight_place
+from ..packed import type_of_derivatives
 
 
 class Call(NamedTuple):
@@ -68,6 +69,8 @@ def zero_weight_shifts(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         shape = linear_shape(layer)
         assert shape is not None  # linear_targets() selects by it
         dtype, device = weight_place(layer)
+        if is_packed(layer):
+            dtype = type_of_derivatives(layer)
         weight_shifts[name] = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
     return weight_shifts
 

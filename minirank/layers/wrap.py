@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..checks import as_generator, is_integer, quoted_names
-from ..packed import require_not_repacked, why_no_backward
+from ..packed import REPACKS, require_not_repacked, why_no_backward, would_repack
 from .linear import linear_shape
 from .lora import LoRALinear, fixed_scaling
 from .targets import (
@@ -93,7 +93,8 @@ def wrap(
 
     Warns:
         UserWarning: the model had adapters already, and this call freezes modules that trained
-            until now.
+            until now; or 4-bit layers of bitsandbytes on the CPU get no adapter, and would lose
+            their gradients if they are evaluated.
 
     Raises:
         ValueError: an unknown or already wrapped name, a rank out of range, two ranks for one
@@ -166,6 +167,7 @@ def insert_layers(
             _set_requires_grad(model, named - adapted)
             if earlier:
                 _warn_of_frozen_modules(model, before)
+        _warn_of_repacking(model)
         return layers
     except BaseException:
         _replace(model, {id(layer): layer.base for layer in layers.values()})
@@ -330,6 +332,24 @@ def _warn_of_frozen_modules(model: nn.Module, before: Mapping[nn.Parameter, bool
             f"this call freezes {quoted_names(frozen)}, which required a gradient until now: name "
             "in `trainable` again what shall go on training beside the adapters, or give "
             "trainable=None to leave every requires_grad as it is",
+            stacklevel=5,
+        )
+
+
+def _warn_of_repacking(model: nn.Module) -> None:
+    """Warn the caller of `wrap` or its like of 4-bit layers without an adapter that may repack."""
+    adapted = {id(layer.base) for layer in lora_layers(model).values()}
+    unguarded = [
+        name
+        for name, module in model.named_modules()
+        if id(module) not in adapted and would_repack(module)
+    ]
+    if unguarded:
+        warnings.warn(
+            f"{quoted_names(unguarded)}: bitsandbytes repacks such a 4-bit layer for good when it "
+            "is called on the CPU in evaluation mode, and no gradient passes through it "
+            f"afterwards. Where the model is evaluated and then trained further, set {REPACKS} = "
+            "False on these modules first (layers with an adapter are guarded)",
             stacklevel=5,
         )
 
