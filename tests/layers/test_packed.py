@@ -269,7 +269,7 @@ def test_l1ra_and_shaplora_work_beside_packed_layers(pack):
     unwrap(model)
     layers = wrap(model, RANKS, gate=0.0)
     randomize(layers)
-    shaplora = ShapLoRA(model, loss_fn, data(), coalitions=6)
+    shaplora = ShapLoRA(model, loss_fn, data(), coalitions=18)
     assert {name: len(score) for name, score in shaplora.score().items()} == RANKS
 
 
