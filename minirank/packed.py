@@ -64,6 +64,8 @@ def packed_shape(module: nn.Module) -> tuple[int, int] | None:
 
     >>> packed_shape(nn.Linear(3, 5))
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     d_out, d_in = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if not (isinstance(d_out, int) and isinstance(d_in, int)) or min(d_out, d_in) < 1:
         return None
@@ -82,7 +84,9 @@ def packed_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def stored_weight(module: nn.Module) -> Tensor | None:
-    """The parameter or buffer `weight` of the module, None if it has neither."""
+    """The parameter or buffer `weight` of the module; None without one, or if it is scripted."""
+    if isinstance(module, torch.jit.ScriptModule):  # its `_parameters` is no dict
+        return None
     weight = module._parameters.get("weight")
     return module._buffers.get("weight") if weight is None else weight
 
