@@ -46,6 +46,11 @@ What to know:
 - Precision. A half-precision model is computed in float32 wherever the loss is differentiated; its
   own tensors come back bit for bit. In float32 the curvature of a loss near zero can be all
   rounding: the estimators notice, and ask for `model.double()`.
+- Quantised layers. No estimator reads W: x, ∂L/∂z and the shapes are enough. A packed layer is
+  taken at its word that it computes W x + b, and is left bit for bit as it was. In a half-precision
+  model it computes in its own type, with float32 around it. bitsandbytes rounds the inputs of its
+  8-bit layers: derivatives see W alone, not that rounding. A layer without a backward pass is
+  scored by `input_second_moment` alone; the others refuse it by name.
 - Padding. `input_second_moment` drops padding tokens by the batch's `attention_mask`; the rule is
   at the top of input_moment.py. The other estimators differentiate the loss, so they leave out what
   the loss leaves out.

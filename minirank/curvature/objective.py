@@ -13,6 +13,7 @@ from ..checks import require
 from ..layers.linear import applies_weight
 from ..layers.targets import Targets, linear_targets
 from ..measure import LossFn, differentiable_loss, differentiable_twice, repeatable
+from ..packed import require_not_repacked, why_no_backward
 from .averaging import BatchAverage
 from .estimate import Estimate
 
@@ -37,9 +38,19 @@ class Objective:
 
 
 def curvature_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
-    """The layers that `linear_targets` selects. ValueError if one does not compute W x + b."""
+    """The layers that `linear_targets` selects.
+
+    Raises ValueError if one does not compute W x + b, or lets no gradient pass.
+    """
     layers = linear_targets(model, targets)
+    require_not_repacked(model)
     for name, layer in layers.items():
+        reason = why_no_backward(layer)
+        if reason is not None:
+            raise ValueError(
+                f"{name!r} is a {type(layer).__name__} without gradients, which this curvature "
+                f"needs (input_second_moment does not): {reason}"
+            )
         if not applies_weight(layer):
             raise ValueError(
                 f"{name!r} is a {type(layer).__name__} that does not compute W x + b from its "

@@ -1,6 +1,7 @@
 """The LoRA layer, and the surgery that puts it into any nn.Module.
 
     linear.py           what counts as a linear layer, and which way round its weight lies
+                        (packed.py, beside the folders: quantised weights)
     merge.py            W + ΔW goes into the weight, and W comes back: merge, unmerge
     lora.py             the layer itself: LoRALinear
     targets.py          which modules get ranks: linear_targets
@@ -37,6 +38,13 @@ A module that a model holds in several places is one module. Any of its names se
 list it under its first name, it gets one adapter, and the adapter works in every place.
 Two modules with one weight (a head tied to an embedding) stay two modules: each gets an adapter of
 its own, and `merge` refuses them without `untie=True`.
+
+Packed layers (bitsandbytes, torchao, quanto, HQQ; `linear_shape` says what counts) are targets like
+any other, and are never called by a probe. Their adapters are float32 unless `dtype=` says
+otherwise, and the output has the base's type. `merge` refuses them, since W + ΔW cannot go back
+without loss; `weight` dequantises where the module says how, or raises; `unwrap` always works.
+bitsandbytes' 4-bit layer would repack its weight when it is evaluated on the CPU, and lose its
+gradient for good: while it has an adapter, or is measured, it is kept from that.
 
 nn.MultiheadAttention reads its out_proj's weight without calling the module. An adapter there
 works, but nothing can be measured there and adapter dropout has no effect, so that out_proj is

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import as_generator, is_integer, require
-from .linear import is_transposed, linear_shape, read_weight
+from ..packed import call_as_it_is, why_no_backward
+from .linear import is_transposed, linear_shape, weight_place
 from .merge import Mergeable
 
 RANK_DIM = {"lora_A": 0, "lora_B": 1, "gate": 0}  # the axis of each parameter that counts ranks
@@ -49,12 +50,14 @@ class LoRALinear(Mergeable):
             0 < gate ≤ 1: gates train from that value; A ~ N(0, 1/r_ref²), B = 0 (L1RA: 1.0).
             0.0: gates train from 0; A and B ~ N(0, 0.02²) (ShapLoRA; the deviation is AdaLoRA's).
         dropout: probability that an entry of the adapter's input is zeroed in training mode.
-        dtype: of the adapter. None: the base weight's. float32 beside a half-precision base works.
+        dtype: of the adapter. None: the base weight's; beside a packed (quantised) weight float32,
+            also in a half-precision model. float32 beside a half-precision base works.
         generator: a torch.Generator or a seed, for A and B. The global generator is never used.
 
     Raises:
         TypeError: `base` is not linear-like, or is a LoRALinear.
-        ValueError: a number is out of its range, or `scaling` comes with what would compute it.
+        ValueError: a number is out of its range, or `scaling` comes with what would compute it; or
+            no gradient passes through `base`, which is quantised for inference alone.
 
     >>> import torch
     >>> layer = LoRALinear(torch.nn.Linear(8, 4), rank=2, scaling=2.0)
@@ -117,9 +120,8 @@ class LoRALinear(Mergeable):
     def _make_parameters(
         self, rank: int, dtype: torch.dtype | None, generator: torch.Generator
     ) -> None:
-        weight = read_weight(self.base)
-        assert weight is not None  # linear_shape() has seen it
-        new = self.initial_ranks(rank, dtype or weight.dtype, weight.device, generator)
+        base_dtype, device = weight_place(self.base)
+        new = self.initial_ranks(rank, dtype or base_dtype, device, generator)
         for name, value in new.items():
             self.register_parameter(name, nn.Parameter(value))
         if self.initial_gate is None:
@@ -156,8 +158,8 @@ class LoRALinear(Mergeable):
     # ---- the function ---------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """y (…, d_out) for x (…, d_in), in the base's dtype."""
-        y: Tensor = self.base(x)
+        """y (…, d_out) for x (…, d_in), in the dtype of the base's output."""
+        y: Tensor = call_as_it_is(self.base, x)
         if self.rank == 0 or self.merged or not self.enabled:
             return y
         if x.dtype != self.lora_A.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -181,6 +183,8 @@ class LoRALinear(Mergeable):
     @property
     def weight(self) -> Tensor:
         """The weight that the layer now stands for, in W's layout and dtype; differentiable.
+
+        A packed W is dequantised for it; if the base does not say how, this raises ValueError.
 
         Some parents read a child's weight instead of calling it: nn.MultiheadAttention reads that
         of its out_proj, the fast path of nn.TransformerEncoderLayer those of its linears. They
@@ -280,6 +284,9 @@ def _checked_shape(base: nn.Module) -> tuple[int, int]:
             "expected an nn.Linear-like module with a 2-D floating-point weight, got a "
             f"{type(base).__name__}"
         )
+    reason = why_no_backward(base)
+    if reason is not None:
+        raise ValueError(f"the base is a {type(base).__name__} without gradients: {reason}")
     return shape
 
 

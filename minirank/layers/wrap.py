@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..checks import as_generator, is_integer, quoted_names
+from ..packed import REPACKS, require_not_repacked, why_no_backward, would_repack
 from .linear import linear_shape
 from .lora import LoRALinear, fixed_scaling
 from .targets import (
@@ -92,13 +93,14 @@ def wrap(
 
     Warns:
         UserWarning: the model had adapters already, and this call freezes modules that trained
-            until now.
+            until now; or 4-bit layers of bitsandbytes on the CPU get no adapter, and would lose
+            their gradients if they are evaluated.
 
     Raises:
         ValueError: an unknown or already wrapped name, a rank out of range, two ranks for one
-            module, a module on the meta device, or a name in `trainable` that matches nothing, only
-            adapted layers, or parameters made under torch.inference_mode(). The model is left
-            unchanged.
+            module, a module on the meta device or one that no gradient passes through (quantised
+            for inference), or a name in `trainable` that matches nothing, only adapted layers, or
+            parameters made under torch.inference_mode(). The model is left unchanged.
         TypeError: the model itself is the linear layer, so it has no parent to put a layer into; or
             `trainable` holds anything but names.
 
@@ -165,6 +167,7 @@ def insert_layers(
             _set_requires_grad(model, named - adapted)
             if earlier:
                 _warn_of_frozen_modules(model, before)
+        _warn_of_repacking(model)
         return layers
     except BaseException:
         _replace(model, {id(layer): layer.base for layer in layers.values()})
@@ -198,11 +201,12 @@ def resolve_ranks(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
     >>> resolve_ranks(nn.Sequential(shared, shared, nn.Linear(4, 2)), {"2": 1, "1": 3})
     {'0': 3, '2': 1}
     """
-    if linear_shape(model) is not None:
+    if isinstance(model, LoRALinear) or linear_shape(model) is not None:
         raise TypeError(
             f"the model itself is a {type(model).__name__}, so it has no parent to put a layer "
             "into: wrap nn.Sequential(model), or use LoRALinear"
         )
+    require_not_repacked(model)
     first, modules = first_names(model), modules_by_name(model)
     named_ids = {id(modules[name]) for name in ranks if name in modules}
     resolved: dict[str, int] = {}
@@ -213,6 +217,7 @@ def resolve_ranks(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
             raise ValueError(explain_no_match(model, name))
         _require_rank(name, rank, shape)
         _require_values(name, module)
+        _require_gradients(name, module)
         _require_no_adapter_inside(name, module, named_ids)
         known = resolved.setdefault(first[name], rank)
         if known != rank:
@@ -235,6 +240,15 @@ def _require_values(name: str, module: nn.Module) -> None:
         raise ValueError(
             f"{name!r} is on the meta device: load its weights (to_empty, load_state_dict), then "
             "wrap"
+        )
+
+
+def _require_gradients(name: str, module: nn.Module) -> None:
+    reason = why_no_backward(module)
+    if reason is not None:
+        raise ValueError(
+            f"{name!r} is a {type(module).__name__} without gradients, beside which no adapter can "
+            f"train: {reason}"
         )
 
 
@@ -318,6 +332,24 @@ def _warn_of_frozen_modules(model: nn.Module, before: Mapping[nn.Parameter, bool
             f"this call freezes {quoted_names(frozen)}, which required a gradient until now: name "
             "in `trainable` again what shall go on training beside the adapters, or give "
             "trainable=None to leave every requires_grad as it is",
+            stacklevel=5,
+        )
+
+
+def _warn_of_repacking(model: nn.Module) -> None:
+    """Warn the caller of `wrap` or its like of 4-bit layers without an adapter that may repack."""
+    adapted = {id(layer.base) for layer in lora_layers(model).values()}
+    unguarded = [
+        name
+        for name, module in model.named_modules()
+        if id(module) not in adapted and would_repack(module)
+    ]
+    if unguarded:
+        warnings.warn(
+            f"{quoted_names(unguarded)}: bitsandbytes repacks such a 4-bit layer for good when it "
+            "is called on the CPU in evaluation mode, and no gradient passes through it "
+            f"afterwards. Where the model is evaluated and then trained further, set {REPACKS} = "
+            "False on these modules first (layers with an adapter are guarded)",
             stacklevel=5,
         )
 

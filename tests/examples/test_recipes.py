@@ -74,6 +74,20 @@ def test_surgery(printed):
     assert "a plain Linear again, its weight unchanged: True" in text
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # bitsandbytes
+def test_quantised(printed):
+    """With bitsandbytes where it is, and the recipe's own layer elsewhere."""
+    text = printed("quantised")
+    assert "Sensitivity-LoRA: 28 ranks" in text
+    adapters, ranks = numbers(r"PEFT made (\d+) adapters with (\d+) ranks", text)
+    assert ranks == 28
+    first, last = numbers(r"epoch 1: loss (\S+)\nepoch 5: loss (\S+)", text)
+    assert last < first - 0.1
+    assert "loaded from its file: 0.0e+00 from the trained model" in text
+    assert "merge: the weight of 'model.layers.0.self_attn.q_proj' is packed" in text
+    assert f"merged into the plain model: {adapters:.0f} layers" in text
+
+
 def test_sure_ranks(printed):
     text = printed("sure_ranks")
     given = [
