@@ -167,8 +167,8 @@ def _check_group_of_gates(group: Mapping[str, Any], gate_lr: float) -> None:
     if not math.isclose(lr, gate_lr, rel_tol=1e-6) or decay != 0:
         raise ValueError(
             f"the gates' parameter group has lr={lr:g} and weight_decay={decay:g}; gate_lr is "
-            f"{gate_lr:g}, and gates must not decay: make the two agree, or leave the gates with "
-            "the other parameters"
+            f"{gate_lr:g}, and gates must not decay: give that group lr={gate_lr:g} and "
+            "weight_decay=0, or leave the gates with other parameters, out of which L1RA takes them"
         )
 
 

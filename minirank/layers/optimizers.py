@@ -47,7 +47,7 @@ def as_optimizers(optimizer: Optimizers | None) -> list[Optimizer]:
         if not isinstance(one, Optimizer) and "ScheduleFree" not in kind:
             raise TypeError(
                 "expected a torch.optim.Optimizer or a list of them, got "
-                f"{'a list that holds ' if several else ''}a {kind}: give the optimizer inside it, "
+                f"{'a list that holds ' if several else ''}{kind}: give the optimizer inside it, "
                 "if it wraps one"
             )
         if "ScheduleFree" in kind and not is_schedule_free(one):
@@ -85,9 +85,9 @@ def parameter_slots(optimizers: Sequence[Optimizer]) -> dict[int, Slot]:
                 first = slots.setdefault(id(parameter), Slot(optimizer, group, place))
                 if first.optimizer is not optimizer:
                     raise ValueError(
-                        f"a {type(first.optimizer).__name__} and a {type(optimizer).__name__} hold "
-                        f"one parameter, of shape {tuple(parameter.shape)}: give each parameter to "
-                        "one optimizer"
+                        f"two optimizers, {type(first.optimizer).__name__} and "
+                        f"{type(optimizer).__name__}, hold one parameter, of shape "
+                        f"{tuple(parameter.shape)}: give each parameter to one of them"
                     )
     return slots
 
