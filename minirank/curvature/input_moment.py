@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..layers.linear import linear_shape, read_weight
 from ..layers.targets import Targets, linear_targets
 from ..measure import LossFn, measuring, scalar_loss
 from .averaging import BatchAverage, check_tolerance
 from .estimate import Estimate
 from .layer_outputs import layer_input
+from .unreached import idle_layers, warn_of_idle_layers
 
 DEFAULT_MASK = "attention_mask"
 Mask = str | Callable[[Any], Tensor] | None
@@ -63,7 +65,11 @@ def input_second_moment(
 
     Raises:
         ValueError: there is no batch; a loss is not a scalar; the mask fits no input; an input is
-            not finite (the first such layer is named); or no token reaches a layer.
+            not finite (the first such layer is named); no token reaches any layer; or a layer's
+            weight is read by another module, without a call of the layer.
+
+    Warns:
+        IdleLayerWarning: no token reaches some layers, which therefore get zeros.
 
     Source: Sensitivity-LoRA (arXiv 2509.09119), appendix E.
 
@@ -93,16 +99,31 @@ def input_second_moment(
                     average.add(name, *batch_mean.finish_batch())
                 if average.traces.errors_within(tolerance):
                     break
+            for handle in hooks:
+                handle.remove()
+            unreached = average.diagonals.unreached() if batch_count else []
+            names = idle_layers(model, loss_fn, batch, layers, unreached) if unreached else ()
     finally:
         for handle in hooks:
             handle.remove()
-    for name, tokens in average.diagonals.weights.items():
-        if batch_count and not tokens:
-            raise ValueError(
-                f"no token reached {name!r} in {batch_count} batches: leave it out of targets, or "
-                "give more data"
-            )
-    return average.estimate()
+    if unreached and not names:
+        raise ValueError(
+            f"no token reached {unreached[0]!r} in {batch_count} batches, nor any other target: "
+            "give more data, or other targets"
+        )
+    idle = {name: _zeros(layers[name]) for name in names}
+    estimate = average.estimate(idle)
+    warn_of_idle_layers(idle)
+    return estimate
+
+
+def _zeros(layer: nn.Module) -> Tensor:
+    """The mean square of no input: zeros, (d_in,), on the layer's device."""
+    shape, weight = linear_shape(layer), read_weight(layer)
+    assert shape is not None  # linear_targets() selects by them
+    assert weight is not None
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.zeros(shape[1], dtype=dtype, device=weight.device)
 
 
 class _RealTokens(NamedTuple):

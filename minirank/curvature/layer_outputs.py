@@ -89,6 +89,8 @@ def _recorded_calls(
                     "where its curvature is lost or rough: take these out of loss_fn and the "
                     "model (checkpointing: use_reentrant=False), or leave it out of targets"
                 )
+            if output.numel() == 0:  # an expert that gets no token
+                return output
             # A copy, because the model may later change its tensor in place; in the dtype to which
             # the layer cast it.
             x = layer_input(args, kwargs).to(output.dtype, copy=True)

@@ -3,7 +3,7 @@ share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,10 @@ from ..checks import require
 from ..layers.linear import applies_weight
 from ..layers.targets import Targets, linear_targets
 from ..measure import LossFn, differentiable_loss, differentiable_twice, repeatable
-from .averaging import BatchAverage
+from .averaging import NOTHING_IDLE, BatchAverage
 from .estimate import Estimate
+from .layer_outputs import zero_weight_shifts
+from .unreached import idle_layers, warn_of_idle_layers
 
 # {name: diagonal of one batch's mean loss}; None for a layer that the batch does not reach
 BatchDiagonals = Mapping[str, Tensor | None]
@@ -34,6 +36,12 @@ class Objective:
     def loss(self, batch: Any) -> Tensor:
         """The mean loss of one batch, (), with its graph."""
         return differentiable_loss(self.model, self.loss_fn, batch)
+
+    def idle_diagonals(self, batch: Any, unreached: Sequence[str]) -> dict[str, Tensor]:
+        """{name: zeros, (d_out, d_in)} of the unreached layers, if they are idle."""
+        names = idle_layers(self.model, self.loss_fn, batch, self.layers, unreached)
+        shifts = zero_weight_shifts({name: self.layers[name] for name in names})
+        return {name: shift.detach() for name, shift in shifts.items()}
 
 
 def curvature_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
@@ -67,4 +75,8 @@ def mean_over_batches(
                 average.add(name, diagonal, weight)
             if average.traces.errors_within(tolerance):
                 break
-    return average.estimate()
+        unreached = average.diagonals.unreached() if average.traces.samples else []
+        idle = objective.idle_diagonals(batch, unreached) if unreached else NOTHING_IDLE
+    estimate = average.estimate(idle)
+    warn_of_idle_layers(idle)
+    return estimate

@@ -118,7 +118,7 @@ def test_a_saved_training_of_two_optimizers_goes_on_and_does_not_fit_another_num
     again.load_state_dict(state)
     assert (again.steps, again.state_dict()["pending"]) == (2, [0, 1])
 
-    model, layers = gated()
+    model, _ = gated()
     one = L1RA(
         model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad]), interval=5
     )
