@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .placement import require_unsharded, require_values, working_devices
+
 # (model, batch) -> scalar mean loss: the only contract with user code
 LossFn = Callable[[nn.Module, Any], Tensor]
 NO_BATCH = (
@@ -30,13 +32,11 @@ def measuring(model: nn.Module) -> Iterator[None]:
     an exception, the following are as before: every module's own mode, every parameter's gradient,
     the state of the random generators, and the choice of kernels.
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(
-            "the model is on the meta device, where nothing can be measured: load its weights first"
-        )
+    require_unsharded(model)
+    require_values(model)
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    devices = {device.index or 0 for device in working_devices(model) if device.type == "cuda"}
     fused = torch.backends.mha.get_fastpath_enabled()
     with torch.random.fork_rng(devices=sorted(devices)), _not_compiled():
         try:
@@ -95,7 +95,13 @@ def differentiable_twice(model: nn.Module) -> Iterator[None]:
     Gradients are on, autocast is off, half precision is replaced by float32, and attention uses the
     kernel that is twice differentiable.
     """
-    device = next((p.device.type for p in model.parameters()), "cpu")
+    device = next((device.type for device in working_devices(model)), "cpu")
+    if any(parameter.is_meta and parameter.dtype in HALF for parameter in model.parameters()):
+        raise ValueError(
+            "the model holds weights in half precision that have no values here (offloaded, or on "
+            "the meta device), and derivatives are taken in float32: load the model in float32 or "
+            "onto devices that hold all of it, or use input_second_moment"
+        )
     with (
         measuring(model),
         torch.inference_mode(False),  # this also switches gradients on

@@ -74,8 +74,8 @@ The files, in reading order: `estimate` (the result), `averaging` (means and sta
 `layer_outputs` (recording and differentiating), `unreached` (layers without a call), `objective`
 (the loss, and the loop over batches), `outer_products`, `diagnostics` (independence and rounding),
 `hessian`, `sampling` (random vectors), `hutchinson`, `output_hessian` and `gauss_newton`, `fisher`,
-`input_moment` (padding is dropped here). An independent check of the exact ones, in plain PyTorch,
-is `minirank.reference`.
+`padding` (a mask that nobody has named) and `input_moment` (padding is dropped here). An
+independent check of the exact ones, in plain PyTorch, is `minirank.reference`.
 """
 
 from .estimate import Estimate

@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checks import warn_caller
 from ..layers.linear import linear_shape, read_weight
 from ..layers.targets import Targets, linear_targets
 from ..measure import LossFn, measuring, scalar_loss
+from ..placement import working_device
 from .averaging import BatchAverage, check_tolerance
 from .estimate import Estimate
 from .layer_outputs import layer_input
+from .padding import unnamed_mask
 from .unreached import idle_layers, warn_of_idle_layers
 
 DEFAULT_MASK = "attention_mask"
@@ -70,6 +73,8 @@ def input_second_moment(
 
     Warns:
         IdleLayerWarning: no token reaches some layers, which therefore get zeros.
+        UserWarning: batches are tuples that seem to hold an attention mask, and `mask` is not
+            given, so that padding counts. This is said once.
 
     Source: Sensitivity-LoRA (arXiv 2509.09119), appendix E.
 
@@ -85,7 +90,7 @@ def input_second_moment(
     mean_squares = _MeanSquares()
     batch_means = {name: _BatchMean(name, mean_squares) for name in layers}
     hooks = []
-    batch_count = 0
+    batch_count, padding_named = 0, False
     try:
         for name, layer in layers.items():
             hook = batch_means[name].observe
@@ -93,6 +98,8 @@ def input_second_moment(
         with measuring(model), torch.no_grad():
             for batch in batches:
                 batch_count += 1
+                if mask == DEFAULT_MASK and not padding_named:
+                    padding_named = _warn_of_unnamed_mask(batch)
                 mean_squares.start_batch(_real_tokens(mask, batch))
                 scalar_loss(model, loss_fn, batch)
                 for name, batch_mean in batch_means.items():
@@ -123,7 +130,7 @@ def _zeros(layer: nn.Module) -> Tensor:
     assert shape is not None  # linear_targets() selects by them
     assert weight is not None
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.zeros(shape[1], dtype=dtype, device=weight.device)
+    return torch.zeros(shape[1], dtype=dtype, device=working_device(layer, weight))
 
 
 class _RealTokens(NamedTuple):
@@ -218,3 +225,18 @@ def _real_tokens(mask: Mask, batch: Any) -> _RealTokens | None:
             f"mask must give a tensor with one entry per token of the batch, got {values!r}"
         )
     return _RealTokens(values.shape, (values != 0).flatten().nonzero().flatten())
+
+
+def _warn_of_unnamed_mask(batch: Any) -> bool:
+    """Warn if the batch is a tuple that seems to hold a mask; whether it does."""
+    entry = unnamed_mask(batch)
+    if entry is None:
+        return False
+    warn_caller(
+        f"entry {entry} of a batch looks like an attention mask with zeros in it, but a "
+        f"{type(batch).__name__} has no names: padding tokens are counted like all others. To leave "
+        f"them out, pass mask=lambda batch: batch[{entry}] (to SensitivityLoRA: "
+        f"curvature=functools.partial(input_second_moment, mask=lambda batch: batch[{entry}])); "
+        "mask=None counts every token without a word"
+    )
+    return True

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from ..layers.linear import linear_shape, read_weight
+from ..placement import working_device
 
 
 class Call(NamedTuple):
@@ -69,7 +70,8 @@ def zero_weight_shifts(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         assert shape is not None  # linear_targets() selects by it
         W = read_weight(layer)
         assert W is not None
-        weight_shifts[name] = torch.zeros(shape, dtype=W.dtype, device=W.device, requires_grad=True)
+        device = working_device(layer, W)
+        weight_shifts[name] = torch.zeros(shape, dtype=W.dtype, device=device, requires_grad=True)
     return weight_shifts
 
 

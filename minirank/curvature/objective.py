@@ -13,6 +13,7 @@ from ..checks import require
 from ..layers.linear import applies_weight
 from ..layers.targets import Targets, linear_targets
 from ..measure import LossFn, differentiable_loss, differentiable_twice, repeatable
+from ..placement import is_offloaded, is_sharded
 from .averaging import NOTHING_IDLE, BatchAverage
 from .estimate import Estimate
 from .layer_outputs import zero_weight_shifts
@@ -44,10 +45,28 @@ class Objective:
         return {name: shift.detach() for name, shift in shifts.items()}
 
 
-def curvature_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
-    """The layers that `linear_targets` selects. ValueError if one does not compute W x + b."""
+def curvature_targets(
+    model: nn.Module, targets: Targets, *, second_derivatives: bool = True
+) -> dict[str, nn.Module]:
+    """The layers that `linear_targets` selects.
+
+    Raises ValueError if one does not compute W x + b, or if its weight is where the estimator
+    cannot follow.
+    """
     layers = linear_targets(model, targets)
+    if second_derivatives and any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "the model is sharded (its parameters are DTensors), and FSDP2 frees weights that "
+            "second derivatives need: use gauss_newton or input_second_moment, which work there, "
+            "or measure the model before it is sharded"
+        )
     for name, layer in layers.items():
+        if is_offloaded(layer) and type(layer).forward is not nn.Linear.forward:
+            raise ValueError(
+                f"{name!r} is a {type(layer).__name__} that accelerate offloads, so that it cannot "
+                "be tried whether it computes W x + b: use input_second_moment, or load the model "
+                "onto devices that hold all of it"
+            )
         if not applies_weight(layer):
             raise ValueError(
                 f"{name!r} is a {type(layer).__name__} that does not compute W x + b from its "

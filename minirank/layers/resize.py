@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import as_generator, is_integer
+from ..placement import require_here, require_unsharded
 from .lora import RANK_DIM, LoRALinear
 from .optimizer_state import carried_state, select_ranks, survivors_then_zeros
 from .optimizers import Optimizers, Slot, as_optimizers, parameter_slots, start_iterates
@@ -142,15 +143,19 @@ def resized_parameters(
 def separate_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """`lora_layers`, none of which shares a parameter with another.
 
-    Raises ValueError if two of them do, since the ranks of one would be the ranks of the other.
+    Raises ValueError if two of them do, since the ranks of one would be the ranks of the other; and
+    if a parameter is sharded or has no values here.
 
     >>> separate_layers(nn.Sequential(nn.Linear(4, 2)))
     {}
     """
+    require_unsharded(model)
     layers = lora_layers(model)
     owners: dict[nn.Parameter, str] = {}
     for name, layer in layers.items():
-        for key, parameter in layer.named_parameters(recurse=False):
+        own = dict(layer.named_parameters(recurse=False))
+        require_here(name, own, "a change of ranks")
+        for key, parameter in own.items():
             owner = owners.setdefault(parameter, name)
             if owner != name:
                 raise ValueError(

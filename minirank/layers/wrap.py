@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..checks import as_generator, is_integer, quoted_names
+from ..placement import is_offloaded, require_unsharded
 from .linear import linear_shape
 from .lora import LoRALinear, fixed_scaling
 from .targets import (
@@ -96,7 +97,8 @@ def wrap(
 
     Raises:
         ValueError: an unknown or already wrapped name, a rank out of range, two ranks for one
-            module, a module on the meta device, or a name in `trainable` that matches nothing, only
+            module, a module on the meta device or offloaded by accelerate, a model in FSDP1 or
+            DeepSpeed ZeRO-3, or a name in `trainable` that matches nothing, only
             adapted layers, or parameters made under torch.inference_mode(). The model is left
             unchanged.
         TypeError: the model itself is the linear layer, so it has no parent to put a layer into; or
@@ -203,6 +205,7 @@ def resolve_ranks(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
             f"the model itself is a {type(model).__name__}, so it has no parent to put a layer "
             "into: wrap nn.Sequential(model), or use LoRALinear"
         )
+    require_unsharded(model)
     first, modules = first_names(model), modules_by_name(model)
     named_ids = {id(modules[name]) for name in ranks if name in modules}
     resolved: dict[str, int] = {}
@@ -231,6 +234,12 @@ def _require_rank(name: str, rank: int, shape: tuple[int, int]) -> None:
 
 
 def _require_values(name: str, module: nn.Module) -> None:
+    if is_offloaded(module):
+        raise ValueError(
+            f"{name!r} is offloaded by accelerate (device_map or cpu_offload), so that an adapter "
+            "beside it could not train: scores may be taken as it is, but load the model onto "
+            "devices that hold all of it, then wrap"
+        )
     if any(parameter.is_meta for parameter in module.parameters()):
         raise ValueError(
             f"{name!r} is on the meta device: load its weights (to_empty, load_state_dict), then "

@@ -103,7 +103,7 @@ def test_ranks_move_in_both_optimizers_and_go_on_training():
 
 
 def test_a_saved_training_of_two_optimizers_goes_on_and_does_not_fit_another_number():
-    model, layers, optimizers = two_optimizers(split_gates=True)
+    model, _, optimizers = two_optimizers(split_gates=True)
     l1ra = L1RA(model, optimizers, interval=2, l1=0.5, gate_lr=0.25)
     for which in (0, 0, 1):
         backward(model, optimizers, 0.0)
