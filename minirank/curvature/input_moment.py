@@ -234,8 +234,8 @@ def _warn_of_unnamed_mask(batch: Any) -> bool:
         return False
     warn_caller(
         f"entry {entry} of a batch looks like an attention mask with zeros in it, but a "
-        f"{type(batch).__name__} has no names: padding tokens are counted like all others. To leave "
-        f"them out, pass mask=lambda batch: batch[{entry}] (to SensitivityLoRA: "
+        f"{type(batch).__name__} has no names: padding tokens are counted like all others. To "
+        f"leave them out, pass mask=lambda batch: batch[{entry}] (to SensitivityLoRA: "
         f"curvature=functools.partial(input_second_moment, mask=lambda batch: batch[{entry}])); "
         "mask=None counts every token without a word"
     )
