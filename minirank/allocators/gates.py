@@ -121,7 +121,10 @@ def gates_into_own_groups(
     for name, gate in gates.items():
         if id(gate) not in slots:
             holder = "the optimizer does" if len(optimizers) == 1 else "the optimizers do"
-            raise ValueError(f"{holder} not hold the gate of {name!r}: make it after wrap()")
+            raise ValueError(
+                f"{holder} not hold the gate of {name!r}: make it after wrap(), from all "
+                "parameters that train"
+            )
     ids = {id(gate) for gate in gates.values()}
     holders = dict.fromkeys(slots[id(gate)].optimizer for gate in gates.values())
     mixed = {optimizer: _mixed_groups(optimizer, ids, gate_lr) for optimizer in holders}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checks import warn_caller
+from ..checks import require_batches, warn_caller
 from ..layers.linear import linear_shape, read_weight
 from ..layers.targets import Targets, linear_targets
 from ..measure import LossFn, measuring, scalar_loss
@@ -85,6 +85,7 @@ def input_second_moment(
     [5.0, 10.0]
     """
     check_tolerance(tolerance)
+    require_batches(batches)
     layers = linear_targets(model, targets)
     average = BatchAverage(layers)
     mean_squares = _MeanSquares()

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checks import require
+from ..checks import require, require_batches
 from ..layers.linear import applies_weight
 from ..layers.targets import Targets, linear_targets
 from ..measure import LossFn, differentiable_loss, differentiable_twice, repeatable
@@ -33,6 +33,9 @@ class Objective:
     batches: Iterable[Any]
     layers: Mapping[str, nn.Module]
     batch_weight: Callable[[Any], float]
+
+    def __post_init__(self) -> None:
+        require_batches(self.batches)
 
     def loss(self, batch: Any) -> Tensor:
         """The mean loss of one batch, (), with its graph."""

@@ -46,11 +46,11 @@ def idle_layers(
     read = read_without_call(model, loss_fn, batch, {name: layers[name] for name in unreached})
     if read:
         raise ValueError(
-            f"the weight of {quoted_names(read)} is used, but the module is never called: another "
-            "module reads its weight, so that nothing can be measured there. Leave it out of the "
-            f"scores ({_targets_without(read, layers)}). It can still get an adapter of a rank "
-            "that you choose: this works if its weight is read anew at every forward pass, but "
-            "adapter dropout has no effect"
+            f"{quoted_names(read)}: the weight is used, but the module is never called. Another "
+            "module reads the weight, so nothing can be measured there. Leave it out of the scores "
+            f"({_targets_without(read, layers)}). It can still get an adapter of a rank that you "
+            "choose: this works if the weight is read anew at every forward pass, but adapter "
+            "dropout has no effect"
         )
     return tuple(unreached) if len(unreached) < len(layers) else ()
 
@@ -103,7 +103,8 @@ def read_without_call(
             with _nan_inside(some.values()):
                 return not _same_loss(model, loss_fn, batch, loss)
 
-        if not silent or not depends_on(silent):
+        # A loss that is NaN already says nothing.
+        if not silent or not loss.isfinite() or not depends_on(silent):
             return []
         return [name for name, layer in silent.items() if depends_on({name: layer})]
 

@@ -74,6 +74,10 @@ def wrap(
     and the modules in `trainable`. Everything else is frozen. A later call therefore names again
     what shall go on training.
 
+    Make the optimizer after this call. One made before holds the weights that are frozen now and no
+    adapter, so nothing would train. `L1RA` and `resize` notice it. A plain training loop shows no
+    sign that a layer could see: gradients that pile up look like gradient accumulation.
+
     Args:
         model: any module. Its layers are replaced in place.
         ranks: an Allocation, or {name: rank}. Rank 0 leaves the plain module. Any name of a module

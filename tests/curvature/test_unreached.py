@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from helpers.estimators import LOSS_BASED
 from torch import nn
 
-from minirank import SensitivityLoRA, testing
+from minirank import SensitivityLoRA, testing, wrap
 from minirank.curvature import IdleLayerWarning, empirical_fisher, input_second_moment
 from minirank.curvature.unreached import read_without_call
 
@@ -102,7 +102,9 @@ def test_a_weight_that_is_read_and_never_called_has_its_own_message(name):
     model = made(Reader)
     with (
         testing.unchanged(model),
-        pytest.raises(ValueError, match=r"weight of 'qkv' is used, .*not name\.endswith\('qkv'\)"),
+        pytest.raises(
+            ValueError, match=r"'qkv': the weight is used, .*not name\.endswith\('qkv'\)"
+        ),
     ):
         ESTIMATORS[name](model, loss_fn, batches())
     with pytest.raises(ValueError, match="the module is never called"):
@@ -148,16 +150,48 @@ def test_evidence_comes_from_the_weight_and_changes_nothing():
     assert read_without_call(model, strict, batches()[0], layers) == ["qkv"]
 
 
+def test_a_loss_that_is_not_finite_is_no_evidence():
+    model = made(Reader)
+    layers = {"qkv": model.qkv}
+    broken = batches()[0] * torch.nan
+    assert read_without_call(model, loss_fn, broken, layers) == []
+
+
 def test_half_precision_models_and_models_of_inference_mode_are_judged_too():
     for dtype in (torch.bfloat16, torch.float16):
         model = made(Reader).to(dtype)
         inputs = [x.to(dtype) for x in batches()]
-        with pytest.raises(ValueError, match="weight of 'qkv' is used"):
+        with pytest.raises(ValueError, match="'qkv': the weight is used"):
             input_second_moment(model, loss_fn, inputs)
     with torch.inference_mode():
         model = made(Reader)
-    with pytest.raises(ValueError, match="weight of 'qkv' is used"):
+    with pytest.raises(ValueError, match="'qkv': the weight is used"):
         input_second_moment(model, loss_fn, batches())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_mamba_reads_weights_which_can_be_adapted_but_not_measured():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4
+    )
+    torch.manual_seed(0)
+    model = transformers.MambaForCausalLM(config)
+    ids = [torch.randint(0, 50, (2, 8)) for _ in range(2)]
+
+    def loss(model, ids):
+        return model(input_ids=ids, labels=ids).loss
+
+    with pytest.raises(ValueError, match=r"not name\.endswith\('dt_proj'\)"):
+        input_second_moment(model, loss, ids)
+    measured = input_second_moment(model, loss, ids, lambda name, _: not name.endswith("dt_proj"))
+    assert measured.idle == ()
+    name = "backbone.layers.1.mixer.dt_proj"
+    layer = wrap(model, {name: 1})[name]
+    with torch.no_grad():
+        layer.lora_B.fill_(0.5)
+    loss(model, ids[0]).backward()
+    assert layer.lora_A.grad.abs().sum() > 0
 
 
 def test_the_fisher_still_refuses_routed_tokens_by_name():
@@ -174,6 +208,13 @@ def test_the_fisher_still_refuses_routed_tokens_by_name():
 
     with pytest.raises(ValueError, match="samples of a batch interact"):
         empirical_fisher(made(Routed), loss_fn, batches())
+
+
+@every_estimator
+def test_one_mapping_is_not_an_iterable_of_batches(name):
+    model = made(Experts)
+    with pytest.raises(TypeError, match=r"got one dict: put a single batch in a list, \[batch\]"):
+        ESTIMATORS[name](model, loss_fn, {"x": batches()[0]})
 
 
 # ---- in Sensitivity-LoRA ------------------------------------------------------------------------
