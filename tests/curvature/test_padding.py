@@ -53,6 +53,7 @@ def test_a_mask_with_padding_is_found(batch, entry):
         (IDS, torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]])),  # the prompt has no loss
         (IDS, torch.tensor([[0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 1, 0]])),  # token types, padded
         (IDS, torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0], [0, 0, 1, 0]])),  # labels of the tokens
+        (torch.tensor([[5, 0, 7, 0]]), torch.tensor([[1, 0, 1, 0]])),  # … that follow the token
         (IDS, torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])),  # several labels a sample
         (torch.tensor([[3, 0], [0, 5], [4, 0]]), torch.tensor([[1, 0], [0, 1], [1, 0]])),  # one-hot
         (MASK, MASK),
