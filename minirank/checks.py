@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -35,6 +37,19 @@ def quoted_names(names: Sequence[str], count: int = 3) -> str:
     """The first few names, quoted, for an error message: "'a', 'b', 'c' and 4 more"."""
     shown = ", ".join(map(repr, names[:count]))
     return f"{shown} and {len(names) - count} more" if len(names) > count else shown
+
+
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn, and point to the line outside of this package from which it was called."""
+    package = __name__.rpartition(".")[0]
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", ""), package):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _is_inside(module: str, package: str) -> bool:
+    return module == package or module.startswith((f"{package}.", "torch.", "contextlib"))
 
 
 def require_function(name: str, value: object) -> None:

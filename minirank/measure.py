@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .packed import HALF, float32_outside, left_as_they_are, own_tensors, packed_modules
+from .placement import require_unsharded, require_values, working_devices
 
 # (model, batch) -> scalar mean loss: the only contract with user code
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -32,13 +33,11 @@ def measuring(model: nn.Module) -> Iterator[None]:
     the state of the random generators, the choice of kernels, and quantised layers, which change
     themselves when they are called (`left_as_they_are`).
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(
-            "the model is on the meta device, where nothing can be measured: load its weights first"
-        )
+    require_unsharded(model)
+    require_values(model)
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    devices = {device.index or 0 for device in working_devices(model) if device.type == "cuda"}
     fused = torch.backends.mha.get_fastpath_enabled()
     with (
         torch.random.fork_rng(devices=sorted(devices)),
@@ -101,7 +100,13 @@ def differentiable_twice(model: nn.Module) -> Iterator[None]:
     Gradients are on, autocast is off, half precision is replaced by float32, and attention uses the
     kernel that is twice differentiable.
     """
-    device = next((p.device.type for p in model.parameters()), "cpu")
+    device = next((device.type for device in working_devices(model)), "cpu")
+    if any(parameter.is_meta and parameter.dtype in HALF for parameter in model.parameters()):
+        raise ValueError(
+            "the model holds weights in half precision that have no values here (offloaded, or on "
+            "the meta device), and derivatives are taken in float32: load the model in float32 or "
+            "onto devices that hold all of it, or use input_second_moment"
+        )
     with (
         measuring(model),
         torch.inference_mode(False),  # this also switches gradients on

@@ -12,7 +12,7 @@ PACKAGE = Path(minirank.__file__).parent
 
 # A file imports from its own folder and from those before it; "" are the files beside the folders.
 FLOORS = ["", "layers", "curvature", "allocators", "files", "testing"]
-BESIDE = {"checks", "budget", "shapley", "measure", "packed"}
+BESIDE = {"checks", "budget", "shapley", "measure", "packed", "placement"}
 
 
 def modules():

@@ -41,7 +41,10 @@ Departures from the paper and its authors' code:
   every update: `reset_optimizer=True`. Of Adafactor's factored moments, the one that is averaged
   over ranks stays as it is.
 - Updates count optimizer steps that really happened. A step that a GradScaler skips shrinks
-  nothing.
+  nothing. With several optimizers (one for matrices, one for the rest), those that hold gates
+  count: a gate shrinks once for each step of its own optimizer, and `steps` are those of the
+  optimizer that has taken most. So optimizers that step side by side count once together.
+- A schedule-free optimizer's two iterates of a gate are both shrunk (gates.py).
 - `scaling` is fixed when a layer is made, and stays when its rank changes.
 
 How to choose λ: Adam moves a gate by about η_c per step, whatever the scale of the loss, and the
@@ -55,6 +58,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -62,11 +66,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checks import as_generator, is_integer, quoted_names, require
+from ..layers.optimizers import Optimizers, as_optimizers, parameter_slots, set_learning_rate
 from ..layers.resize import Resized, resize, separate_layers
 from .allocation import Allocation, Unit
 from .allocator import KeepMasks, Ranks, RankScoreAllocator, mask_tensors
 from .constraints import Bound, Constraints, check_unit
-from .gates import Shrinkage, check_gates, gates_into_own_group, shrink
+from .gates import Shrinkage, check_gates, gates_into_own_groups, shrink_in_optimizer
 from .history import History, Update
 from .reassign import reassign
 
@@ -92,8 +97,9 @@ class L1RA(RankScoreAllocator):
 
     Args:
         model: with LoRA layers whose gates start from 1: wrap(model, ranks, gate=1.0).
-        optimizer: holds the gates. Its steps are counted by a hook, so a step that a GradScaler
-            skips or that gradient accumulation puts off shrinks nothing.
+        optimizer: holds the gates; or a list of all that train the adapters, in any of which gates
+            may lie. Steps are counted by a hook, so a step that a GradScaler skips or that gradient
+            accumulation puts off shrinks nothing.
         l1: λ, the weight of the penalty. The default is the paper's value, which moves no rank in
             trainings of some hundred steps: start with 0.3. 0 shrinks nothing.
         gate_lr: η_c, the gates' own learning rate.
@@ -120,9 +126,10 @@ class L1RA(RankScoreAllocator):
             1 to 0. This is said once, and not if `l1` is 0.
 
     Raises (model and optimizer are left unchanged):
-        TypeError: the optimizer is LBFGS, which has one parameter group only.
-        ValueError: there is no gated layer; a gate is not in the optimizer, is frozen, or has a
-            dtype too coarse to shrink in; layers share a parameter; a number is out of its range;
+        TypeError: `optimizer` is no torch.optim.Optimizer and no list of them; or one is LBFGS,
+            which has one parameter group only, or keeps averaged parameters in an unknown way.
+        ValueError: there is no gated layer; a gate is in no optimizer or in two, is frozen, or has
+            a dtype too coarse to shrink in; layers share a parameter; a number is out of its range;
             the bounds make the budget impossible; a scheduler was made before.
 
     Source: L1RA (arXiv 2509.04884).
@@ -148,7 +155,7 @@ class L1RA(RankScoreAllocator):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizers,
         *,
         l1: float = 1e-3,
         gate_lr: float = 2e-2,
@@ -166,6 +173,7 @@ class L1RA(RankScoreAllocator):
     ) -> None:
         super().__init__(model)
         self.optimizer = optimizer
+        self._optimizers = as_optimizers(optimizer)
         self._layers = {
             name: layer for name, layer in separate_layers(model).items() if layer.gate is not None
         }
@@ -185,13 +193,16 @@ class L1RA(RankScoreAllocator):
         self.budget = self._budget_in_use() if budget is None else budget
         self._next_allocation()  # refuses an impossible budget now, not in the middle of training
 
-        self._gate_groups = gates_into_own_group(optimizer, self.gates, gate_lr)
+        self._gate_groups = list(
+            gates_into_own_groups(self._optimizers, self.gates, gate_lr).items()
+        )
         self.generator = as_generator(generator)
         self.history = History(self.ranks)
-        self.steps = 0  # optimizer steps that `step` has seen
-        self._pending = 0  # optimizer steps that `step` has not seen yet
+        # Of each optimizer that holds gates: the steps that `step` has seen, and has not seen yet.
+        self._seen = [0] * len(self._gate_groups)
+        self._pending = [0] * len(self._gate_groups)
         self._warned_of_small_l1 = False
-        self._watch_optimizer()
+        self._watch_optimizers()
 
     # ---- scores and allocations -----------------------------------------------------------------
 
@@ -199,6 +210,11 @@ class L1RA(RankScoreAllocator):
     def gates(self) -> dict[str, nn.Parameter]:
         """{module: gates, (r,)}: the parameters themselves."""
         return {name: layer.gate for name, layer in self._layers.items() if layer.gate is not None}
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that `step` has seen; of several optimizers with gates, the most."""
+        return max(self._seen)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -250,23 +266,31 @@ class L1RA(RankScoreAllocator):
     def step(self) -> Update | None:
         """Call after `optimizer.step()`: shrinks the gates, and moves ranks at every interval.
 
-        Every gate that trains is shrunk once for each optimizer step since the last call. If there
-        was no optimizer step, nothing happens.
+        Every gate that trains is shrunk once for each step of its optimizer since the last call.
+        If there was no optimizer step, nothing happens.
 
         Returns:
             What an update did, if there was one. `history` records it too.
         """
-        taken, self._pending = self._pending, 0
-        if taken == 0:
-            return None
-        before, self.steps = self.steps, self.steps + taken
-        self._shrink(taken if self.stop is None else max(0, min(taken, self.stop - before)))
+        before = self.steps
+        for i, (optimizer, _) in enumerate(self._gate_groups):
+            taken, self._pending[i] = self._pending[i], 0
+            left = taken if self.stop is None else max(0, min(taken, self.stop - self._seen[i]))
+            self._seen[i] += taken
+            self._shrink(optimizer, left)
         return self._update() if self._has_update_between(before, self.steps) else None
 
-    def _shrink(self, times: int) -> None:
-        trained: list[Tensor] = [gate for gate in self.gates.values() if gate.requires_grad]
-        if trained:  # the user may freeze layers for a time
-            shrink(trained, times * self.gate_lr * self.l1, self.shrinkage)
+    def _shrink(self, optimizer: Optimizer, times: int) -> None:
+        """Shrink the gates that this optimizer trains."""
+        if times == 0:
+            return
+        slots = parameter_slots([optimizer])
+        trained = {  # the user may freeze layers for a time
+            gate: slots[id(gate)]
+            for gate in self.gates.values()
+            if gate.requires_grad and id(gate) in slots
+        }
+        shrink_in_optimizer(trained, times * self.gate_lr * self.l1, self.shrinkage)
 
     def _has_update_between(self, before: int, now: int) -> bool:
         """Whether an update is due after one of the optimizer steps before + 1 … now."""
@@ -280,7 +304,8 @@ class L1RA(RankScoreAllocator):
         allocation = self._next_allocation()
         resized = resize(self.model, allocation, self.optimizer, generator=self.generator)
         if self.reset_optimizer:
-            self.optimizer.state.clear()
+            for optimizer in self._optimizers:
+                optimizer.state.clear()
         update = _record(self.steps, before, allocation, resized)
         self.history.updates.append(update)
         if self._l1_is_too_small() and not self._warned_of_small_l1:
@@ -305,25 +330,30 @@ class L1RA(RankScoreAllocator):
         shrinking = [gate for gate in self.gates.values() if gate.requires_grad]
         return bool(shrinking) and all(bool((gate > IDLE_GATE).all()) for gate in shrinking)
 
-    def _watch_optimizer(self) -> None:
-        self.optimizer.register_step_pre_hook(self._hold_gate_lr)
-        self.optimizer.register_step_post_hook(self._count_step)
+    def _watch_optimizers(self) -> None:
+        for i, (optimizer, groups) in enumerate(self._gate_groups):
+            optimizer.register_step_pre_hook(partial(self._hold_gate_lr, groups))
+            optimizer.register_step_post_hook(partial(self._count_step, i))
 
-    def _hold_gate_lr(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        for i in self._gate_groups:
-            optimizer.param_groups[i]["lr"] = self.gate_lr
+    def _hold_gate_lr(
+        self, groups: list[int], optimizer: Optimizer, args: object, kwargs: object
+    ) -> None:
+        for group in groups:
+            set_learning_rate(optimizer.param_groups[group], self.gate_lr)
 
-    def _count_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+    def _count_step(self, i: int, optimizer: Optimizer, args: object, kwargs: object) -> None:
         # A GradScaler calls fused optimizers even for a step that they are to skip, and tells them
         # by this attribute.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not found_inf.item():
-            self._pending += 1
+            self._pending[i] += 1
 
     # ---- saving ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything of this object but the model and the optimizer, which have their own.
+
+        "steps" and "pending" are numbers; with several optimizers that hold gates, lists of them.
 
         To go on: wrap(model, …) as at the beginning; resize(model, state["ranks"]);
         model.load_state_dict(…); make the optimizer, L1RA and the scheduler as at the beginning;
@@ -331,8 +361,8 @@ class L1RA(RankScoreAllocator):
         """
         return {
             "ranks": self.ranks,
-            "steps": self.steps,
-            "pending": self._pending,
+            "steps": self.steps if len(self._seen) == 1 else list(self._seen),
+            "pending": self._pending[0] if len(self._seen) == 1 else list(self._pending),
             "generator": self.generator.get_state(),
             "history": self.history.state_dict(),
             "options": {name: getattr(self, name) for name in OPTIONS},
@@ -350,8 +380,7 @@ class L1RA(RankScoreAllocator):
         # Generators take their state from the CPU, and torch.load(map_location="cuda") moves it.
         self.generator.set_state(state["generator"].cpu())
         self.history = history
-        self.steps = state["steps"]
-        self._pending = state["pending"]
+        self._seen, self._pending = _listed(state["steps"]), _listed(state["pending"])
         for name in OPTIONS:
             setattr(self, name, state["options"][name])
         if state["options"]["unit"] == "rank":  # what version 0.1 called it
@@ -361,6 +390,12 @@ class L1RA(RankScoreAllocator):
         if state.keys() != set(STATE) or state["options"].keys() != set(OPTIONS):
             raise ValueError(
                 f"expected the state_dict() of an L1RA, with {sorted(STATE)}; got {sorted(state)}"
+            )
+        optimizers = len(_listed(state["steps"]))
+        if optimizers != len(self._seen):
+            raise ValueError(
+                f"the state was saved with {optimizers} optimizers that held gates, but now it is "
+                f"{len(self._seen)}: make the optimizers as in the training that was saved"
             )
         ranks, saved = self.ranks, state["ranks"]
         different = [name for name in {**ranks, **saved} if ranks.get(name) != saved.get(name)]
@@ -373,7 +408,7 @@ class L1RA(RankScoreAllocator):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._watch_optimizer()  # an optimizer's copy has no hooks
+        self._watch_optimizers()  # an optimizer's copy has no hooks
 
     def _check_options(self) -> None:
         require(0 <= self.l1 < math.inf, "l1", self.l1, "a finite number of at least 0")
@@ -400,6 +435,11 @@ class L1RA(RankScoreAllocator):
             "None, or at least 0 and below 1, where gates start",
         )
         check_unit(self.unit)
+
+
+def _listed(counts: int | list[int]) -> list[int]:
+    """Steps by optimizer, from a state that gives one number if there is one optimizer."""
+    return [counts] if isinstance(counts, int) else list(counts)
 
 
 def _record(

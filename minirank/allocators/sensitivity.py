@@ -45,6 +45,7 @@ from tqdm.auto import tqdm
 from ..checks import as_generator, quoted_names, require, require_batches, require_function
 from ..curvature.estimate import Estimate
 from ..curvature.input_moment import input_second_moment
+from ..curvature.unreached import IdleLayerWarning, warn_of_idle_layers
 from ..layers.linear import linear_shape
 from ..layers.targets import Targets, linear_targets
 from ..layers.wrap import lora_layers
@@ -216,7 +217,7 @@ class SensitivityLoRA(ShareAllocator):
         topk_fraction: k/N in Eq 9 (the paper: 1/2; it also tried 1/3).
         effective_share: α in Eq 10 (the paper: 0.85; it also tried 0.80).
         groups: measure the batches in this many groups (up to twice as many; at least 4), so that
-            `stability` and `settle` can tell how sure the ranks are. Each group must reach every
+            `stability` and `settle` can tell how sure the ranks are. Each group must reach some
             target. The measurements of all groups are held. None: all batches together.
         progress: show a bar over the batches, in a terminal or a notebook. No bar is written to a
             file or a pipe. False: never.
@@ -231,6 +232,8 @@ class SensitivityLoRA(ShareAllocator):
 
     Warns:
         UserWarning: `targets` is None and the model has LoRA layers, which are then left out.
+        IdleLayerWarning, by `score` and `settle`: no token reaches some targets (an expert that is
+            never chosen), which therefore score zero.
 
     Source: Sensitivity-LoRA (arXiv 2509.09119), Eqs 8–15.
 
@@ -408,7 +411,11 @@ class SensitivityLoRA(ShareAllocator):
         """Measure the batches into `groups`, group by group, with a pause after each."""
         stream = iter(batches)
         while group := list(islice(stream, groups.batches_per_group)):
-            groups.add(self._diagonals(group), len(group))
+            with warnings.catch_warnings():
+                # What one group does not reach, another may: _calibration() asks all of them.
+                warnings.simplefilter("ignore", IdleLayerWarning)
+                diagonals = self._diagonals(group)
+            groups.add(diagonals, len(group))
             yield
 
     def _diagonals(self, batches: Iterable[Any]) -> Diagonals:
@@ -425,6 +432,8 @@ class SensitivityLoRA(ShareAllocator):
         metrics = matrix_metrics(
             [diagonals[name] for name in self.targets], self.topk_fraction, self.effective_share
         )
+        if groups is not None:
+            warn_of_idle_layers(groups.idle())
         return Calibration(diagonals, sensitivity_metrics(metrics), groups)
 
     def _adopt(self, calibration: Calibration) -> dict[str, Tensor]:

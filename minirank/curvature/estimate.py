@@ -22,6 +22,7 @@ class Estimate(dict[str, Tensor]):
             same kind.
         standard_errors: {name: standard error of the trace Σ h, in the trace's unit}; inf if there
             are fewer than two samples.
+        idle: the layers that no batch reached and whose diagonals are zero for that reason.
         weights: {name: the weight of all batches together (samples or tokens)}. Estimates from
             separate batches combine to their mean with these weights.
 
@@ -40,9 +41,11 @@ class Estimate(dict[str, Tensor]):
         over: Over,
         standard_errors: dict[str, float],
         weights: dict[str, float],
+        idle: tuple[str, ...] = (),
     ) -> None:
         super().__init__(diagonals)
         self.samples = samples
         self.over = over
         self.standard_errors = standard_errors
         self.weights = weights
+        self.idle = idle

@@ -104,7 +104,7 @@ def gauss_newton(
     [[10.0, 20.0]]
     """
     check_chunk_size(chunk_size)
-    layers = curvature_targets(model, targets)
+    layers = curvature_targets(model, targets, second_derivatives=False)
     check_tolerance(tolerance)
     head = _output_module(model, output)
     objective = Objective(model, loss_fn, batches, layers, batch_weight)

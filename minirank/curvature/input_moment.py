@@ -14,11 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checks import require_batches, warn_caller
+from ..layers.linear import linear_shape, weight_place
 from ..layers.targets import Targets, linear_targets
 from ..measure import LossFn, measuring, scalar_loss
 from .averaging import BatchAverage, check_tolerance
 from .estimate import Estimate
 from .layer_outputs import layer_input
+from .padding import unnamed_mask
+from .unreached import idle_layers, warn_of_idle_layers
 
 DEFAULT_MASK = "attention_mask"
 Mask = str | Callable[[Any], Tensor] | None
@@ -63,7 +67,13 @@ def input_second_moment(
 
     Raises:
         ValueError: there is no batch; a loss is not a scalar; the mask fits no input; an input is
-            not finite (the first such layer is named); or no token reaches a layer.
+            not finite (the first such layer is named); no token reaches any layer; or a layer's
+            weight is read by another module, without a call of the layer.
+
+    Warns:
+        IdleLayerWarning: no token reaches some layers, which therefore get zeros.
+        UserWarning: batches are tuples that seem to hold an attention mask, and `mask` is not
+            given, so that padding counts. This is said once.
 
     Source: Sensitivity-LoRA (arXiv 2509.09119), appendix E.
 
@@ -74,12 +84,13 @@ def input_second_moment(
     [5.0, 10.0]
     """
     check_tolerance(tolerance)
+    require_batches(batches)
     layers = linear_targets(model, targets)
     average = BatchAverage(layers)
     mean_squares = _MeanSquares()
     batch_means = {name: _BatchMean(name, mean_squares) for name in layers}
     hooks = []
-    batch_count = 0
+    batch_count, padding_named = 0, False
     try:
         for name, layer in layers.items():
             hook = batch_means[name].observe
@@ -87,22 +98,38 @@ def input_second_moment(
         with measuring(model), torch.no_grad():
             for batch in batches:
                 batch_count += 1
+                if mask == DEFAULT_MASK and not padding_named:
+                    padding_named = _warn_of_unnamed_mask(batch)
                 mean_squares.start_batch(_real_tokens(mask, batch))
                 scalar_loss(model, loss_fn, batch)
                 for name, batch_mean in batch_means.items():
                     average.add(name, *batch_mean.finish_batch())
                 if average.traces.errors_within(tolerance):
                     break
+            for handle in hooks:
+                handle.remove()
+            unreached = average.diagonals.unreached() if batch_count else []
+            names = idle_layers(model, loss_fn, batch, layers, unreached) if unreached else ()
     finally:
         for handle in hooks:
             handle.remove()
-    for name, tokens in average.diagonals.weights.items():
-        if batch_count and not tokens:
-            raise ValueError(
-                f"no token reached {name!r} in {batch_count} batches: leave it out of targets, or "
-                "give more data"
-            )
-    return average.estimate()
+    if unreached and not names:
+        raise ValueError(
+            f"no token reached {unreached[0]!r} in {batch_count} batches, nor any other target: "
+            "give more data, or other targets"
+        )
+    idle = {name: _zeros(layers[name]) for name in names}
+    estimate = average.estimate(idle)
+    warn_of_idle_layers(idle)
+    return estimate
+
+
+def _zeros(layer: nn.Module) -> Tensor:
+    """The mean square of no input: zeros, (d_in,), on the layer's device."""
+    shape = linear_shape(layer)
+    assert shape is not None  # linear_targets() selects by it
+    dtype, device = weight_place(layer)
+    return torch.zeros(shape[1], dtype=torch.promote_types(dtype, torch.float32), device=device)
 
 
 class _RealTokens(NamedTuple):
@@ -197,3 +224,18 @@ def _real_tokens(mask: Mask, batch: Any) -> _RealTokens | None:
             f"mask must give a tensor with one entry per token of the batch, got {values!r}"
         )
     return _RealTokens(values.shape, (values != 0).flatten().nonzero().flatten())
+
+
+def _warn_of_unnamed_mask(batch: Any) -> bool:
+    """Warn if the batch is a tuple that seems to hold a mask; whether it does."""
+    entry = unnamed_mask(batch)
+    if entry is None:
+        return False
+    warn_caller(
+        f"entry {entry} of a batch looks like an attention mask with zeros in it, but a "
+        f"{type(batch).__name__} has no names: padding tokens are counted like all others. To "
+        f"leave them out, pass mask=lambda batch: batch[{entry}] (to SensitivityLoRA: "
+        f"curvature=functools.partial(input_second_moment, mask=lambda batch: batch[{entry}])); "
+        "mask=None counts every token without a word"
+    )
+    return True

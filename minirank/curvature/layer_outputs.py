@@ -91,6 +91,8 @@ def _recorded_calls(
                     "where its curvature is lost or rough: take these out of loss_fn and the "
                     "model (checkpointing: use_reentrant=False), or leave it out of targets"
                 )
+            if output.numel() == 0:  # an expert that gets no token
+                return output
             x = layer_input(args, kwargs)
             if x.requires_grad and not output.requires_grad and is_packed(layer):
                 raise ValueError(

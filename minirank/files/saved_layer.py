@@ -16,6 +16,7 @@ from ..checks import quoted_names
 from ..layers.lora import RANK_DIM, LoRALinear
 from ..layers.targets import did_you_mean, first_names, layer_shape, modules_by_name
 from ..layers.wrap import lora_layers, resolve_ranks
+from ..placement import require_unsharded
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def savable_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
     Raises ValueError if there is none, or one that is merged or on the meta device.
     """
+    require_unsharded(model)
     layers = lora_layers(model)
     if not layers:
         raise ValueError("the model has no LoRA layer to save: wrap() puts them in")

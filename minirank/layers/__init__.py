@@ -6,6 +6,7 @@
     lora.py             the layer itself: LoRALinear
     targets.py          which modules get ranks: linear_targets
     wrap.py             layers go in and come out: wrap, unwrap, disabled, lora_layers
+    optimizers.py       what counts as an optimizer, and what schedule-free ones keep
     optimizer_state.py  what an optimizer knows of each rank, slice by slice
     resize.py           other ranks in the middle of training: resize
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..packed import holds_packed_data, left_as_they_are, own_tensors, packed_shape
+from ..placement import working_device
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -75,10 +76,11 @@ def weight_place(module: nn.Module) -> tuple[torch.dtype, torch.device]:
     """
     if is_packed(module):
         tensors = own_tensors(module)
-        return torch.float32, tensors[0].device if tensors else torch.device("cpu")
+        place = working_device(module, tensors[0]) if tensors else torch.device("cpu")
+        return torch.float32, place
     weight = read_weight(module)
     assert weight is not None  # the module is linear-like
-    return weight.dtype, weight.device
+    return weight.dtype, working_device(module, weight)
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..packed import dequantized_weight, dequantizes_itself
+from ..placement import require_here, require_unsharded
 from .linear import applies_weight, is_packed, linear_shape
 
 Layer = TypeVar("Layer", bound="Mergeable")
@@ -94,9 +95,9 @@ def merge(model: nn.Module, *, untie: bool = False) -> list[str]:
     Returns: the names of the layers merged now.
 
     Raises:
-        ValueError: a tied weight without `untie`; W + ΔW is not finite; the weight is packed; or
-            the base does not compute W x + b from a parameter `weight`. The model is left
-            unchanged.
+        ValueError: a tied weight without `untie`; W + ΔW is not finite; the weight is packed, or
+            sharded (FSDP, ZeRO-3), or offloaded; or the base does not compute W x + b from a
+            parameter `weight`. The model is left unchanged.
 
     >>> import torch
     >>> from minirank import merge, unmerge, wrap
@@ -111,6 +112,9 @@ def merge(model: nn.Module, *, untie: bool = False) -> list[str]:
     (['0'], True)
     """
     layers = {name: layer for name, layer in _layers(model).items() if not layer.merged}
+    require_unsharded(model)
+    for name, layer in layers.items():
+        require_here(name, dict(layer.named_parameters()), "merge")
     owners = {} if untie else _owners_of_storages(model)
     weights = {}
     for name, layer in layers.items():

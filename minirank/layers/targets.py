@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..placement import require_unsharded
 from .linear import linear_shape
 from .lora import LoRALinear
 
@@ -33,7 +34,8 @@ def linear_targets(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mo
     Returns: {name: module}.
 
     Raises:
-        ValueError: the model has no linear layer, or a name, glob, type or function selects none.
+        ValueError: the model has no linear layer, or a name, glob, type or function selects none;
+            or FSDP1 or DeepSpeed ZeRO-3 keeps its parameters in pieces.
         TypeError: a list of anything but names.
 
     >>> from minirank import linear_targets
@@ -41,6 +43,7 @@ def linear_targets(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mo
     >>> list(linear_targets(model)), list(linear_targets(model, "u*"))
     (['q', 'up'], ['up'])
     """
+    require_unsharded(model)
     linear, names = _linear_modules(model), all_names(model)
     if targets is None or isinstance(targets, type) or callable(targets):
         selected = _accepted_names(linear, names, targets)

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from ..checks import as_generator, is_integer, quoted_names
 from ..packed import REPACKS, require_not_repacked, why_no_backward, would_repack
+from ..placement import is_offloaded, require_unsharded
 from .linear import linear_shape
 from .lora import LoRALinear, fixed_scaling
 from .targets import (
@@ -74,6 +75,10 @@ def wrap(
     and the modules in `trainable`. Everything else is frozen. A later call therefore names again
     what shall go on training.
 
+    Make the optimizer after this call. One made before holds the weights that are frozen now and no
+    adapter, so nothing would train. `L1RA` and `resize` notice it. A plain training loop shows no
+    sign that a layer could see: gradients that pile up look like gradient accumulation.
+
     Args:
         model: any module. Its layers are replaced in place.
         ranks: an Allocation, or {name: rank}. Rank 0 leaves the plain module. Any name of a module
@@ -98,9 +103,10 @@ def wrap(
 
     Raises:
         ValueError: an unknown or already wrapped name, a rank out of range, two ranks for one
-            module, a module on the meta device or one that no gradient passes through (quantised
-            for inference), or a name in `trainable` that matches nothing, only adapted layers, or
-            parameters made under torch.inference_mode(). The model is left unchanged.
+            module, a module on the meta device, offloaded by accelerate, or one that no gradient
+            passes through (quantised for inference); a model in FSDP1 or DeepSpeed ZeRO-3; or a
+            name in `trainable` that matches nothing, only adapted layers, or parameters made under
+            torch.inference_mode(). The model is left unchanged.
         TypeError: the model itself is the linear layer, so it has no parent to put a layer into; or
             `trainable` holds anything but names.
 
@@ -206,6 +212,7 @@ def resolve_ranks(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
             f"the model itself is a {type(model).__name__}, so it has no parent to put a layer "
             "into: wrap nn.Sequential(model), or use LoRALinear"
         )
+    require_unsharded(model)
     require_not_repacked(model)
     first, modules = first_names(model), modules_by_name(model)
     named_ids = {id(modules[name]) for name in ranks if name in modules}
@@ -236,6 +243,12 @@ def _require_rank(name: str, rank: int, shape: tuple[int, int]) -> None:
 
 
 def _require_values(name: str, module: nn.Module) -> None:
+    if is_offloaded(module):
+        raise ValueError(
+            f"{name!r} is offloaded by accelerate (device_map or cpu_offload), so that an adapter "
+            "beside it could not train: scores may be taken as it is, but load the model onto "
+            "devices that hold all of it, then wrap"
+        )
     if any(parameter.is_meta for parameter in module.parameters()):
         raise ValueError(
             f"{name!r} is on the meta device: load its weights (to_empty, load_state_dict), then "

@@ -11,7 +11,7 @@ from helpers.curvature_cases import assert_equals
 from torch import nn
 
 from minirank import reference, testing
-from minirank.curvature import input_second_moment
+from minirank.curvature import IdleLayerWarning, input_second_moment
 
 
 class Encoder(nn.Module):
@@ -295,7 +295,9 @@ def test_a_layer_that_no_batch_reaches_is_named():
     model = Encoder()
     model.unused = nn.Linear(3, 3)
     with pytest.raises(ValueError, match=r"no token reached 'unused' in 2 batches"):
-        input_second_moment(model, loss_fn, token_batches())
+        input_second_moment(model, loss_fn, token_batches(), ["unused"])
+    with pytest.warns(IdleLayerWarning, match="no token of any batch reached 'unused'"):
+        assert not input_second_moment(model, loss_fn, token_batches())["unused"].any()
 
 
 def test_a_model_without_linear_layers_and_one_on_the_meta_device():
