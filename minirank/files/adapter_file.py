@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from os import PathLike
 from pathlib import Path
@@ -27,6 +27,7 @@ from ..allocators.allocation import Allocation
 from ..allocators.table import draw_table
 from ..checks import quoted_names
 from ..layers.lora import RANK_DIM, LoRALinear
+from ..layers.names import named_buffers, named_parameters, plain_name, with_plain_names
 from ..layers.targets import as_patterns, first_names, modules_by_name
 from ..layers.wrap import insert_layers
 from .base_fingerprint import base_fingerprint, same_base
@@ -240,7 +241,11 @@ def _check_allocation(
     model: nn.Module, layers: Mapping[str, SavedLayer], allocation: Allocation
 ) -> None:
     first = first_names(model)
-    allocated = {first.get(name, name): rank for name, rank in allocation.ranks.items() if rank > 0}
+    allocated = {
+        first.get(plain_name(name, first), name): rank
+        for name, rank in allocation.ranks.items()
+        if rank > 0
+    }
     if allocated != {name: layer.rank for name, layer in layers.items() if layer.rank > 0}:
         raise ValueError(
             "the model's ranks are not those of the allocation: leave `allocation` out, or pass "
@@ -300,7 +305,7 @@ def load_adapter(
     >>> [name for name, parameter in again.named_parameters() if parameter.requires_grad]
     ['0.lora_A', '0.lora_B', '1.weight', '1.bias']
     """
-    adapter = read_adapter(path)
+    adapter = _with_names_of(model, read_adapter(path))
     names = find_modules(model, {name: layer.shape for name, layer in adapter.layers.items()})
     if not other_base:
         _check_base(model, adapter.layers)
@@ -323,6 +328,27 @@ def load_adapter(
         for tensor, old_value in zip(copied, old_values, strict=False):
             copy_value(tensor, old_value)
         raise
+
+
+def _with_names_of(model: nn.Module, adapter: SavedAdapter) -> SavedAdapter:
+    """The adapter, its names without what a wrapper put into them where it was saved.
+
+    Files of minirank 0.2.0 and before have names such as "_orig_mod.fc".
+    """
+    modules = modules_by_name(model)
+    tensors = {**named_parameters(model), **named_buffers(model)}
+
+    def plain(names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(plain_name(name, tensors) for name in names)
+
+    tied = {name: plain(aliases) for name, aliases in adapter.tied.items()}
+    return replace(
+        adapter,
+        layers=with_plain_names(adapter.layers, modules),
+        other_tensors=with_plain_names(adapter.other_tensors, tensors),
+        trainable=None if adapter.trainable is None else plain(adapter.trainable),
+        tied=with_plain_names(tied, tensors),
+    )
 
 
 def _check_base(model: nn.Module, layers: Mapping[str, SavedLayer]) -> None:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import quoted_names
+from ..layers.hints import did_you_mean
 from ..layers.lora import RANK_DIM, LoRALinear
-from ..layers.targets import did_you_mean, first_names, layer_shape, modules_by_name
+from ..layers.names import each_once, named_parameters
+from ..layers.targets import first_names, layer_shape, modules_by_name
 from ..layers.wrap import lora_layers, resolve_ranks
 
 
@@ -185,8 +187,13 @@ def warn_of_losses(model: nn.Module, saved: Collection[str], advice: str) -> Non
         advice: what to do about the others.
     """
     kept = {id(p) for layer in lora_layers(model).values() for p in layer.parameters(recurse=False)}
-    kept |= {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in saved}
-    lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
+    parameters = named_parameters(model)
+    kept |= {id(parameter) for name, parameter in parameters.items() if name in saved}
+    lost = [
+        name
+        for name, parameter in each_once(parameters.items()).items()
+        if parameter.requires_grad and id(parameter) not in kept
+    ]
     if lost:
         warnings.warn(
             f"{quoted_names(lost)} require a gradient and will not be in the file. If they "

@@ -1,8 +1,11 @@
 """The LoRA layer, and the surgery that puts it into any nn.Module.
 
     linear.py           what counts as a linear layer, and which way round its weight lies
+    names.py            names of modules, without those of torch.compile's and DDP's wrappers
     merge.py            W + ΔW goes into the weight, and W comes back: merge, unmerge
     lora.py             the layer itself: LoRALinear
+    coverage.py         which part of a model's matrices targets reach, and what is left out
+    hints.py            what a name or glob that matches nothing was meant to be
     targets.py          which modules get ranks: linear_targets
     wrap.py             layers go in and come out: wrap, unwrap, disabled, lora_layers
     optimizer_state.py  what an optimizer knows of each rank, slice by slice
@@ -36,7 +39,7 @@ scaling; `save_adapter`'s file holds everything.
 A module that a model holds in several places is one module. Any of its names selects it, results
 list it under its first name, it gets one adapter, and the adapter works in every place.
 Two modules with one weight (a head tied to an embedding) stay two modules: each gets an adapter of
-its own, and `merge` refuses them without `untie=True`.
+its own, and `merge` refuses them without `untie=True`. By default a tied head gets none.
 
 nn.MultiheadAttention reads its out_proj's weight without calling the module. An adapter there
 works, but nothing can be measured there and adapter dropout has no effect, so that out_proj is

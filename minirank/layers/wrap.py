@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from ..checks import as_generator, is_integer, quoted_names
 from .linear import linear_shape
 from .lora import LoRALinear, fixed_scaling
+from .names import modules_in_wrappers, plain_name, without_wrappers
 from .targets import (
     all_names,
     as_patterns,
@@ -22,6 +23,7 @@ from .targets import (
     first_names,
     matching_modules,
     modules_by_name,
+    refuse_peft,
 )
 
 
@@ -44,8 +46,9 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     >>> {name: layer.rank for name, layer in lora_layers(model).items()}
     {'0': 3}
     """
+    modules = modules_by_name(model)
     return {
-        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
+        name: module for name in all_names(model) if isinstance(module := modules[name], LoRALinear)
     }
 
 
@@ -198,19 +201,29 @@ def resolve_ranks(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
     >>> resolve_ranks(nn.Sequential(shared, shared, nn.Linear(4, 2)), {"2": 1, "1": 3})
     {'0': 3, '2': 1}
     """
-    if linear_shape(model) is not None:
+    refuse_peft(model)
+    itself = without_wrappers(model)
+    if linear_shape(itself) is not None:
         raise TypeError(
-            f"the model itself is a {type(model).__name__}, so it has no parent to put a layer "
+            f"the model itself is a {type(itself).__name__}, so it has no parent to put a layer "
             "into: wrap nn.Sequential(model), or use LoRALinear"
         )
     first, modules = first_names(model), modules_by_name(model)
-    named_ids = {id(modules[name]) for name in ranks if name in modules}
+    plain_names = {given: plain_name(given, first) for given in ranks}
+    named_ids = {id(modules[name]) for name in plain_names.values() if name in modules}
+    fixed_ids = modules_in_wrappers(model)
     resolved: dict[str, int] = {}
-    for name, rank in ranks.items():
+    for given, rank in ranks.items():
+        name = plain_names[given]
         module = modules.get(name)
         shape = None if module is None or isinstance(module, LoRALinear) else linear_shape(module)
         if module is None or shape is None:
-            raise ValueError(explain_no_match(model, name))
+            raise ValueError(explain_no_match(model, given))
+        if id(module) in fixed_ids:
+            raise ValueError(
+                f"{name!r} has a wrapper of its own (torch.compile?), which goes on calling the "
+                "plain layer: wrap() the model first, then compile the layer or what holds it"
+            )
         _require_rank(name, rank, shape)
         _require_values(name, module)
         _require_no_adapter_inside(name, module, named_ids)

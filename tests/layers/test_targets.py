@@ -17,10 +17,10 @@ def nested():
     return nn.ModuleDict({"fc": nn.Linear(4, 4), "enc": enc, "fc2": nn.Linear(4, 4)})
 
 
-def test_none_selects_every_linear_module_once_in_module_order():
+def test_none_selects_every_linear_module_once_in_module_order_but_no_tied_head():
     model = zoo()
     found = linear_targets(model)
-    assert list(found) == ZOO_LINEAR
+    assert list(found) == [name for name in ZOO_LINEAR if name != "head"]
     assert all(module is model.get_submodule(name) for name, module in found.items())
 
 
@@ -46,7 +46,20 @@ def test_names_are_exact_and_globs_cover_the_whole_name(targets, expected):
 
 def test_a_type_selects_its_instances():
     assert list(linear_targets(zoo(), Conv1DLike)) == ["body.conv"]
-    assert list(linear_targets(zoo(), nn.Linear)) == ["body.up", "blocks.0.0", "blocks.1.0", "head"]
+    assert list(linear_targets(zoo(), nn.Linear)) == ["body.up", "blocks.0.0", "blocks.1.0"]
+
+
+@pytest.mark.parametrize("targets", ["head", ["*.up", "h*"], "*", lambda name, _: name == "head"])
+def test_a_tied_head_is_selected_where_it_is_named_or_accepted(targets):
+    assert "head" in linear_targets(zoo(), targets)
+    assert "head" not in linear_targets(zoo())
+
+
+def test_a_model_of_a_tied_head_alone_is_told_to_name_it():
+    words, head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+    head.weight = words.weight
+    with pytest.raises(ValueError, match="To adapt the tied head, give its name: '1'"):
+        linear_targets(nn.Sequential(words, head))
 
 
 def test_a_function_sees_no_module_that_is_not_linear():
