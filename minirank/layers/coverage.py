@@ -25,20 +25,20 @@ from .names import each_once, named_modules
 
 TABLE_WIDTH = 100
 
-# {kind: why it is left out}, in the order of the table
+# {kind of weight: why it is left out}, in the order of the table
 REASONS = {
-    "attention in_proj": "no layer, but a parameter of nn.MultiheadAttention",
-    "attention out_proj": "read by its parent and never called; give its exact name",
-    "stacked experts": "no layers, but one 3-D parameter",
-    "bare matrices": "no linear layers, but parameters of a module",
-    "convolutions": "no linear layers",
-    "recurrent weights": "no linear layers",
-    "packed layers": "quantised, without a floating-point weight",
-    "tied heads": "the weight is an embedding's too; name it to adapt it",
-    "lazy layers": "without a shape yet; run the model once",
-    "linear layers": "not among the targets",
+    "attention in_proj": "a parameter, no layer",
+    "attention out_proj": "read by its parent, never called",
+    "stack of experts": "a 3-D parameter, no layers",
+    "bare matrix": "a parameter, no layer",
+    "convolution": "not linear",
+    "recurrent weight": "not linear",
+    "packed layer": "quantised",
+    "tied head": "an embedding's weight; its name selects it",
+    "lazy layer": "no shape yet; run the model once",
+    "linear layer": "not among the targets",
 }
-NOT_SELECTED = "linear layers"  # the kind that the user left out
+NOT_SELECTED = "linear layer"  # the kind that the user left out
 
 # Parameters of two or more dimensions with such a name do not multiply activations as a matrix.
 NO_MATRIX = re.compile(r"bias|embed|(^|_)pos|token|table|latent|scale|norm|mask|_log$")
@@ -59,9 +59,9 @@ class Coverage(NamedTuple):
 
     Its text is empty if everything is reached.
 
-    >>> print(Coverage(30, 40, (LeftOut("convolutions", 1, 10, "no linear layers", "stem"),)))
+    >>> print(Coverage(30, 40, (LeftOut("convolution", 1, 10, "not linear", "stem"),)))
     The targets reach 75 % of the model's matrix entries. Left out:
-       25 %  convolutions (1, such as 'stem'): no linear layers
+       25 %  1 × convolution (not linear): stem
     """
 
     reached: int
@@ -78,13 +78,12 @@ class Coverage(NamedTuple):
             return ""
         reached = percent(self.reached, self.total)
         lines = [f"The targets reach {reached} of the model's matrix entries. Left out:"]
-        return "\n".join([*lines, *(f"  {self._line(group)}" for group in self.left_out)])
+        return "\n".join([*lines, *(self._line(group) for group in self.left_out)])
 
     def _line(self, group: LeftOut) -> str:
         share = f"{percent(group.entries, self.total):>5}"
-        start, end = f"{share}  {group.kind} ({group.number:,}, such as ", f"): {group.reason}"
-        room = TABLE_WIDTH - len(f"  {start}''{end}")
-        return f"{start}{shortened(group.example, room)!r}{end}"
+        start = f"  {share}  {group.number:,} × {group.kind} ({group.reason}): "
+        return start + shortened(group.example, TABLE_WIDTH - len(start))
 
 
 def percent(part: int, total: int) -> str:
@@ -110,18 +109,26 @@ def coverage(model: nn.Module, names: Iterable[str]) -> Coverage:
     >>> coverage(model, ["1"]).share
     0.6666666666666666
     """
-    every_name = dict(named_modules(model, enter=_may_hold_matrices))
-    reached_ids = {id(every_name[name]) for name in names if name in every_name}
-    modules = each_once(named_modules(model, enter=_may_hold_matrices))
+    single: dict[int, tuple[str, int] | None] = {}  # {id of a module: its kind and entries}
+
+    def enter(module: nn.Module) -> bool:
+        """Whether the matrices of the modules inside are their own, not parts of this one's."""
+        if id(module) not in single:
+            single[id(module)] = _single_matrix(module)
+        return single[id(module)] is None and not isinstance(module, nn.RNNBase)
+
+    every_name = list(named_modules(model, enter=enter))
+    modules, named = each_once(every_name), dict(every_name)
+    reached_ids = {id(named[name]) for name in names if name in named}
     tied = tied_heads(modules)
     reached: dict[int, int] = {}  # {id of a weight: entries}
     left: dict[int, tuple[str, str, int]] = {}  # {id of a weight: (kind, module, entries)}
     for name, module in modules.items():
-        for kind, key, entries in _matrices(module):
+        for kind, key, entries in _matrices(module, single[id(module)]):
             if id(module) in reached_ids:
                 reached[key] = entries
             else:
-                left.setdefault(key, ("tied heads" if name in tied else kind, name, entries))
+                left.setdefault(key, ("tied head" if name in tied else kind, name, entries))
     groups: dict[str, list[tuple[str, int]]] = {kind: [] for kind in REASONS}
     for key, (kind, name, entries) in left.items():
         if key not in reached:
@@ -177,14 +184,12 @@ def _weight(module: nn.Module) -> nn.Parameter | None:
 # ---- the matrices of one module -----------------------------------------------------------------
 
 
-def _may_hold_matrices(module: nn.Module) -> bool:
-    """Whether the matrices of the modules inside are their own, not parts of this one's."""
-    return _single_matrix(module) is None and not isinstance(module, nn.RNNBase)
+def _matrices(module: nn.Module, single: tuple[str, int] | None) -> Iterator[tuple[str, int, int]]:
+    """(kind, id of the weight, entries) of each matrix that the module itself holds.
 
-
-def _matrices(module: nn.Module) -> Iterator[tuple[str, int, int]]:
-    """(kind, id of the weight, entries) of each matrix that the module itself holds."""
-    single = _single_matrix(module)
+    Args:
+        single: its `_single_matrix`.
+    """
     if single is not None:
         weight = _weight(module.base if isinstance(module, LoRALinear) else module)
         yield single[0], id(module if weight is None else weight), single[1]
@@ -200,16 +205,16 @@ def _single_matrix(module: nn.Module) -> tuple[str, int] | None:
     if isinstance(module, LoRALinear):
         return NOT_SELECTED, module.out_features * module.in_features
     if any(is_lazy(p) for p in module._parameters.values() if p is not None):
-        return "lazy layers", 0
+        return "lazy layer", 0
     shape = linear_shape(module)
     if shape is not None:
         kind = "attention out_proj" if is_out_proj(module) else NOT_SELECTED
         return kind, shape[0] * shape[1]
     if isinstance(module, _ConvNd):
         inputs = module.in_channels * module.out_channels // module.groups
-        return "convolutions", inputs * math.prod(module.kernel_size)
+        return "convolution", inputs * math.prod(module.kernel_size)
     packed = _packed_shape(module)
-    return None if packed is None else ("packed layers", packed[0] * packed[1])
+    return None if packed is None else ("packed layer", packed[0] * packed[1])
 
 
 def _packed_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -231,7 +236,7 @@ def _kind_of_parameter(module: nn.Module, key: str, parameter: nn.Parameter) -> 
     if isinstance(module, nn.MultiheadAttention):
         return "attention in_proj"
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        return "recurrent weights"
+        return "recurrent weight"
     if 1 in parameter.shape[:-1] or hasattr(module, "normalized_shape"):
         return None  # a table of positions, (1, n, d), or a norm over several dimensions
-    return "stacked experts" if parameter.ndim == 3 else "bare matrices"
+    return "stack of experts" if parameter.ndim == 3 else "bare matrix"

@@ -143,17 +143,17 @@ def _warn_of_small_part(model: nn.Module, selected: Collection[str]) -> None:
     than they leave out."""
     adapted = [n for n, m in modules_by_name(model).items() if isinstance(m, LoRALinear)]
     part = coverage(model, [*selected, *adapted])
-    left_out = [group for group in part.left_out if group.kind not in (NOT_SELECTED, "tied heads")]
+    left_out = [group for group in part.left_out if group.kind not in (NOT_SELECTED, "tied head")]
     if part.share < 0.5 and len(selected) + len(adapted) < sum(g.number for g in left_out):
-        listed = "; ".join(
-            f"{group.number:,} {group.kind} ({shortened(group.example, LONGEST_NAME)!r}: "
-            f"{group.reason})"
+        listed = ", ".join(
+            f"{group.number:,} × {group.kind} ({group.reason}), such as "
+            f"{shortened(group.example, LONGEST_NAME)!r}"
             for group in left_out
         )
         warnings.warn(
             f"the default targets are {quoted_names(sorted(selected))} alone, with "
             f"{percent(part.reached, part.total)} of the model's matrix entries. Left out are "
-            f"{listed}. If all ranks shall go to what was found, give its names as targets",
+            f"{listed}. All ranks go to those found: if that is meant, name them as targets",
             stacklevel=3,
         )
 

@@ -115,7 +115,8 @@ def wrap(
     rank_of = resolve_ranks(model, ranks_by_name(ranks))
     if not any(rank_of.values()):
         raise ValueError(
-            "every rank is 0, so there is nothing to wrap: give a module a rank above 0"
+            "every rank is 0, so there is nothing to wrap: give a module a rank above 0. (A budget "
+            "of parameters that is below d_out + d_in pays for none)"
         )
     average_rank = sum(rank_of.values()) / len(rank_of)
     common = fixed_scaling(average_rank, scaling, alpha, reference_rank, rank_stabilized)
