@@ -319,8 +319,8 @@ def load_adapter(
     copied: list[Tensor] = []
     try:
         for tensor, value in values:
+            copied.append(tensor)  # first, so that an interrupted copy is undone too
             copy_value(tensor, value)
-            copied.append(tensor)
         if isinstance(trainable, AsSaved):
             return insert_layers(model, builders, (), parameters)
         return insert_layers(model, builders, trainable)

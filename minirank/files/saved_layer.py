@@ -16,7 +16,7 @@ from ..checks import quoted_names
 from ..layers.hints import did_you_mean
 from ..layers.lora import RANK_DIM, LoRALinear
 from ..layers.names import each_once, named_parameters
-from ..layers.targets import first_names, layer_shape, modules_by_name
+from ..layers.targets import first_names, layer_shape, modules_by_name, refuse_peft
 from ..layers.wrap import lora_layers, resolve_ranks
 
 
@@ -153,6 +153,7 @@ def find_modules(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dic
     Raises ValueError: a module that is missing, has another shape or an adapter already, or that
     the file has several adapters for.
     """
+    refuse_peft(model)
     modules, first = modules_by_name(model), first_names(model)
     missing = [name for name in shapes if name not in modules]
     if missing:

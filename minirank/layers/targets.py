@@ -301,7 +301,8 @@ def explain_no_match(model: nn.Module, pattern: str, *, globs: bool = False) -> 
     if module is not None:
         what = f"{pattern!r} is of type {type(module).__name__}, not a linear layer"
         if any(name.startswith(f"{pattern}.") for name in linear):
-            return f"{what}; for those inside it: '{pattern}.*'"
+            inside = f"'{pattern}.*'" if globs else f"linear_targets(model, '{pattern}.*')"
+            return f"{what}; for those inside it: {inside}"
         return f"{what} with a 2-D floating-point weight"
     matched = [name for name in linear if fnmatchcase(name, pattern)]
     if not matched:
@@ -314,5 +315,5 @@ def explain_no_match(model: nn.Module, pattern: str, *, globs: bool = False) -> 
         )
     return (
         f"{pattern!r} is a glob, where exact names are expected: it matches "
-        f"{quoted_names(matched, 4)}"
+        f"{quoted_names(matched, 4)}. linear_targets(model, {pattern!r}) lists them"
     )
