@@ -9,9 +9,11 @@ the same. Needs transformers; diffusers' UNet is left out where diffusers is not
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,16 +21,18 @@ from torch import nn
 from minirank import linear_targets
 from minirank.layers.coverage import Coverage, coverage, percent
 
+Options = dict[str, Any]
+
 WIDTH, HEADS, LAYERS = 64, 4, 2
-WORDS = {"vocab_size": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SIZES = {
+WORDS: Options = {"vocab_size": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES: Options = {
     "hidden_size": WIDTH,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS,
     "intermediate_size": 4 * WIDTH,
 }
-IMAGES = {"image_size": 32, "patch_size": 8}
-EXPERTS = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+IMAGES: Options = {"image_size": 32, "patch_size": 8}
+EXPERTS: Options = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def bert() -> nn.Module:
@@ -46,15 +50,22 @@ def llama() -> nn.Module:
 def gpt2() -> nn.Module:
     import transformers as hf
 
-    sizes = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS}
+    sizes: Options = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS}
     return hf.GPT2LMHeadModel(hf.GPT2Config(**WORDS, **sizes))
 
 
 def t5() -> nn.Module:
     import transformers as hf
 
-    sizes = {"d_model": WIDTH, "d_kv": 16, "d_ff": 4 * WIDTH, "num_layers": LAYERS, "num_heads": 4}
-    return hf.T5ForConditionalGeneration(hf.T5Config(**WORDS, **sizes, decoder_start_token_id=0))
+    sizes: Options = {
+        "d_model": WIDTH,
+        "d_kv": 16,
+        "d_ff": 4 * WIDTH,
+        "num_layers": LAYERS,
+        "num_heads": 4,
+    }
+    sizes |= {"decoder_start_token_id": 0}
+    return hf.T5ForConditionalGeneration(hf.T5Config(**WORDS, **sizes))
 
 
 def vit() -> nn.Module:
@@ -66,7 +77,7 @@ def vit() -> nn.Module:
 def swin() -> nn.Module:
     import transformers as hf
 
-    sizes = {"image_size": 32, "patch_size": 2, "embed_dim": 32, "window_size": 4}
+    sizes: Options = {"image_size": 32, "patch_size": 2, "embed_dim": 32, "window_size": 4}
     config = hf.SwinConfig(**sizes, depths=[2, 2], num_heads=[2, 4])
     return hf.SwinForImageClassification(config)
 
@@ -94,7 +105,7 @@ def mixtral() -> nn.Module:
 def qwen2_moe() -> nn.Module:
     import transformers as hf
 
-    sizes = {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    sizes: Options = {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
     sizes |= {"moe_intermediate_size": 2 * WIDTH, "shared_expert_intermediate_size": 2 * WIDTH}
     return hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(**WORDS, **SIZES, **sizes))
 
@@ -109,7 +120,7 @@ def gpt_oss() -> nn.Module:
 def whisper() -> nn.Module:
     import transformers as hf
 
-    sizes = {"d_model": WIDTH, "encoder_layers": LAYERS, "decoder_layers": LAYERS}
+    sizes: Options = {"d_model": WIDTH, "encoder_layers": LAYERS, "decoder_layers": LAYERS}
     sizes |= {"encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS}
     sizes |= {"encoder_ffn_dim": 4 * WIDTH, "decoder_ffn_dim": 4 * WIDTH}
     config = hf.WhisperConfig(**WORDS, **sizes, decoder_start_token_id=1)
@@ -117,9 +128,8 @@ def whisper() -> nn.Module:
 
 
 def unet() -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
+    diffusers: Any = importlib.import_module("diffusers")
+    model: nn.Module = diffusers.UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(32, 64),
         layers_per_block=1,
@@ -129,6 +139,7 @@ def unet() -> nn.Module:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
+    return model
 
 
 def torch_encoder() -> nn.Module:

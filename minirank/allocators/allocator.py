@@ -52,7 +52,7 @@ class Allocator(ABC):
         model: the model to measure.
 
     Raises:
-        ValueError: the model has PEFT's layers.
+        ValueError: the model has PEFT's modules.
     """
 
     method: ClassVar[str] = "Allocator"  # its name in an Allocation

@@ -30,8 +30,9 @@ def _wrapped_module(module: nn.Module) -> nn.Module | None:
     """The module that this one wraps, if it is a wrapper."""
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return module._modules[PARALLEL]
-    # The children of a scripted module are no dictionary, but know `in`.
-    return module._modules[COMPILED] if COMPILED in module._modules else None
+    if COMPILED in module._modules:  # a scripted module's children are no dictionary with get()
+        return module._modules[COMPILED]
+    return None
 
 
 def modules_in_wrappers(model: nn.Module) -> set[int]:

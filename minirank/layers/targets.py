@@ -45,7 +45,7 @@ def linear_targets(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mo
 
     Raises:
         ValueError: the model has no linear layer, a name, glob, type or function selects none, or
-            the model has PEFT's layers.
+            the model has PEFT's modules.
         TypeError: a list of anything but names.
 
     >>> from minirank import linear_targets
@@ -72,7 +72,7 @@ def linear_targets(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mo
 
 
 def refuse_peft(model: nn.Module) -> None:
-    """Raise ValueError, which names the layers, if PEFT has put some of its own into the model."""
+    """Raise ValueError, which names them, if PEFT has put modules of its own into the model."""
     found = {
         name: module
         for name, module in named_modules(model)
@@ -81,7 +81,7 @@ def refuse_peft(model: nn.Module) -> None:
     if found:
         kinds = ", ".join(dict.fromkeys(type(module).__name__ for module in found.values()))
         raise ValueError(
-            f"expected a model without PEFT's layers, but {type(model).__name__} has {len(found)} "
+            f"expected a model without PEFT's modules, but {type(model).__name__} has {len(found)} "
             f"({kinds}): give the model from before get_peft_model(), or what peft_model.unload() "
             "returns (merge_and_unload() keeps the adapters in the weights)"
         )
