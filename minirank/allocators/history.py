@@ -42,8 +42,8 @@ class Update:
     def line(self) -> str:
         """The line of the history's table, or several: each has at most 100 columns."""
         numbers = (
-            f"{self.step:>7}{self.total_rank:>7}{self.parameters:>12,}"
-            f"{sum(self.pruned.values()):>8}  "
+            f"{self.step:>7} {self.total_rank:>6} {self.parameters:>11,} "
+            f"{sum(self.pruned.values()):>7}  "
         )
         first, *further = self._moves(WIDTH - len(numbers))
         return "\n".join([numbers + first, *(" " * len(numbers) + text for text in further)])

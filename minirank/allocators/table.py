@@ -90,12 +90,12 @@ def _grid_lines(grid: Grid, top: int, columns: range | None = None, gap: int = 2
     digits = len(str(top))
     headings = [grid.columns[j].split(".") for j in columns]
     widths = [max(digits + 1 + BAR_WIDTH, *map(len, heading)) for heading in headings]
-    first_width = max([len("sum"), *map(len, grid.rows)])
+    first_width, sum_width = max([len("sum"), *map(len, grid.rows)]), _sum_width(grid)
 
     def line(name: str, cells: Sequence[object], total: object) -> str:
         texts = zip(map(str, cells), widths, strict=True)
         parts = "".join(f"{'':{gap}}{text:<{width}}" for text, width in texts)
-        return f"{name:<{first_width}}{parts}  {total if with_sums else '':>5}".rstrip()
+        return f"{name:<{first_width}}{parts}  {total if with_sums else '':>{sum_width}}".rstrip()
 
     stacked = _stacked(headings)
     lines = [line("", parts, "") for parts in stacked[:-1]] + [line("", stacked[-1], "sum")]
@@ -132,13 +132,17 @@ def _block_lines(grid: Grid, top: int) -> list[str] | None:
 def _list_lines(grid: Grid, top: int) -> list[str]:
     """One line per module under the name of its layer, which has the layer's sum."""
     digits = len(str(top))
-    end_width = digits + 1 + BAR_WIDTH + 2 + 5
+    sum_width = _sum_width(grid)
+    end_width = digits + 1 + BAR_WIDTH + 2 + sum_width
     longest = max(len(name) for name in [*grid.rows, *(f"  {name}" for name in grid.columns)])
     name_width = min(longest, WIDTH - end_width - 2)
 
     def line(name: str, cell: str, total: object) -> list[str]:
         *first, last = _pieces(name, name_width)
-        return [*first, f"{last:<{name_width}}  {cell:<{digits + 1 + BAR_WIDTH}}  {total:>5}"]
+        return [
+            *first,
+            f"{last:<{name_width}}  {cell:<{digits + 1 + BAR_WIDTH}}  {total:>{sum_width}}",
+        ]
 
     lines = line("", "", "sum")
     for i, row in enumerate(grid.rows):
@@ -147,6 +151,10 @@ def _list_lines(grid: Grid, top: int) -> list[str]:
         for j, rank in in_row.items():
             lines += line(f"  {grid.columns[j]}", _cell(rank, top, digits), "")
     return [text.rstrip() for text in [*lines, *line("sum", "", sum(grid.ranks.values()))]]
+
+
+def _sum_width(grid: Grid) -> int:
+    return max(5, len(str(sum(grid.ranks.values()))))
 
 
 def _pieces(name: str, width: int) -> list[str]:
