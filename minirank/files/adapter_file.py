@@ -333,7 +333,7 @@ def load_adapter(
 def _with_names_of(model: nn.Module, adapter: SavedAdapter) -> SavedAdapter:
     """The adapter, its names without what a wrapper put into them where it was saved.
 
-    Files of minirank 0.2.0 and before have names such as "_orig_mod.fc".
+    Names such as "_orig_mod.fc" are in files of early versions of minirank.
     """
     modules = modules_by_name(model)
     tensors = {**named_parameters(model), **named_buffers(model)}
