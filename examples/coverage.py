@@ -183,7 +183,7 @@ def default_coverage(model: nn.Module) -> tuple[Coverage, bool]:
 
 def lines(names: Collection[str]) -> list[str]:
     """The table: a line for each family, and one for each kind of weight that is left out."""
-    result = [f"{'model':<23}{'reached':>9}   left out"]
+    result = [f"{'model':<23}{'reached':>7}  left out"]
     for name in names:
         torch.manual_seed(0)
         part, warned = default_coverage(FAMILIES[name]())
@@ -194,8 +194,8 @@ def lines(names: Collection[str]) -> list[str]:
         ]
         first, *further = groups or ["    -"]
         reached = percent(part.reached, part.total) + ("*" if warned else " ")
-        result.append(f"{name:<23}{reached:>10}  {first}")
-        result += [f"{'':<35}{group}" for group in further]
+        result.append(f"{name:<23}{reached:>8} {first}")
+        result += [f"{'':<32}{group}" for group in further]
     return [*result, "* with a warning"]
 
 

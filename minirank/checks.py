@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+PACKAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
 LONGEST_NAME = 80  # of a module, in a list of several
 
 
@@ -45,6 +48,14 @@ def shortened(text: str, width: int) -> str:
         return text
     end = max(2 * (width - 1) // 3, 0)
     return f"{text[: max(width - 1 - end, 0)]}…{text[len(text) - end :]}"
+
+
+def caller_level() -> int:
+    """The `stacklevel` with which warnings.warn points at the first caller outside this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def require_function(name: str, value: object) -> None:

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from ..checks import LONGEST_NAME, quoted_names, shortened
+from ..checks import LONGEST_NAME, caller_level, quoted_names, shortened
 from .coverage import NOT_SELECTED, coverage, is_out_proj, percent, tied_heads
 from .hints import did_you_mean
 from .linear import linear_shape
@@ -154,7 +154,7 @@ def _warn_of_small_part(model: nn.Module, selected: Collection[str]) -> None:
             f"the default targets are {quoted_names(sorted(selected))} alone, with "
             f"{percent(part.reached, part.total)} of the model's matrix entries. Left out are "
             f"{listed}. All ranks go to those found: if that is meant, name them as targets",
-            stacklevel=3,
+            stacklevel=caller_level(),
         )
 
 

@@ -216,6 +216,13 @@ def test_default_targets_that_find_only_a_head_warn(kind):
     wrap(model, dict.fromkeys(found, 1))
 
 
+def test_the_warning_points_at_the_call_outside_the_package():
+    for call in (linear_targets, UniformRanks):
+        with pytest.warns(UserWarning, match="default targets") as caught:
+            call(LITTLE["packed"]())
+        assert caught[0].filename == __file__
+
+
 @pytest.mark.parametrize("kind", ENOUGH)
 def test_ordinary_models_do_not_warn(kind):
     with warnings.catch_warnings():
