@@ -41,6 +41,10 @@ list it under its first name, it gets one adapter, and the adapter works in ever
 Two modules with one weight (a head tied to an embedding) stay two modules: each gets an adapter of
 its own, and `merge` refuses them without `untie=True`. By default a tied head gets none.
 
+The wrappers of torch.compile, DataParallel and DistributedDataParallel have no part in names, so
+that files are the same with and without them. Names that have their part ("_orig_mod.encoder.fc",
+"module.encoder.fc") are understood, in arguments and in files.
+
 nn.MultiheadAttention reads its out_proj's weight without calling the module. An adapter there
 works, but nothing can be measured there and adapter dropout has no effect, so that out_proj is
 selected by its exact name alone. Its packed in_proj_weight is no linear layer and is not adapted.
