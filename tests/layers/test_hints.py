@@ -12,10 +12,10 @@ from minirank.layers.hints import did_you_mean
 
 
 def model():
-    block = lambda: nn.ModuleDict({"query": nn.Linear(4, 4), "value": nn.Linear(4, 4)})  # noqa: E731
-    return nn.ModuleDict(
-        {"encoder": nn.ModuleList(block() for _ in range(6)), "head": nn.Linear(4, 2)}
+    blocks = nn.ModuleList(
+        nn.ModuleDict({"query": nn.Linear(4, 4), "value": nn.Linear(4, 4)}) for _ in range(6)
     )
+    return nn.ModuleDict({"encoder": blocks, "head": nn.Linear(4, 2)})
 
 
 @pytest.mark.parametrize(
