@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+LONGEST_NAME = 80  # of a module, in a list of several
+
 
 def require(condition: bool, name: str, value: object, expected: str) -> None:
     """Raise ValueError unless `condition` holds: "`name` must be `expected`, got `value`"."""
@@ -35,8 +37,16 @@ def as_generator(generator: torch.Generator | int) -> torch.Generator:
 
 def quoted_names(names: Sequence[str], count: int = 3) -> str:
     """The first few names, quoted, for an error message: "'a', 'b', 'c' and 4 more"."""
-    shown = ", ".join(map(repr, names[:count]))
+    shown = ", ".join(repr(shortened(name, LONGEST_NAME)) for name in names[:count])
     return f"{shown} and {len(names) - count} more" if len(names) > count else shown
+
+
+def shortened(text: str, width: int) -> str:
+    """The text, with "…" for its middle if it is longer than `width`. The end stays longer."""
+    if len(text) <= width:
+        return text
+    end = max(2 * (width - 1) // 3, 0)
+    return f"{text[: max(width - 1 - end, 0)]}…{text[len(text) - end :]}"
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:

@@ -35,8 +35,9 @@ import torch
 from torch import Tensor, nn
 
 from ..budget import best_ranks, proportional_ranks
+from ..layers.coverage import coverage
 from ..layers.lora import LoRALinear
-from ..layers.targets import modules_by_name
+from ..layers.targets import modules_by_name, refuse_peft
 from .allocation import Allocation, Unit
 from .constraints import Bound, Constraints, constraints_for
 
@@ -49,12 +50,16 @@ class Allocator(ABC):
 
     Args:
         model: the model to measure.
+
+    Raises:
+        ValueError: the model has PEFT's modules.
     """
 
     method: ClassVar[str] = "Allocator"  # its name in an Allocation
     grows: ClassVar[bool] = True  # whether a module can get more ranks than it has now
 
     def __init__(self, model: nn.Module) -> None:
+        refuse_peft(model)
         self.model = model
         self._scores: dict[str, Tensor] | None = None
 
@@ -120,7 +125,8 @@ class Allocator(ABC):
         constraints = constraints_for(self.model, scores, budget, unit, min_rank, max_rank)
         exact = {name: score.detach().double().cpu() for name, score in scores.items()}
         ranks, keep = self.ranks_from_scores(exact, constraints)
-        return Allocation(ranks, constraints.costs, budget, unit, self.method, keep)
+        reached = coverage(self.model, scores)
+        return Allocation(ranks, constraints.costs, budget, unit, self.method, keep, reached)
 
 
 class ShareAllocator(Allocator):

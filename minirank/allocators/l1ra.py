@@ -56,7 +56,6 @@ weight decay on A and B did.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, get_args
@@ -65,7 +64,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..checks import as_generator, is_integer, quoted_names, require
+from ..checks import as_generator, is_integer, quoted_names, require, warn_caller
 from ..layers.optimizers import Optimizers, as_optimizers, parameter_slots, set_learning_rate
 from ..layers.resize import Resized, resize, separate_layers
 from .allocation import Allocation, Unit
@@ -311,12 +310,11 @@ class L1RA(RankScoreAllocator):
         if self._l1_is_too_small() and not self._warned_of_small_l1:
             self._warned_of_small_l1 = True
             steps = round(1 / (self.gate_lr * self.l1))
-            warnings.warn(
+            warn_caller(
                 f"{IDLE_UPDATES} updates in a row pruned no rank, and every gate is still above "
                 f"{IDLE_GATE}. With l1={self.l1:g} and gate_lr={self.gate_lr:g}, the penalty alone "
                 f"takes {steps:,} steps from a gate of 1 to 0: take a larger l1 (start with 0.3), "
                 "or l1=0 if no rank is to move",
-                stacklevel=4,  # the caller of step(), which torch.no_grad() wraps
             )
         return update
 

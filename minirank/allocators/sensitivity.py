@@ -42,7 +42,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..checks import as_generator, quoted_names, require, require_batches, require_function
+from ..checks import (
+    as_generator,
+    quoted_names,
+    require,
+    require_batches,
+    require_function,
+    warn_caller,
+)
 from ..curvature.estimate import Estimate
 from ..curvature.input_moment import input_second_moment
 from ..curvature.unreached import IdleLayerWarning, warn_of_idle_layers
@@ -495,11 +502,10 @@ def _plain_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
             f"every linear layer has an adapter ({quoted_names(adapted)}), and SensitivityLoRA "
             f"scores plain layers: {advice}"
         ) from error
-    warnings.warn(
+    warn_caller(
         f"SensitivityLoRA scores plain linear layers, so {quoted_names(adapted)} will get no rank "
         f"here, having an adapter already. {advice.capitalize()}; or name targets=, if the other "
         "layers alone are meant",
-        stacklevel=3,
     )
     return plain
 

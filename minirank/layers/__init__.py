@@ -2,8 +2,11 @@
 
     linear.py           what counts as a linear layer, and which way round its weight lies
                         (packed.py, beside the folders: quantised weights)
+    names.py            names of modules, without those of torch.compile's and DDP's wrappers
     merge.py            W + ΔW goes into the weight, and W comes back: merge, unmerge
     lora.py             the layer itself: LoRALinear
+    coverage.py         which part of a model's matrices targets reach, and what is left out
+    hints.py            what a name or glob that matches nothing was meant to be
     targets.py          which modules get ranks: linear_targets
     wrap.py             layers go in and come out: wrap, unwrap, disabled, lora_layers
     optimizers.py       what counts as an optimizer, and what schedule-free ones keep
@@ -38,7 +41,11 @@ scaling; `save_adapter`'s file holds everything.
 A module that a model holds in several places is one module. Any of its names selects it, results
 list it under its first name, it gets one adapter, and the adapter works in every place.
 Two modules with one weight (a head tied to an embedding) stay two modules: each gets an adapter of
-its own, and `merge` refuses them without `untie=True`.
+its own, and `merge` refuses them without `untie=True`. By default a tied head gets none.
+
+The wrappers of torch.compile, DataParallel and DistributedDataParallel have no part in names, so
+that files are the same with and without them. Names that have their part ("_orig_mod.encoder.fc",
+"module.encoder.fc") are understood, in arguments and in files.
 
 Packed layers (bitsandbytes, torchao, quanto, HQQ; `linear_shape` says what counts) are targets like
 any other, and are never called by a probe. Their adapters are float32 unless `dtype=` says

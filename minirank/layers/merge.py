@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from ..packed import dequantized_weight, dequantizes_itself
 from ..placement import require_here, require_unsharded
 from .linear import applies_weight, is_packed, linear_shape
+from .names import each_once, joined, named_modules
 
 Layer = TypeVar("Layer", bound="Mergeable")
 
@@ -153,7 +154,8 @@ def unmerge(model: nn.Module) -> list[str]:
 
 
 def _layers(model: nn.Module) -> dict[str, Mergeable]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, Mergeable)}
+    modules = each_once(named_modules(model))
+    return {name: module for name, module in modules.items() if isinstance(module, Mergeable)}
 
 
 def _require_plain_weight(name: str, base: nn.Module) -> None:
@@ -191,11 +193,11 @@ def _require_no_tie(name: str, layer: Mergeable, owners: Mapping[int, set[str]])
 def _owners_of_storages(model: nn.Module) -> dict[int, set[str]]:
     """{storage address: names of the parameters and buffers in it}."""
     owners: dict[int, set[str]] = {}
-    for module_name, module in model.named_modules():
+    for module_name, module in each_once(named_modules(model)).items():
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None and _has_storage(tensor):
-                name = f"{module_name}.{key}" if module_name else key
-                owners.setdefault(tensor.untyped_storage().data_ptr(), set()).add(name)
+                storage = tensor.untyped_storage().data_ptr()
+                owners.setdefault(storage, set()).add(joined(module_name, key))
     return owners
 
 

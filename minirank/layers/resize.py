@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from ..checks import as_generator, is_integer
 from ..placement import require_here, require_unsharded
+from .hints import did_you_mean
 from .lora import RANK_DIM, LoRALinear
+from .names import plain_name
 from .optimizer_state import carried_state, select_ranks, survivors_then_zeros
 from .optimizers import Optimizers, Slot, as_optimizers, parameter_slots, start_iterates
-from .targets import did_you_mean, first_names
+from .targets import first_names
 from .wrap import AllocationLike, lora_layers, ranks_by_name
 
 
@@ -176,7 +178,7 @@ def _requested(
     layers, first = separate_layers(model), first_names(model)
     requested: dict[str, tuple[LoRALinear, int, Tensor]] = {}
     for alias, rank in ranks_by_name(ranks).items():
-        name = first.get(alias, alias)
+        name = first.get(plain_name(alias, first), alias)
         if name not in layers:
             if name in first and rank == 0:
                 continue  # wrap() left it plain
