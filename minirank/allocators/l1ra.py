@@ -62,6 +62,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checks import as_generator, is_integer, quoted_names, require
+from ..layers.lora import LoRALinear
 from ..layers.resize import Resized, resize, separate_layers
 from .allocation import Allocation, Unit
 from .allocator import KeepMasks, Ranks, RankScoreAllocator, mask_tensors
@@ -93,7 +94,8 @@ class L1RA(RankScoreAllocator):
     Args:
         model: with LoRA layers whose gates start from 1: wrap(model, ranks, gate=1.0).
         optimizer: holds the gates. Its steps are counted by a hook, so a step that a GradScaler
-            skips or that gradient accumulation puts off shrinks nothing.
+            skips or that gradient accumulation puts off shrinks nothing. A wrapper that has the
+            optimizer as its `optimizer`, such as accelerate's, is as good.
         l1: λ, the weight of the penalty. The default is the paper's value, which moves no rank in
             trainings of some hundred steps: start with 0.3. 0 shrinks nothing.
         gate_lr: η_c, the gates' own learning rate.
@@ -118,6 +120,9 @@ class L1RA(RankScoreAllocator):
         UserWarning: `l1` is too small. Three updates in a row have pruned no rank, every gate is
             still above 0.9, and the penalty alone would take more than 20 intervals from a gate of
             1 to 0. This is said once, and not if `l1` is 0.
+        UserWarning, at the first `step()`: the gates were not at their start when this object was
+            made, and no state has been loaded. So a training goes on that this object knows
+            nothing of: its steps count from 0, and its history is empty.
 
     Raises (model and optimizer are left unchanged):
         TypeError: the optimizer is LBFGS, which has one parameter group only.
@@ -165,7 +170,7 @@ class L1RA(RankScoreAllocator):
         generator: torch.Generator | int = 0,
     ) -> None:
         super().__init__(model)
-        self.optimizer = optimizer
+        self.optimizer = optimizer = _innermost(optimizer)
         self._layers = {
             name: layer for name, layer in separate_layers(model).items() if layer.gate is not None
         }
@@ -191,6 +196,7 @@ class L1RA(RankScoreAllocator):
         self.steps = 0  # optimizer steps that `step` has seen
         self._pending = 0  # optimizer steps that `step` has not seen yet
         self._warned_of_small_l1 = False
+        self._trained_before = _first_trained(self._layers)
         self._watch_optimizer()
 
     # ---- scores and allocations -----------------------------------------------------------------
@@ -255,13 +261,33 @@ class L1RA(RankScoreAllocator):
 
         Returns:
             What an update did, if there was one. `history` records it too.
+
+        Raises (before anything changes):
+            RuntimeError: the optimizer does not hold a parameter of a layer, since
+                `load_state_dict` or `resize` has replaced it.
         """
-        taken, self._pending = self._pending, 0
-        if taken == 0:
+        if self._pending == 0:
             return None
+        self._require_held_parameters()
+        if self._trained_before is not None:
+            _warn_of_unknown_steps(self._trained_before)
+            self._trained_before = None
+        taken, self._pending = self._pending, 0
         before, self.steps = self.steps, self.steps + taken
         self._shrink(taken if self.stop is None else max(0, min(taken, self.stop - before)))
         return self._update() if self._has_update_between(before, self.steps) else None
+
+    def _require_held_parameters(self) -> None:
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        for name, layer in self._layers.items():
+            for key, parameter in layer.named_parameters(recurse=False):
+                if id(parameter) not in held and parameter.requires_grad:
+                    raise RuntimeError(
+                        f"the optimizer does not hold {name}.{key}, so this does not train: "
+                        "after load_state_dict() with other ranks, or resize() without the "
+                        "optimizer, make the optimizer, L1RA and the scheduler anew. Or call "
+                        "resize(model, ranks, optimizer) before load_state_dict()"
+                    )
 
     def _shrink(self, times: int) -> None:
         trained: list[Tensor] = [gate for gate in self.gates.values() if gate.requires_grad]
@@ -325,9 +351,10 @@ class L1RA(RankScoreAllocator):
     def state_dict(self) -> dict[str, Any]:
         """Everything of this object but the model and the optimizer, which have their own.
 
-        To go on: wrap(model, …) as at the beginning; resize(model, state["ranks"]);
-        model.load_state_dict(…); make the optimizer, L1RA and the scheduler as at the beginning;
-        then load their states.
+        To go on: wrap(model, …) as at the beginning; model.load_state_dict(…), which brings the
+        ranks of then; make the optimizer, L1RA and the scheduler as at the beginning; then load
+        their states. Where these objects exist before the model's state is loaded, begin with
+        resize(model, state["ranks"], optimizer).
         """
         return {
             "ranks": self.ranks,
@@ -343,13 +370,16 @@ class L1RA(RankScoreAllocator):
 
         Raises (this object is left unchanged):
             ValueError: `state` is not the state of an L1RA, or was saved at other ranks than the
-                model has: resize(model, state["ranks"]) first.
+                model has: load the model's state first.
+            RuntimeError: the optimizer does not hold a parameter of a layer.
         """
         self._check_state(state)
+        self._require_held_parameters()
         history = History.from_state_dict(state["history"])
         # Generators take their state from the CPU, and torch.load(map_location="cuda") moves it.
         self.generator.set_state(state["generator"].cpu())
         self.history = history
+        self._trained_before = None  # what was done before is known now
         self.steps = state["steps"]
         self._pending = state["pending"]
         for name in OPTIONS:
@@ -367,8 +397,9 @@ class L1RA(RankScoreAllocator):
         if different:
             raise ValueError(
                 "the state was saved at other ranks than the model's (at "
-                f'{quoted_names(different)}): resize(model, state["ranks"]), then load the states '
-                "of model, optimizer and L1RA"
+                f"{quoted_names(different)}): load the model's state first, and make the optimizer "
+                'and L1RA after it. Or resize(model, state["ranks"], optimizer), then load the '
+                "states of model, optimizer and L1RA"
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -400,6 +431,31 @@ class L1RA(RankScoreAllocator):
             "None, or at least 0 and below 1, where gates start",
         )
         check_unit(self.unit)
+
+
+def _innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer whose steps can be watched: accelerate's and Lightning's are wrappers of it."""
+    inner = getattr(optimizer, "optimizer", None)
+    return _innermost(inner) if isinstance(inner, Optimizer) else optimizer
+
+
+def _first_trained(layers: Mapping[str, LoRALinear]) -> str | None:
+    """The first module with a gate that is not at its start; None in a model newly wrapped."""
+    for name, layer in layers.items():
+        assert layer.gate is not None and layer.initial_gate is not None  # gated layers only
+        if bool((layer.gate != torch.full_like(layer.gate, layer.initial_gate)).any()):
+            return name
+    return None
+
+
+def _warn_of_unknown_steps(name: str) -> None:
+    warnings.warn(
+        f"the gates of {name!r} were not at their start when this L1RA was made, and no state has "
+        "been loaded into it: its steps count from 0, and its updates come at other times than in "
+        "a training that goes on. To go on, load the saved state, l1ra.load_state_dict(state), "
+        "before the first step. If a new start is meant, this is no fault",
+        stacklevel=4,  # the caller of step(), which torch.no_grad() wraps
+    )
 
 
 def _record(

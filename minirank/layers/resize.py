@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from ..checks import as_generator, is_integer
 from .lora import RANK_DIM, LoRALinear
 from .optimizer_state import carried_state, select_ranks, survivors_then_zeros
+from .replaced import note_replaced
 from .targets import did_you_mean, first_names
 from .wrap import AllocationLike, lora_layers, ranks_by_name
 
@@ -53,9 +54,10 @@ def resize(
 
     A parameter that changes its shape is a new nn.Parameter. `optimizer` gets it in the old one's
     place, with the moments and gradients of surviving ranks bit for bit and zeros for new ranks.
-    An optimizer that is in use but not given here keeps the old parameters: the new ones would not
-    train. If the shape of an optimizer's entry does not tell which axis counts ranks, that
-    parameter's state is reset, and `Resized.state_reset` names the entry.
+    An optimizer that is in use but not given here keeps the old parameters, and its next step
+    raises RuntimeError, since the new ones would not train. If the shape of an optimizer's entry
+    does not tell which axis counts ranks, that parameter's state is reset, and
+    `Resized.state_reset` names the entry.
 
     Args:
         model: holds LoRA layers. Layers that are not named stay as they are.
@@ -281,6 +283,7 @@ def _put_in(
     for key, new in change.parameters.items():
         old = change.layer.get_parameter(key)
         setattr(change.layer, key, new)
+        note_replaced(change.layer, key, old)
         if optimizer is not None and key in change.states:
             group, index = slots[id(old)]
             group[index] = new
