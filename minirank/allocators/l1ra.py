@@ -120,9 +120,8 @@ class L1RA(RankScoreAllocator):
         UserWarning: `l1` is too small. Three updates in a row have pruned no rank, every gate is
             still above 0.9, and the penalty alone would take more than 20 intervals from a gate of
             1 to 0. This is said once, and not if `l1` is 0.
-        UserWarning, at the first `step()`: the gates were not at their start when this object was
-            made, and no state has been loaded. So a training goes on that this object knows
-            nothing of: its steps count from 0, and its history is empty.
+        UserWarning: a layer had been trained, with its gates, when this object was made, and no
+            state has been loaded into it before the first `step()`. It counts steps from 0.
 
     Raises (model and optimizer are left unchanged):
         TypeError: the optimizer is LBFGS, which has one parameter group only.
@@ -440,20 +439,23 @@ def _innermost(optimizer: Optimizer) -> Optimizer:
 
 
 def _first_trained(layers: Mapping[str, LoRALinear]) -> str | None:
-    """The first module with a gate that is not at its start; None in a model newly wrapped."""
+    """The first module that has steps behind it: its gate and its B have left their start, at which
+    B is 0. (A user who gives single gates another start leaves B at 0.)"""
     for name, layer in layers.items():
-        assert layer.gate is not None and layer.initial_gate is not None  # gated layers only
-        if bool((layer.gate != torch.full_like(layer.gate, layer.initial_gate)).any()):
+        if layer.gate is None or layer.initial_gate is None or layer.rank == 0:
+            continue
+        start = torch.full_like(layer.gate, layer.initial_gate)
+        if not torch.equal(layer.gate, start) and bool(layer.lora_B.any()):
             return name
     return None
 
 
 def _warn_of_unknown_steps(name: str) -> None:
     warnings.warn(
-        f"the gates of {name!r} were not at their start when this L1RA was made, and no state has "
-        "been loaded into it: its steps count from 0, and its updates come at other times than in "
-        "a training that goes on. To go on, load the saved state, l1ra.load_state_dict(state), "
-        "before the first step. If a new start is meant, this is no fault",
+        f"{name!r} had been trained, with its gates, when this L1RA was made, and no state has "
+        "been loaded into it. So it counts its steps from 0, and moves ranks at other times than "
+        "the training before would have. To go on with that training, load the state that was "
+        "saved: l1ra.load_state_dict(state), before the first step. For a new start, all is well",
         stacklevel=4,  # the caller of step(), which torch.no_grad() wraps
     )
 
