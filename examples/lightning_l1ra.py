@@ -11,6 +11,7 @@ a checkpoint of the first in new objects, as a new process would, and ends at th
 import copy
 import logging
 import tempfile
+from pathlib import Path
 
 import lightning
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 
 from minirank import L1RA, wrap
 
-STEPS, SAVED_AFTER = 600, 200
+EPOCHS, STEPS_PER_EPOCH, SAVED_AFTER = 12, 50, 4  # epochs
 
 
 class Adapted(lightning.LightningModule):
@@ -41,14 +42,16 @@ class Adapted(lightning.LightningModule):
         # later. The scheduler must know L1RA's parameter group.
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.5)
-        self.l1ra = L1RA(self.model, optimizer, l1=0.4, interval=50, stop=450)
+        self.l1ra = L1RA(self.model, optimizer, l1=0.6, gate_lr=0.03, interval=25, stop=450)
         if self.saved_l1ra is not None:
             self.l1ra.load_state_dict(self.saved_l1ra)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * STEPS_PER_EPOCH)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        self.l1ra.step()  # counts optimizer steps: nothing happens while gradients accumulate
+    def optimizer_step(self, *args, **kwargs):
+        # Not in on_train_batch_end: a checkpoint may be saved before that.
+        super().optimizer_step(*args, **kwargs)
+        self.l1ra.step()  # shrinks the gates; at every interval it also moves ranks
 
     def on_save_checkpoint(self, checkpoint):
         checkpoint["l1ra"] = self.l1ra.state_dict()
@@ -65,7 +68,7 @@ with torch.no_grad():
     for name, rank in {"much": 5, "little": 1}.items():  # what each layer has to learn
         U, V = (torch.linalg.qr(torch.randn(16, rank)).Q for _ in range(2))
         goal[name].weight += U @ V.T
-batches = torch.utils.data.DataLoader(torch.randn(STEPS * 32, 16), batch_size=32)
+batches = torch.utils.data.DataLoader(torch.randn(STEPS_PER_EPOCH * 32, 16), batch_size=32)
 
 
 def adapted():
@@ -77,9 +80,9 @@ def adapted():
 def trainer_of(folder):
     return lightning.Trainer(
         accelerator="cpu",
-        max_epochs=1,
+        max_epochs=EPOCHS,
         gradient_clip_val=1.0,
-        callbacks=[ModelCheckpoint(folder, every_n_train_steps=SAVED_AFTER, save_top_k=-1)],
+        callbacks=[ModelCheckpoint(folder, every_n_epochs=SAVED_AFTER, save_top_k=-1)],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -89,13 +92,12 @@ def trainer_of(folder):
 with tempfile.TemporaryDirectory() as folder:
     whole, resumed = adapted(), adapted()
     trainer_of(folder).fit(whole, batches)
-    trainer_of(folder).fit(
-        resumed, batches, ckpt_path=f"{folder}/epoch=0-step={SAVED_AFTER}.ckpt", weights_only=True
-    )
+    (checkpoint,) = Path(folder).glob(f"epoch={SAVED_AFTER - 1}-*.ckpt")
+    trainer_of(f"{folder}/resumed").fit(resumed, batches, ckpt_path=checkpoint)
 
 print(f"loss {resumed.training_step(batches.dataset).item():.4f}\n{whole.l1ra.history}\n")
 expected, found = whole.state_dict(), resumed.state_dict()
 alike = all(expected[key].equal(found[key]) for key in expected.keys() | found.keys())
 moves_alike = whole.l1ra.history == resumed.l1ra.history
-print(f"resumed after {SAVED_AFTER} steps, same weights, bit for bit: {alike}")
+print(f"resumed after {SAVED_AFTER} epochs, same weights, bit for bit: {alike}")
 print(f"same history of moves: {moves_alike}")

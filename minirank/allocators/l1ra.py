@@ -124,7 +124,8 @@ class L1RA(RankScoreAllocator):
             state has been loaded into it before the first `step()`. It counts steps from 0.
 
     Raises (model and optimizer are left unchanged):
-        TypeError: the optimizer is LBFGS, which has one parameter group only.
+        TypeError: the optimizer is LBFGS, which has one parameter group only; or its steps cannot
+            be watched.
         ValueError: there is no gated layer; a gate is not in the optimizer, is frozen, or has a
             dtype too coarse to shrink in; layers share a parameter; a number is out of its range;
             the bounds make the budget impossible; a scheduler was made before.
@@ -435,7 +436,14 @@ class L1RA(RankScoreAllocator):
 def _innermost(optimizer: Optimizer) -> Optimizer:
     """The optimizer whose steps can be watched: accelerate's and Lightning's are wrappers of it."""
     inner = getattr(optimizer, "optimizer", None)
-    return _innermost(inner) if isinstance(inner, Optimizer) else optimizer
+    if isinstance(inner, Optimizer):
+        return _innermost(inner)
+    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        raise TypeError(
+            "expected a torch.optim.Optimizer, or a wrapper that has it as its `optimizer`, got a "
+            f"{type(optimizer).__name__}: give L1RA the optimizer inside of it"
+        )
+    return optimizer
 
 
 def _first_trained(layers: Mapping[str, LoRALinear]) -> str | None:
