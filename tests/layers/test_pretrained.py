@@ -77,6 +77,7 @@ def test_a_tied_weight_is_written_as_a_copy_and_stays_tied():
     assert model.head.base.weight is model.emb.weight
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what transformers imports on the way
 def test_transformers_saves_an_adapted_head_that_is_tied(tmp_path):
     transformers = pytest.importorskip("transformers")
     safetensors = pytest.importorskip("safetensors.torch")
