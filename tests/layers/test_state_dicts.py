@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -138,8 +139,12 @@ def test_what_does_not_fit_stays_torchs_own_error_and_leaves_the_layer_as_it_is(
             model = model_of({"0": 2, "2": 3}, gate)
             layer = lora_layers(model)["0"]
             before = {key: (p, p.clone()) for key, p in layer.named_parameters(recurse=False)}
-            with pytest.raises(RuntimeError, match=message):
+            with pytest.raises(RuntimeError, match=message) as caught:
                 model.load_state_dict(bad, strict=strict)
+            for size in re.findall(
+                r"0\.lora_A: .* current model is torch\.Size\((.*)\)", str(caught)
+            ):
+                assert size == "[2, 6]", name  # of the layer as it is
             assert layer.rank == 2, name
             for key, (parameter, _) in before.items():
                 assert layer.get_parameter(key) is parameter, (name, key)
