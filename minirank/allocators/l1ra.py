@@ -280,8 +280,8 @@ class L1RA(RankScoreAllocator):
     def _require_held_parameters(self) -> None:
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         for name, layer in self._layers.items():
-            for key, parameter in layer.named_parameters(recurse=False):
-                if id(parameter) not in held and parameter.requires_grad:
+            for key, parameter in layer._parameters.items():
+                if parameter is not None and id(parameter) not in held and parameter.requires_grad:
                     raise RuntimeError(
                         f"the optimizer does not hold {name}.{key}, so this does not train: "
                         "after load_state_dict() with other ranks, or resize() without the "
