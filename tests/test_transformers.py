@@ -479,8 +479,7 @@ def test_default_targets_leave_a_tied_head_out_so_that_the_model_can_be_saved(tm
         warnings.simplefilter("ignore")
         model.save_pretrained(tmp_path)  # as Trainer's checkpoints do
         wrap(model, {"lm_head": 1})
-        with pytest.raises(RuntimeError, match="shared"):
-            model.save_pretrained(tmp_path)
+        model.save_pretrained(tmp_path)  # a named tied head is saved as a copy
 
 
 def test_globs_select_kinds_of_modules():

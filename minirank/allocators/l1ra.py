@@ -65,6 +65,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checks import as_generator, is_integer, quoted_names, require, warn_caller
+from ..layers.lora import LoRALinear
 from ..layers.optimizers import Optimizers, as_optimizers, parameter_slots, set_learning_rate
 from ..layers.resize import Resized, resize, separate_layers
 from .allocation import Allocation, Unit
@@ -98,7 +99,8 @@ class L1RA(RankScoreAllocator):
         model: with LoRA layers whose gates start from 1: wrap(model, ranks, gate=1.0).
         optimizer: holds the gates; or a list of all that train the adapters, in any of which gates
             may lie. Steps are counted by a hook, so a step that a GradScaler skips or that gradient
-            accumulation puts off shrinks nothing.
+            accumulation puts off shrinks nothing. A wrapper that has the optimizer as its
+            `optimizer`, such as accelerate's, is as good.
         l1: λ, the weight of the penalty. The default is the paper's value, which moves no rank in
             trainings of some hundred steps: start with 0.3. 0 shrinks nothing.
         gate_lr: η_c, the gates' own learning rate.
@@ -123,6 +125,8 @@ class L1RA(RankScoreAllocator):
         UserWarning: `l1` is too small. Three updates in a row have pruned no rank, every gate is
             still above 0.9, and the penalty alone would take more than 20 intervals from a gate of
             1 to 0. This is said once, and not if `l1` is 0.
+        UserWarning: a layer had been trained, with its gates, when this object was made, and no
+            state has been loaded into it before the first `step()`. It counts steps from 0.
 
     Raises (model and optimizer are left unchanged):
         TypeError: `optimizer` is no torch.optim.Optimizer and no list of them; or one is LBFGS,
@@ -171,8 +175,8 @@ class L1RA(RankScoreAllocator):
         generator: torch.Generator | int = 0,
     ) -> None:
         super().__init__(model)
-        self.optimizer = optimizer
         self._optimizers = as_optimizers(optimizer)
+        self.optimizer = self._optimizers[0] if len(self._optimizers) == 1 else self._optimizers
         self._layers = {
             name: layer for name, layer in separate_layers(model).items() if layer.gate is not None
         }
@@ -201,6 +205,7 @@ class L1RA(RankScoreAllocator):
         self._seen = [0] * len(self._gate_groups)
         self._pending = [0] * len(self._gate_groups)
         self._warned_of_small_l1 = False
+        self._trained_before = _first_trained(self._layers)
         self._watch_optimizers()
 
     # ---- scores and allocations -----------------------------------------------------------------
@@ -270,7 +275,17 @@ class L1RA(RankScoreAllocator):
 
         Returns:
             What an update did, if there was one. `history` records it too.
+
+        Raises (before anything changes):
+            RuntimeError: the optimizer does not hold a parameter of a layer, since
+                `load_state_dict` or `resize` has replaced it.
         """
+        if not any(self._pending):
+            return None
+        self._require_held_parameters()
+        if self._trained_before is not None:
+            _warn_of_unknown_steps(self._trained_before)
+            self._trained_before = None
         before = self.steps
         for i, (optimizer, _) in enumerate(self._gate_groups):
             taken, self._pending[i] = self._pending[i], 0
@@ -278,6 +293,18 @@ class L1RA(RankScoreAllocator):
             self._seen[i] += taken
             self._shrink(optimizer, left)
         return self._update() if self._has_update_between(before, self.steps) else None
+
+    def _require_held_parameters(self) -> None:
+        held = parameter_slots(self._optimizers)
+        for name, layer in self._layers.items():
+            for key, parameter in layer._parameters.items():
+                if parameter is not None and id(parameter) not in held and parameter.requires_grad:
+                    raise RuntimeError(
+                        f"the optimizer does not hold {name}.{key}, so this does not train: "
+                        "after load_state_dict() with other ranks, or resize() without the "
+                        "optimizer, make the optimizer, L1RA and the scheduler anew. Or call "
+                        "resize(model, ranks, optimizer) before load_state_dict()"
+                    )
 
     def _shrink(self, optimizer: Optimizer, times: int) -> None:
         """Shrink the gates that this optimizer trains."""
@@ -353,9 +380,10 @@ class L1RA(RankScoreAllocator):
 
         "steps" and "pending" are numbers; with several optimizers that hold gates, lists of them.
 
-        To go on: wrap(model, …) as at the beginning; resize(model, state["ranks"]);
-        model.load_state_dict(…); make the optimizer, L1RA and the scheduler as at the beginning;
-        then load their states.
+        To go on: wrap(model, …) as at the beginning; model.load_state_dict(…), which brings the
+        ranks of then; make the optimizer, L1RA and the scheduler as at the beginning; then load
+        their states. Where these objects exist before the model's state is loaded, begin with
+        resize(model, state["ranks"], optimizer).
         """
         return {
             "ranks": self.ranks,
@@ -371,13 +399,16 @@ class L1RA(RankScoreAllocator):
 
         Raises (this object is left unchanged):
             ValueError: `state` is not the state of an L1RA, or was saved at other ranks than the
-                model has: resize(model, state["ranks"]) first.
+                model has: load the model's state first.
+            RuntimeError: the optimizer does not hold a parameter of a layer.
         """
         self._check_state(state)
+        self._require_held_parameters()
         history = History.from_state_dict(state["history"])
         # Generators take their state from the CPU, and torch.load(map_location="cuda") moves it.
         self.generator.set_state(state["generator"].cpu())
         self.history = history
+        self._trained_before = None  # what was done before is known now
         self._seen, self._pending = _listed(state["steps"]), _listed(state["pending"])
         for name in OPTIONS:
             setattr(self, name, state["options"][name])
@@ -400,8 +431,9 @@ class L1RA(RankScoreAllocator):
         if different:
             raise ValueError(
                 "the state was saved at other ranks than the model's (at "
-                f'{quoted_names(different)}): resize(model, state["ranks"]), then load the states '
-                "of model, optimizer and L1RA"
+                f"{quoted_names(different)}): load the model's state first, and make the optimizer "
+                'and L1RA after it. Or resize(model, state["ranks"], optimizer), then load the '
+                "states of model, optimizer and L1RA"
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -438,6 +470,27 @@ class L1RA(RankScoreAllocator):
 def _listed(counts: int | list[int]) -> list[int]:
     """Steps by optimizer, from a state that gives one number if there is one optimizer."""
     return [counts] if isinstance(counts, int) else list(counts)
+
+
+def _first_trained(layers: Mapping[str, LoRALinear]) -> str | None:
+    """The first module that has steps behind it: its gate and its B have left their start, at which
+    B is 0. (A user who gives single gates another start leaves B at 0.)"""
+    for name, layer in layers.items():
+        if layer.gate is None or layer.initial_gate is None or layer.rank == 0:
+            continue
+        start = torch.full_like(layer.gate, layer.initial_gate)
+        if not torch.equal(layer.gate, start) and bool(layer.lora_B.any()):
+            return name
+    return None
+
+
+def _warn_of_unknown_steps(name: str) -> None:
+    warn_caller(
+        f"{name!r} had been trained, with its gates, when this L1RA was made, and no state has "
+        "been loaded into it. So it counts its steps from 0, and moves ranks at other times than "
+        "the training before would have. To go on with that training, load the state that was "
+        "saved: l1ra.load_state_dict(state), before the first step. For a new start, all is well"
+    )
 
 
 def _record(

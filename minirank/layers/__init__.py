@@ -4,6 +4,8 @@
                         (packed.py, beside the folders: quantised weights)
     names.py            names of modules, without those of torch.compile's and DDP's wrappers
     merge.py            W + ΔW goes into the weight, and W comes back: merge, unmerge
+    pretrained.py       what save_pretrained writes of a wrapped model, and who can read it
+    replaced.py         parameters that layers replaced, and optimizers that still hold them
     lora.py             the layer itself: LoRALinear
     coverage.py         which part of a model's matrices targets reach, and what is left out
     hints.py            what a name or glob that matches nothing was meant to be
@@ -37,6 +39,13 @@ rank, and stays when ranks are pruned or added: computing alpha / r anew would s
 trained function. The default reference rank is the average rank asked for in a call of `wrap`, so
 that all layers of that call have one scaling. A state_dict holds A, B and gates, but not the
 scaling; `save_adapter`'s file holds everything.
+
+Loading a state_dict adopts its ranks, layer by layer. A layer that gets other ranks gets new
+parameters, so make the optimizer, L1RA and the scheduler after loading. Where they exist already,
+call resize(model, ranks, optimizer) with the saved ranks first: then loading replaces nothing.
+(L1RA's state has them as state["ranks"]; of any state they are
+{name: state[f"{name}.lora_A"].shape[0] for name in lora_layers(model)}.) An optimizer that still
+holds replaced parameters is stopped at its next step, by a hook on all optimizers (replaced.py).
 
 A module that a model holds in several places is one module. Any of its names selects it, results
 list it under its first name, it gets one adapter, and the adapter works in every place.

@@ -9,6 +9,7 @@ Merging is in merge.py, changing the rank in resize.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from ..checks import as_generator, is_integer, require
 from ..packed import call_as_it_is, why_no_backward
 from .linear import is_transposed, linear_shape, weight_place
 from .merge import Mergeable
+from .pretrained import calling_save_pretrained, untied, warn_that_from_pretrained_cannot_read_it
+from .replaced import note_replaced
 
 RANK_DIM = {"lora_A": 0, "lora_B": 1, "gate": 0}  # the axis of each parameter that counts ranks
 
@@ -36,6 +39,10 @@ class LoRALinear(Mergeable):
 
     The layer holds `base` itself and freezes it: its dtype, device and hooks stay. A new layer
     computes exactly what `base` computes.
+
+    Loading a state_dict with another number of ranks gives the layer new parameters of that rank.
+    An optimizer made before still holds the old ones, and its next step raises: make it after
+    loading, or call resize(model, ranks, optimizer) first.
 
     Args:
         base: a linear-like module (see `linear_shape`), with W (d_out, d_in).
@@ -74,6 +81,7 @@ class LoRALinear(Mergeable):
     # Names the present ranks: another object as soon as the layer gets other parameters. It keeps
     # its identity beside whoever holds it when both are copied or pickled together.
     ranks_token: object
+    told_of_save_pretrained = False  # whether the user has been warned, once for all of the model
 
     def __init__(
         self,
@@ -111,7 +119,7 @@ class LoRALinear(Mergeable):
         return self.lora_A.shape[0]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        # Assignments end here; to() and load_state_dict(), which keep the ranks, do not.
+        # Assignments end here; to(), and load_state_dict() of the same rank, do not.
         super().register_parameter(name, param)
         self.ranks_token = object()
 
@@ -154,6 +162,76 @@ class LoRALinear(Mergeable):
         if self.initial_gate is not None:
             new["gate"] = torch.full((count,), self.initial_gate, device=device, dtype=dtype)
         return new
+
+    # ---- states ---------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)
+        saving = calling_save_pretrained()
+        if saving is not None:
+            model, stacklevel = saving
+            weight = self.base._parameters.get("weight")
+            if weight is not None:
+                untied(state, kwargs.get("prefix", "") + "base.weight", weight, model)
+            if not self.told_of_save_pretrained:
+                for module in model.modules():
+                    if isinstance(module, LoRALinear):
+                        module.told_of_save_pretrained = True
+                warn_that_from_pretrained_cannot_read_it(stacklevel)
+        return state
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        before = {name: p for name, p in self._parameters.items() if p is not None}
+        rank = None if self.merged else self._rank_to_adopt(state_dict, prefix)
+        if rank is not None:
+            for name, old in before.items():
+                self.register_parameter(name, _with_rank(old, RANK_DIM[name], rank))
+        errors = len(error_msgs)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+        if rank is not None and len(error_msgs) > errors:  # torch could not copy the values
+            self._parameters.update(before)
+        for name, old in before.items():
+            if self._parameters[name] is not old:  # with assign=True too
+                note_replaced(self, name, old)
+
+    def _rank_to_adopt(self, state_dict: Mapping[str, Any], prefix: str) -> int | None:
+        """The rank of the layer's tensors in a state, if it is another one and all of them fit.
+
+        None leaves the layer as it is: torch loads what is of its size, and reports the rest.
+        """
+        mine = [name for name, parameter in self._parameters.items() if parameter is not None]
+        saved = {name: state_dict.get(prefix + name) for name in RANK_DIM}
+        shapes = {name: x.shape for name, x in saved.items() if isinstance(x, Tensor)}
+        if shapes.keys() != set(mine) or len(shapes["lora_A"]) != 2:
+            return None
+        rank = shapes["lora_A"][0]
+        expected = {
+            "lora_A": (rank, self.in_features),
+            "lora_B": (self.out_features, rank),
+            "gate": (rank,),
+        }
+        fits = all(tuple(shape) == expected[name] for name, shape in shapes.items())
+        # The values of a DTensor lie on several devices, in shards that another rank would change.
+        plain = all(type(self.get_parameter(name).data) is Tensor for name in mine)
+        possible = rank != self.rank and rank <= min(self.in_features, self.out_features)
+        return rank if fits and plain and possible else None
 
     # ---- the function ---------------------------------------------------------------------------
 
@@ -229,6 +307,14 @@ class LoRALinear(Mergeable):
         merged = ", merged" if self.merged else ""
         size = f"{self.in_features}, {self.out_features}"
         return f"{size}, rank={self.rank}, scaling={self.scaling:g}{gated}{merged}"
+
+
+@torch.inference_mode(False)  # parameters made in inference mode could not train
+def _with_rank(parameter: nn.Parameter, axis: int, rank: int) -> nn.Parameter:
+    """A parameter like `parameter`, without values yet, for so many ranks along `axis`."""
+    shape = list(parameter.shape)
+    shape[axis] = rank
+    return nn.Parameter(parameter.new_empty(shape), requires_grad=parameter.requires_grad)
 
 
 def fixed_scaling(

@@ -31,6 +31,9 @@ class Slot(NamedTuple):
 def as_optimizers(optimizer: Optimizers | None) -> list[Optimizer]:
     """One optimizer, a sequence of them or None, as a list.
 
+    A wrapper that has the optimizer as its `optimizer` (accelerate, Lightning) is replaced by it,
+    since steps are counted and parameters lie there.
+
     Raises:
         TypeError: something else, or a kind of schedule-free optimizer whose iterates are unknown.
 
@@ -41,14 +44,15 @@ def as_optimizers(optimizer: Optimizers | None) -> list[Optimizer]:
     if optimizer is None:
         return []
     several = isinstance(optimizer, list | tuple)
-    optimizers: list[Any] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+    given: list[Any] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+    optimizers = [_innermost(one) for one in given]
     for one in optimizers:
         kind = type(one).__name__
         if not isinstance(one, Optimizer) and "ScheduleFree" not in kind:
             raise TypeError(
-                "expected a torch.optim.Optimizer or a list of them, got "
-                f"{'a list that holds ' if several else ''}{kind}: give the optimizer inside it, "
-                "if it wraps one"
+                "expected a torch.optim.Optimizer, a wrapper that has it as its `optimizer`, or a "
+                f"list of them, got {'a list that holds ' if several else ''}{kind}: give the "
+                "optimizer inside it, if it wraps one"
             )
         if "ScheduleFree" in kind and not is_schedule_free(one):
             raise TypeError(
@@ -56,6 +60,11 @@ def as_optimizers(optimizer: Optimizers | None) -> list[Optimizer]:
                 f"of gates and ranks would be undone: use one of {', '.join(SCHEDULE_FREE)}"
             )
     return optimizers
+
+
+def _innermost(optimizer: Any) -> Any:
+    inner = getattr(optimizer, "optimizer", None)
+    return _innermost(inner) if isinstance(inner, Optimizer) else optimizer
 
 
 def is_schedule_free(optimizer: Optimizer) -> bool:

@@ -27,6 +27,7 @@ from .lora import RANK_DIM, LoRALinear
 from .names import plain_name
 from .optimizer_state import carried_state, select_ranks, survivors_then_zeros
 from .optimizers import Optimizers, Slot, as_optimizers, parameter_slots, start_iterates
+from .replaced import note_replaced
 from .targets import first_names
 from .wrap import AllocationLike, lora_layers, ranks_by_name
 
@@ -57,10 +58,10 @@ def resize(
 
     A parameter that changes its shape is a new nn.Parameter. `optimizer` gets it in the old one's
     place, with the moments and gradients of surviving ranks bit for bit and zeros for new ranks.
-    An optimizer that is in use but not given here keeps the old parameters: the new ones would not
-    train. If the shape of an optimizer's entry does not tell which axis counts ranks, or the entry
-    is quantised (8-bit optimizers), that parameter's state is reset, and `Resized.state_reset`
-    names the entry.
+    An optimizer that is in use but not given here keeps the old parameters, and its next step
+    raises RuntimeError, since the new ones would not train. If the shape of an optimizer's entry
+    does not tell which axis counts ranks, or the entry is quantised (8-bit optimizers), that
+    parameter's state is reset, and `Resized.state_reset` names the entry.
 
     Args:
         model: holds LoRA layers. Layers that are not named stay as they are.
@@ -283,6 +284,7 @@ def _put_in(change: _Change, slots: Mapping[int, Slot]) -> None:
     for key, new in change.parameters.items():
         old = change.layer.get_parameter(key)
         setattr(change.layer, key, new)
+        note_replaced(change.layer, key, old)
         if key in change.states:
             slot = slots[id(old)]
             slot.group["params"][slot.place] = new
