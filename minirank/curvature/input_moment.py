@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checks import require
 from ..layers.targets import Targets, linear_targets
 from ..measure import LossFn, measuring, scalar_loss
 from .averaging import BatchAverage, check_tolerance
@@ -31,6 +32,7 @@ def input_second_moment(
     targets: Targets = None,
     *,
     mask: Mask = DEFAULT_MASK,
+    outlier_factor: float | None = None,
     tolerance: float | None = None,
 ) -> Estimate:
     """h_j = the mean over tokens of x_j², x being the input of the layer.
@@ -55,6 +57,10 @@ def input_second_moment(
             None: every token. The default key is used where a batch has it; a key that you name
             must be there. One mask holds for all targets: measure the encoder and the decoder of a
             sequence-to-sequence model apart, each with its own.
+        outlier_factor: leave out a token whose mean square input, over the features, is more than
+            this many times that of the median token of its batch. Each layer's inputs are judged by
+            themselves; if the median is 0, none is left out. The result's `weights` tell how many
+            tokens counted. None: every token counts, as in the paper.
         tolerance: stop before the end of the batches, as for `empirical_fisher`. None: take all
             batches.
 
@@ -74,9 +80,15 @@ def input_second_moment(
     [5.0, 10.0]
     """
     check_tolerance(tolerance)
+    require(
+        outlier_factor is None or outlier_factor > 1,
+        "outlier_factor",
+        outlier_factor,
+        "above 1 (100: a hundred times the median token)",
+    )
     layers = linear_targets(model, targets)
     average = BatchAverage(layers)
-    mean_squares = _MeanSquares()
+    mean_squares = _MeanSquares(outlier_factor)
     batch_means = {name: _BatchMean(name, mean_squares) for name in layers}
     hooks = []
     batch_count = 0
@@ -120,6 +132,9 @@ class _MeanSquares:
     """The mean of x_j² over the real tokens of a layer's input. It is computed once for layers that
     get the same tensor, as query, key and value projections do."""
 
+    def __init__(self, outlier_factor: float | None) -> None:
+        self.outlier_factor = outlier_factor
+
     def start_batch(self, tokens: _RealTokens | None) -> None:
         self.tokens = tokens
         # The last input and its version. Holding the tensor keeps another one from taking its place
@@ -148,7 +163,20 @@ class _MeanSquares:
             rows = rows.index_select(0, tokens.positions.to(rows.device)).square_()
         else:
             rows = rows.square()
+        if self.outlier_factor is not None and len(rows):
+            rows = _without_outliers(rows, self.outlier_factor)
         return len(rows), rows.sum(0) / max(len(rows), 1)
+
+
+def _without_outliers(squares: Tensor, factor: float) -> Tensor:
+    """x², (tokens, d_in), of the tokens whose mean is at most `factor` times the median token's.
+
+    A token that is not finite stays, so that it is reported.
+    """
+    token_means = squares.mean(1)
+    median = token_means.median()
+    outliers = token_means.isfinite() & (token_means > factor * median) & (median > 0)
+    return squares[~outliers]
 
 
 class _BatchMean:
