@@ -34,6 +34,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
@@ -52,6 +53,7 @@ from ..measure import LossFn, with_hint_at_one_batch
 from .allocation import Allocation, Unit
 from .allocator import ShareAllocator
 from .constraints import Bound
+from .dominance import dominant_modules, massive_inputs
 from .stability import (
     Diagonals,
     Groups,
@@ -457,11 +459,15 @@ class SensitivityLoRA(ShareAllocator):
             in_order = [diagonals[name] for name in self.targets]
             return smooth_metrics(in_order, self.topk_fraction, self.effective_share).flatten()
 
+        constraints = self._constraints(
+            dict.fromkeys(self.targets, torch.ones(())), budget, unit, min_rank, max_rank
+        )
+
         def divide(theta: Tensor) -> Allocation:
             scores = dict(zip(self.targets, theta.unbind(), strict=True))
-            return self._allocation(scores, budget, unit, min_rank, max_rank)
+            return self._divide(scores, constraints)
 
-        return resampled_stability(
+        stability = resampled_stability(
             theta_of_drawn,
             divide,
             groups.jackknife(statistic),
@@ -470,6 +476,13 @@ class SensitivityLoRA(ShareAllocator):
             generator=as_generator(generator),
             batches=groups.batches,
         )
+        dominant = dominant_modules(
+            stability.allocation.ranks, constraints, massive_inputs(groups.mean())
+        )
+        return replace(stability, dominant=tuple(dominant))
+
+    def _massive_inputs(self) -> dict[str, float]:
+        return massive_inputs(self.curvatures)
 
 
 def _plain_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
