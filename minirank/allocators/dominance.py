@@ -33,6 +33,7 @@ ADVISED_FACTOR = 2  # max_rank, in even ranks
 # of SmolLM2 where activations are massive, up to 0.74 for its other layers, 0.30 for MiniLM.
 MASSIVE = 0.8
 MIN_FEATURES = 16  # with fewer, one of them can well hold as much
+PATTERN = r"'.*' takes? \d+% of the budget"  # of the warning
 
 
 def dominant_modules(
