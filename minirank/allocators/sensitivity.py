@@ -27,6 +27,8 @@ Departures from the paper, and what it leaves open:
 - If all metrics are equal, θ is 0/0. Here it is uniform.
 - Rounding is not stated in the paper: see `minirank.budget`.
 - Sampling errors are not stated in the paper: see stability.py.
+- In Llama-like decoders the paper's proxy gives most of the budget to a few layers: `allocate`
+  warns of it, see dominance.py.
 """
 
 from __future__ import annotations
