@@ -6,9 +6,9 @@ three of the 210 layers of SmolLM2-135M take 89 % of a budget of parameters, and
 That is no sampling error, and more data gives the same ranks. So `allocate` warns, and names a
 bound.
 
-A module is dominant if it has more than `FACTOR` times the rank that it would have if all scores
-were equal, under the same bounds (that counts as 1 at least), and takes more than `SHARE` of the
-budget. Modules whose inputs are massive are judged together: they are dominant if those above
+A module is dominant if it takes more than `SHARE` of the budget, and more than `FACTOR` times the
+rank that it would have if all scores were equal, under the same bounds. (That rank counts as 1 and
+as the modules' average at least.) Modules whose inputs are massive are judged together: they are dominant if those above
 `FACTOR` take more than `SHARE` in sum. A bound that the user gave makes no module dominant, nor
 does a budget of few ranks or a model of few modules.
 """
@@ -59,7 +59,8 @@ def dominant_modules(
     if not suspects:
         return []
     even = even_ranks(constraints)
-    above = {name for name in suspects if ranks[name] > FACTOR * max(1, even[name])}
+    average = sum(even.values()) / len(even)  # which no rounding has made too small
+    above = {name for name in suspects if ranks[name] > FACTOR * max(1, average, even[name])}
     found = above & large
     massive_above = above & set(massive)
     if sum(ranks[name] * costs[name] for name in massive_above) > threshold:

@@ -93,6 +93,14 @@ def test_tiny_budgets_and_few_modules_are_no_reason():
         assert dominant_modules(ranks, constraints(names[:count], 60)) == []
 
 
+def test_an_even_share_is_not_rounded_down():
+    ranks = {"0": 1, "1": 1, "2": 1, "3": 4}  # of seven, the last gets 1 where scores are equal
+    bounds = constraints(list(ranks), 7)
+    assert even_ranks(bounds)["3"] == 1
+    assert dominant_modules(ranks, bounds) == []
+    assert dominant_modules({"0": 0, "1": 0, "2": 1, "3": 6}, bounds) == ["3"]
+
+
 def test_bounds_that_the_user_gave_are_no_reason():
     allocator = scored([1.0] * 20)
     with warnings.catch_warnings():
