@@ -8,9 +8,9 @@ bound.
 
 A module is dominant if it takes more than `SHARE` of the budget, and more than `FACTOR` times the
 rank that it would have if all scores were equal, under the same bounds. (That rank counts as 1 and
-as the modules' average at least.) Modules whose inputs are massive are judged together: they are dominant if those above
-`FACTOR` take more than `SHARE` in sum. A bound that the user gave makes no module dominant, nor
-does a budget of few ranks or a model of few modules.
+as the modules' average at least.) Modules whose inputs are massive are judged together: they are
+dominant if those above `FACTOR` take more than `SHARE` in sum. A bound that the user gave makes no
+module dominant, nor does a budget of few ranks or a model of few modules.
 """
 
 from __future__ import annotations

@@ -216,7 +216,10 @@ class SensitivityLoRA(ShareAllocator):
         curvature: (model, loss_fn, batches, targets) -> {name: (d_out, d_in) or (d_in,)}. Default:
             the paper's input second moment, which runs forward passes only. Bind options with
             functools.partial. The function can iterate over the batches, but cannot call len() or
-            index, since it gets them behind the progress bar.
+            index, since it gets them behind the progress bar. In Llama-like decoders take uniform
+            ranks, or bound the ranks by `allocate(…, max_rank=)`, twice the average rank: on
+            SmolLM2-135M nothing here was better than uniform ranks, and the default without a bound
+            was much worse (examples/results/README.md).
         topk_fraction: k/N in Eq 9 (the paper: 1/2; it also tried 1/3).
         effective_share: α in Eq 10 (the paper: 0.85; it also tried 0.80).
         groups: measure the batches in this many groups (up to twice as many; at least 4), so that
