@@ -45,6 +45,7 @@ The other files, each of which imports only from files before it:
     plot.py          ranks as heat maps, for which matplotlib is needed
     allocation.py    the record that every method returns
     constraints.py   budget, costs and bounds of the modules
+    dominance.py     the warning of `allocate` where one module takes too much of the budget
     allocator.py     what all methods share, and how to write one of your own
     stability.py     which ranks would change within the scores' sampling error, and so how much
                      data is enough: SensitivityLoRA.stability and .settle

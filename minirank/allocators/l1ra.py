@@ -256,7 +256,10 @@ class L1RA(RankScoreAllocator):
 
     def _next_allocation(self) -> Allocation:
         """What an update would do now."""
-        return self._allocation(self.gates, self.budget, self.unit, self.min_rank, self.max_rank)
+        constraints = self._constraints(
+            self.gates, self.budget, self.unit, self.min_rank, self.max_rank
+        )
+        return self._divide(self.gates, constraints)
 
     def _budget_in_use(self) -> int:
         """What the present ranks take, in `unit`."""

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import require
+from ..checks import quoted_names, require
 from ..curvature.estimate import Estimate
 from ..measure import NO_BATCH
 from .allocation import Allocation
@@ -245,6 +245,8 @@ class Stability:
         same: the share of the resampled allocations that equal `allocation`.
         groups: groups of batches that the errors rest on.
         batches: batches in these groups.
+        dominant: modules that take so much of the budget that `allocate` warns of them. How sure
+            the ranks are says nothing about that.
     """
 
     allocation: Allocation
@@ -255,6 +257,7 @@ class Stability:
     same: float
     groups: int
     batches: int
+    dominant: tuple[str, ...] = ()
 
     @property
     def open(self) -> dict[str, tuple[int, int]]:
@@ -277,6 +280,12 @@ class Stability:
             f"  {name:<{width}}  rank {ranks[name]}, from {low} to {high}"
             for name, (low, high) in self.open.items()
         ]
+        if self.dominant:
+            taken = sum(ranks[name] for name in self.dominant)
+            lines.append(
+                f"note: {quoted_names(self.dominant)} got {taken} of the ranks. To be sure of that "
+                "is not to be right: this is about sampling error alone; see allocate's warning"
+            )
         return "\n".join(lines)
 
 
