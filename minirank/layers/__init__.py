@@ -10,6 +10,7 @@
     coverage.py         which part of a model's matrices targets reach, and what is left out
     hints.py            what a name or glob that matches nothing was meant to be
     targets.py          which modules get ranks: linear_targets
+    unmoved.py          adapters that never move, since the optimizer was made before wrap
     wrap.py             layers go in and come out: wrap, unwrap, disabled, lora_layers
     optimizers.py       what counts as an optimizer, and what schedule-free ones keep
     optimizer_state.py  what an optimizer knows of each rank, slice by slice

@@ -178,7 +178,8 @@ def is_embedding(module: nn.Module) -> bool:
 
 
 def _weight(module: nn.Module) -> nn.Parameter | None:
-    return module._parameters.get("weight")
+    parameters = module._parameters  # a scripted module's has no get()
+    return parameters["weight"] if "weight" in parameters else None  # noqa: SIM401
 
 
 # ---- the matrices of one module -----------------------------------------------------------------

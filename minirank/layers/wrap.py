@@ -26,6 +26,7 @@ from .targets import (
     modules_by_name,
     refuse_peft,
 )
+from .unmoved import note_wrapped
 
 
 class AllocationLike(Protocol):
@@ -172,6 +173,8 @@ def insert_layers(
         for name, make_layer in makers.items():
             layers[name] = make_layer(modules[name])
         _put_in(model, layers.values())
+        for layer in layers.values():
+            note_wrapped(layer)
         if trainable is not None:
             _set_requires_grad(model, named - adapted)
             if earlier:
