@@ -176,14 +176,19 @@ def checked_limits(
             )
     least, most = limits.cost_of(limits.lower), limits.cost_of(limits.upper)
     if budget < least:
+        ranks = costs is not None and budget >= sum(limits.lower)
+        hint = '. If it counts ranks: unit="ranks"' if ranks else ""
         raise ValueError(
             f"a budget of {budget} {unit} is below the {least} that min_rank takes: "
-            "raise it or lower min_rank"
+            f"raise it or lower min_rank{hint}"
         )
     if budget > most:
+        # A rank costs d_out + d_in, so that parameters are many more than ranks.
+        parameters = costs is None and budget > 2 * most
+        hint = '. If it counts trainable parameters: unit="parameters"' if parameters else ""
         raise ValueError(
             f"a budget of {budget} {unit} is above the {most} that all modules together can take: "
-            "lower it (or raise max_rank, which is at most min(d_out, d_in))"
+            f"lower it (or raise max_rank, which is at most min(d_out, d_in)){hint}"
         )
     return limits
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+
+LONGEST_NAME = 80  # of a module, in a list of several
 
 
 def require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -33,8 +37,29 @@ def as_generator(generator: torch.Generator | int) -> torch.Generator:
 
 def quoted_names(names: Sequence[str], count: int = 3) -> str:
     """The first few names, quoted, for an error message: "'a', 'b', 'c' and 4 more"."""
-    shown = ", ".join(map(repr, names[:count]))
+    shown = ", ".join(repr(shortened(name, LONGEST_NAME)) for name in names[:count])
     return f"{shown} and {len(names) - count} more" if len(names) > count else shown
+
+
+def shortened(text: str, width: int) -> str:
+    """The text, with "…" for its middle if it is longer than `width`. The end stays longer."""
+    if len(text) <= width:
+        return text
+    end = max(2 * (width - 1) // 3, 0)
+    return f"{text[: max(width - 1 - end, 0)]}…{text[len(text) - end :]}"
+
+
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn, and point to the line outside of this package from which it was called."""
+    package = __name__.rpartition(".")[0]
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", ""), package):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _is_inside(module: str, package: str) -> bool:
+    return module == package or module.startswith((f"{package}.", "torch.", "contextlib"))
 
 
 def require_function(name: str, value: object) -> None:

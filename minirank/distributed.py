@@ -25,6 +25,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, TypeVar
@@ -35,8 +36,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .curvature.estimate import Estimate
+from .curvature.unreached import IdleLayerWarning, warn_of_idle_layers
 from .layers.targets import Targets
 from .measure import LossFn
+from .placement import is_sharded
 from .tensor_bytes import checksum
 
 Value = TypeVar("Value")
@@ -153,6 +156,7 @@ class Pooled:
             over=own.over,
             standard_errors={name: _standard_error(name, shares) for name in own},
             weights=weights,
+            idle=self._idle_on_all(shares),
         )
 
     def next_batches(self, stream: Iterator[Any], count: int) -> list[Any]:
@@ -167,7 +171,9 @@ class Pooled:
     ) -> Estimate:
         """The curvature of this process's batches. What is no Estimate weighs as many batches."""
         counted = _Counted(batches)
-        diagonals = self.curvature(model, loss_fn, counted, targets)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", IdleLayerWarning)  # _idle_on_all() asks all processes
+            diagonals = self.curvature(model, loss_fn, counted, targets)
         if isinstance(diagonals, Estimate):
             return diagonals
         return Estimate(
@@ -184,6 +190,12 @@ class Pooled:
         mean = own[name] * share
         dist.all_reduce(mean, group=self.group)
         return mean
+
+    def _idle_on_all(self, shares: list[Estimate]) -> tuple[str, ...]:
+        """The layers that no batch of any process reached, with a warning."""
+        idle = [name for name in shares[0].idle if all(name in share.idle for share in shares)]
+        warn_of_idle_layers(idle)
+        return tuple(idle)
 
     def _require_unlike_generators(self) -> None:
         """Equal random vectors on all processes would make the standard errors too small by the
@@ -229,6 +241,7 @@ def _without_diagonals(estimate: Estimate) -> Estimate:
         standard_errors=estimate.standard_errors,
         weights=estimate.weights,
         traces=estimate.traces,
+        idle=estimate.idle,
     )
 
 
@@ -261,7 +274,7 @@ def sync_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
     Raises, on all processes:
         RuntimeError: the processes train other parameters or shapes.
     """
-    trained = [p for p in model.parameters() if p.requires_grad and not _is_dtensor(p)]
+    trained = [p for p in model.parameters() if p.requires_grad and not is_sharded(p)]
     if not trained:
         return
     device = trained[0].device
@@ -321,7 +334,7 @@ def check_same(model: nn.Module, group: dist.ProcessGroup | None = None) -> None
     own = {
         name: (tuple(p.shape), str(p.dtype), checksum({"": p}))
         for name, p in model.named_parameters()
-        if p.requires_grad and not _is_dtensor(p)
+        if p.requires_grad and not is_sharded(p)
     }
     every = gathered(own, group)
     for process, other in enumerate(every):
@@ -386,7 +399,3 @@ def refresh(ddp: DistributedDataParallel) -> None:
     names = insides._build_debug_param_to_name_mapping(parameters)
     insides._ddp_init_helper(parameters, expect_sparse, names, ddp.static_graph)
     ddp._has_rebuilt_buckets = False
-
-
-def _is_dtensor(parameter: Tensor) -> bool:
-    return type(parameter).__module__.startswith("torch.distributed")

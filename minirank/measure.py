@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .packed import HALF, float32_outside, left_as_they_are, own_tensors, packed_modules
+from .placement import require_unsharded, require_values, working_devices
+
 # (model, batch) -> scalar mean loss: the only contract with user code
 LossFn = Callable[[nn.Module, Any], Tensor]
 NO_BATCH = (
     "batches is empty, or its batches weigh nothing: give at least one (a generator that was used "
     "up before gives none)"
 )
-HALF = (torch.float16, torch.bfloat16)
 
 
 @contextmanager
@@ -28,17 +30,20 @@ def measuring(model: nn.Module) -> Iterator[None]:
     code runs as it was written; and nn.Transformer's layers call their linear layers instead of a
     fused kernel. (Neither compiled code nor fused kernels run hooks.) After the block, also after
     an exception, the following are as before: every module's own mode, every parameter's gradient,
-    the state of the random generators, and the choice of kernels.
+    the state of the random generators, the choice of kernels, and quantised layers, which change
+    themselves when they are called (`left_as_they_are`).
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(
-            "the model is on the meta device, where nothing can be measured: load its weights first"
-        )
+    require_unsharded(model)
+    require_values(model)
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    devices = {device.index or 0 for device in working_devices(model) if device.type == "cuda"}
     fused = torch.backends.mha.get_fastpath_enabled()
-    with torch.random.fork_rng(devices=sorted(devices)), _not_compiled():
+    with (
+        torch.random.fork_rng(devices=sorted(devices)),
+        _not_compiled(),
+        left_as_they_are(packed_modules(model)),
+    ):
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             # Not by eval(): some layers override it, to merge weights, which cannot be undone.
@@ -95,7 +100,13 @@ def differentiable_twice(model: nn.Module) -> Iterator[None]:
     Gradients are on, autocast is off, half precision is replaced by float32, and attention uses the
     kernel that is twice differentiable.
     """
-    device = next((p.device.type for p in model.parameters()), "cpu")
+    device = next((device.type for device in working_devices(model)), "cpu")
+    if any(parameter.is_meta and parameter.dtype in HALF for parameter in model.parameters()):
+        raise ValueError(
+            "the model holds weights in half precision that have no values here (offloaded, or on "
+            "the meta device), and derivatives are taken in float32: load the model in float32 or "
+            "onto devices that hold all of it, or use input_second_moment"
+        )
     with (
         measuring(model),
         torch.inference_mode(False),  # this also switches gradients on
@@ -111,9 +122,13 @@ def _no_half_precision(model: nn.Module) -> Iterator[None]:
     """Inside the block, half-precision parameters, buffers and module inputs are float32.
 
     After the block the original tensors are back, bit for bit. A cast to half precision in the
-    model's own code is not changed.
+    model's own code is not changed. Packed layers keep their tensors and compute as they do, and
+    their outputs are float32.
     """
-    half = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in HALF]
+    packed = packed_modules(model)
+    untouched = {id(t) for module in packed for t in own_tensors(module)}
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in untouched]
+    half = [t for t in tensors if t.dtype in HALF]
     originals = [t.data for t in half]
     hooks = []
     try:
@@ -122,7 +137,8 @@ def _no_half_precision(model: nn.Module) -> Iterator[None]:
                 hooks.append(module.register_forward_pre_hook(_in_float32, with_kwargs=True))
         for t in half:
             t.data = t.data.float()
-        yield
+        with float32_outside(packed):
+            yield
     finally:
         for t, original in zip(half, originals, strict=True):
             t.data = original

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from functools import partial
 
 import pytest
@@ -466,6 +467,19 @@ def test_the_kernel_of_attention_makes_no_difference(family):
 @every_family
 def test_globs_select_the_blocks(family):
     assert list(linear_targets(family(), family.targets)) == family.names
+
+
+def test_default_targets_leave_a_tied_head_out_so_that_the_model_can_be_saved(tmp_path):
+    model = FAMILIES["gpt2"]()
+    targets = linear_targets(model)
+    assert "lm_head" not in targets
+    assert list(linear_targets(model, "lm_head")) == ["lm_head"]
+    wrap(model, dict.fromkeys(targets, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(tmp_path)  # as Trainer's checkpoints do
+        wrap(model, {"lm_head": 1})
+        model.save_pretrained(tmp_path)  # a named tied head is saved as a copy
 
 
 def test_globs_select_kinds_of_modules():

@@ -20,8 +20,9 @@ trainable parameters (`unit="parameters"`), never exceeded, with too little left
 `min_rank` and `max_rank` are options of `allocate` (L1RA, which allocates by itself, takes them
 when it is made too): one bound for all modules, or {full name: bound}. `targets` are exact names,
 globs, a type or a function. A pattern that matches nothing is an error. By default every linear
-layer is a target, heads and poolers too: name the layers that you will adapt, such as
-"bert.encoder.*".
+layer is a target, heads and poolers too, but no head whose weight is an embedding's: name the
+layers that you will adapt, such as "bert.encoder.*". Below its table an Allocation says which part
+of the model's matrices the targets are, and what is left out (`minirank/layers/coverage.py`).
 
     >>> from torch import nn
     >>> from minirank import UniformRanks
@@ -35,6 +36,8 @@ layer is a target, heads and poolers too: name the layers that you will adapt, s
          q       v       up        sum
          2 ████  2 ████  2 ████      6
     sum  2       2       2           6
+    The targets reach 86 % of the model's matrix entries. Left out:
+       14 %  1 × linear layer (not among the targets): head
 
 The other files, each of which imports only from files before it:
 
@@ -42,6 +45,7 @@ The other files, each of which imports only from files before it:
     plot.py          ranks as heat maps, for which matplotlib is needed
     allocation.py    the record that every method returns
     constraints.py   budget, costs and bounds of the modules
+    dominance.py     the warning of `allocate` where one module takes too much of the budget
     allocator.py     what all methods share, and how to write one of your own
     stability.py     which ranks would change within the scores' sampling error, and so how much
                      data is enough: SensitivityLoRA.stability and .settle

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ..layers.coverage import Coverage
 from ..layers.targets import exact_key, exact_pattern
 from .table import draw_table
 
@@ -29,6 +30,9 @@ class Allocation:
         keep: {module: bool (r,), true for the present ranks that survive}, where the method judged
             existing ranks one by one. A module's rank can be higher than the number of its
             survivors: then it gets fresh ranks. None: the method did not judge existing ranks.
+        coverage: which part of the model's matrices the modules are, and what is left out and why.
+            It prints below the table, unless the modules are all there is. None: not known. `==`
+            does not compare it.
 
     >>> allocation = Allocation({"0.query": 4, "0.value": 1}, {"0.query": 16, "0.value": 24}, 5)
     >>> allocation.total_rank, allocation.parameters
@@ -46,15 +50,17 @@ class Allocation:
     unit: Unit = "ranks"
     method: str = ""
     keep: Mapping[str, Tensor] | None = None
+    coverage: Coverage | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Allocation) and self._comparable() == other._comparable()
 
     def _comparable(self) -> dict[str, Any]:
         """The fields, with masks as lists, because == between tensors has no single answer."""
+        fields = {key: value for key, value in vars(self).items() if key != "coverage"}
         if self.keep is None:
-            return vars(self)
-        return {**vars(self), "keep": {name: mask.tolist() for name, mask in self.keep.items()}}
+            return fields
+        return {**fields, "keep": {name: mask.tolist() for name, mask in self.keep.items()}}
 
     @property
     def total_rank(self) -> int:
@@ -111,4 +117,6 @@ class Allocation:
         return f"{self.total_rank:,} ranks, {self.parameters:,} parameters ({budget})"
 
     def __str__(self) -> str:
-        return f"{self.method or 'Allocation'}: {self._totals()}\n{draw_table(self.ranks)}"
+        left_out = str(self.coverage or "")
+        table = f"{self.method or 'Allocation'}: {self._totals()}\n{draw_table(self.ranks)}"
+        return f"{table}\n{left_out}" if left_out else table

@@ -29,16 +29,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..budget import best_ranks, proportional_ranks
+from ..layers.coverage import coverage
 from ..layers.lora import LoRALinear
-from ..layers.targets import modules_by_name
+from ..layers.targets import modules_by_name, refuse_peft
 from .allocation import Allocation, Unit
 from .constraints import Bound, Constraints, constraints_for
+from .dominance import warn_of_dominance
 
 Ranks = dict[str, int]  # {module: rank}
 KeepMasks = dict[str, Tensor]  # {module: bool (r,), true for the present ranks that survive}
@@ -49,12 +52,16 @@ class Allocator(ABC):
 
     Args:
         model: the model to measure.
+
+    Raises:
+        ValueError: the model has PEFT's modules.
     """
 
     method: ClassVar[str] = "Allocator"  # its name in an Allocation
     grows: ClassVar[bool] = True  # whether a module can get more ranks than it has now
 
     def __init__(self, model: nn.Module) -> None:
+        refuse_peft(model)
         self.model = model
         self._scores: dict[str, Tensor] | None = None
 
@@ -103,24 +110,39 @@ class Allocator(ABC):
                 have changed since.
             ValueError: the bounds make the budget impossible, a name or the unit is unknown, or
                 scores are not finite.
+
+        Warns:
+            UserWarning: a module takes more than a quarter of the budget and more than three times
+                an even share. It names the `max_rank` to give. See dominance.py.
         """
         if self._scores is None:
             raise RuntimeError(f"{type(self).__name__}.allocate needs scores: call score() first")
-        return self._allocation(self._scores, budget, unit, min_rank, max_rank)
+        constraints = self._constraints(self._scores, budget, unit, min_rank, max_rank)
+        allocation = self._divide(self._scores, constraints)
+        warn_of_dominance(allocation, constraints, self._massive_inputs())
+        return replace(allocation, coverage=coverage(self.model, self._scores))
 
-    def _allocation(
+    def _constraints(
         self,
         scores: Mapping[str, Tensor],
         budget: int,
         unit: Unit,
         min_rank: Bound,
         max_rank: Bound,
-    ) -> Allocation:
-        """Divide `budget` by these scores, whatever `score` has stored."""
-        constraints = constraints_for(self.model, scores, budget, unit, min_rank, max_rank)
+    ) -> Constraints:
+        """What an allocation by these scores must keep to."""
+        return constraints_for(self.model, scores, budget, unit, min_rank, max_rank)
+
+    def _divide(self, scores: Mapping[str, Tensor], constraints: Constraints) -> Allocation:
+        """Divide the budget by these scores, whatever `score` has stored."""
         exact = {name: score.detach().double().cpu() for name, score in scores.items()}
         ranks, keep = self.ranks_from_scores(exact, constraints)
-        return Allocation(ranks, constraints.costs, budget, unit, self.method, keep)
+        c = constraints
+        return Allocation(ranks, c.costs, c.budget, c.unit, self.method, keep)
+
+    def _massive_inputs(self) -> dict[str, float]:
+        """{module: share}, as `dominance.massive_inputs` has it, if the scores rest on inputs."""
+        return {}
 
 
 class ShareAllocator(Allocator):
@@ -205,6 +227,21 @@ class RankScoreAllocator(Allocator):
                     f"the scores are stale: {name!r} was resized or taken out since score(); "
                     "call score() again"
                 )
+
+    def _constraints(
+        self,
+        scores: Mapping[str, Tensor],
+        budget: int,
+        unit: Unit,
+        min_rank: Bound,
+        max_rank: Bound,
+    ) -> Constraints:
+        """With no upper bound above the present rank, unless the method grows modules."""
+        constraints = super()._constraints(scores, budget, unit, min_rank, max_rank)
+        if self.grows:
+            return constraints
+        upper = {name: min(bound, len(scores[name])) for name, bound in constraints.upper.items()}
+        return constraints._replace(upper=upper)
 
     def ranks_from_scores(
         self, scores: Mapping[str, Tensor], constraints: Constraints

@@ -8,6 +8,8 @@ from typing import NamedTuple, get_args
 from torch import nn
 
 from ..checks import is_integer, quoted_names, require
+from ..layers.hints import did_you_mean
+from ..layers.names import with_plain_names
 from ..layers.targets import layer_shape, modules_by_name
 from .allocation import Unit
 
@@ -99,12 +101,13 @@ def _given_bounds(
     """{module: bound} of the modules for which `bound` says something, checked to be integers."""
     if bound is None:
         return {}
-    by_name = bound if isinstance(bound, Mapping) else dict.fromkeys(shapes, bound)
+    given = bound if isinstance(bound, Mapping) else dict.fromkeys(shapes, bound)
+    by_name = with_plain_names(given, shapes)
     unknown = [name for name in by_name if name not in shapes]
     if unknown:
         raise ValueError(
             f"{argument} names {unknown}, which were not scored; scored are "
-            f"{quoted_names(list(shapes))}"
+            f"{quoted_names(list(shapes))}. It takes full names: {did_you_mean(unknown[0], shapes)}"
         )
     for name, value in by_name.items():
         if value is not None and not is_integer(value, 0):

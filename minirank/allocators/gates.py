@@ -1,11 +1,12 @@
-"""L1RA's gates, apart from their training: the shrinkage, and a parameter group of their own.
+"""L1RA's gates, apart from their training: the shrinkage, and parameter groups of their own.
 
 How gates shrink is `shrink` here; why they shrink this way is at the top of l1ra.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from ..layers.lora import LoRALinear
+from ..layers.optimizers import Slot, iterates, new_learning_rate, parameter_slots
 
 Shrinkage = Literal["proximal", "subgradient"]
 
@@ -36,6 +38,32 @@ def shrink(gates: list[Tensor], amount: float, how: Shrinkage = "proximal") -> N
             gate.sub_(amount * gate.sign() * (gate.abs() > amount))
     torch._foreach_clamp_min_(gates, 0.0)
     torch._foreach_clamp_max_(gates, 1.0)
+
+
+def shrink_in_optimizer(
+    gates: Mapping[nn.Parameter, Slot], amount: float, how: Shrinkage = "proximal"
+) -> None:
+    """`shrink`, for gates and what their optimizers keep beside them.
+
+    Of a schedule-free optimizer both iterates are shrunk, z and the average x. The gate between
+    them follows, and is at zero when both are. Shrinking by one amount leaves z − x as it is, so
+    the penalty takes as many steps from 1 to 0 as with any other optimizer.
+
+    >>> gate = nn.Parameter(torch.tensor([1.0, 0.125]))
+    >>> slot = parameter_slots([torch.optim.SGD([gate], lr=0.1)])[id(gate)]
+    >>> with torch.no_grad():
+    ...     shrink_in_optimizer({gate: slot}, 0.25)
+    >>> gate.detach()
+    tensor([0.7500, 0.0000])
+    """
+    averaged = {gate: iterates(slot, gate) for gate, slot in gates.items()}
+    plain: list[Tensor] = [gate for gate, both in averaged.items() if both is None]
+    if plain:
+        shrink(plain, amount, how)
+    for gate, both in averaged.items():
+        if both is not None:
+            shrink([both.z, both.x], amount, how)
+            gate.copy_(torch.lerp(both.z, both.x, both.weight))
 
 
 def check_gates(layers: Mapping[str, LoRALinear], amount: float) -> None:
@@ -67,49 +95,63 @@ def check_gates(layers: Mapping[str, LoRALinear], amount: float) -> None:
             )
 
 
-def gates_into_own_group(
-    optimizer: Optimizer, gates: Mapping[str, nn.Parameter], gate_lr: float
-) -> list[int]:
-    """Move the gates into a new parameter group, with learning rate `gate_lr` and no weight decay.
+def gates_into_own_groups(
+    optimizers: Sequence[Optimizer], gates: Mapping[str, nn.Parameter], gate_lr: float
+) -> dict[Optimizer, list[int]]:
+    """Move the gates into new parameter groups, with learning rate `gate_lr` and no weight decay.
 
-    The new group's other options are those of the first group that held gates. A group that holds
-    gates only stays as it is, and is checked. The optimizer is left unchanged if anything is wrong.
+    Each optimizer that holds gates beside other parameters gets one new group, whose other options
+    are those of its first group that held gates. A group that holds gates only stays as it is, and
+    is checked. All optimizers are left unchanged if anything is wrong.
 
     Returns:
-        The indices of the groups that hold gates.
+        {optimizer that holds gates: the indices of the groups that do}.
 
     Raises:
-        TypeError: the optimizer is LBFGS, which has one parameter group only.
-        ValueError: the optimizer does not hold a gate, a group of gates has another learning rate
-            or a weight decay, or a new group is needed after a scheduler has been made.
+        TypeError: an optimizer is LBFGS, which has one parameter group only.
+        ValueError: no optimizer holds a gate, or two hold one; a group of gates has another
+            learning rate or a weight decay; or a new group is needed after a scheduler has been
+            made.
     """
-    groups = optimizer.param_groups
-    if isinstance(optimizer, LBFGS):
+    if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
         raise TypeError(
             "LBFGS has one parameter group only, and gates need their own: use another optimizer"
         )
-    held = {id(p) for group in groups for p in group["params"]}
+    slots = parameter_slots(optimizers)
     for name, gate in gates.items():
-        if id(gate) not in held:
+        if id(gate) not in slots:
+            holder = "the optimizer does" if len(optimizers) == 1 else "the optimizers do"
             raise ValueError(
-                f"the optimizer does not hold the gate of {name!r}: make it after wrap()"
+                f"{holder} not hold the gate of {name!r}: make it after wrap(), from all "
+                "parameters that train"
             )
-    gate_ids = {id(gate) for gate in gates.values()}
-    mixed = []  # groups that hold gates and other parameters
-    for group in groups:
-        if _holds_any(group, gate_ids):
-            if _holds_only(group, gate_ids):
+    ids = {id(gate) for gate in gates.values()}
+    holders = dict.fromkeys(slots[id(gate)].optimizer for gate in gates.values())
+    mixed = {optimizer: _mixed_groups(optimizer, ids, gate_lr) for optimizer in holders}
+    for optimizer, groups in mixed.items():
+        if groups:
+            optimizer.add_param_group(_split_off(groups, ids, gate_lr))
+    return {
+        optimizer: [i for i, group in enumerate(optimizer.param_groups) if _holds_any(group, ids)]
+        for optimizer in holders
+    }
+
+
+def _mixed_groups(optimizer: Optimizer, ids: set[int], gate_lr: float) -> list[dict[str, Any]]:
+    """The groups that hold gates and other parameters, after a check of those with gates alone."""
+    mixed = []
+    for group in optimizer.param_groups:
+        if _holds_any(group, ids):
+            if _holds_only(group, ids):
                 _check_group_of_gates(group, gate_lr)
             else:
                 mixed.append(group)
-    if mixed and any("initial_lr" in group for group in groups):
+    if mixed and any("initial_lr" in group for group in optimizer.param_groups):
         raise ValueError(
             "a learning-rate scheduler was made for this optimizer, and the gates need one more "
             "parameter group: make L1RA before the scheduler, or give the gates a group yourself"
         )
-    if mixed:
-        optimizer.add_param_group(_split_off(mixed, gate_ids, gate_lr))
-    return [i for i, group in enumerate(groups) if _holds_any(group, gate_ids)]
+    return mixed
 
 
 def _holds_any(group: Mapping[str, Any], ids: set[int]) -> bool:
@@ -124,17 +166,18 @@ def _check_group_of_gates(group: Mapping[str, Any], gate_lr: float) -> None:
     """Raise ValueError unless the group trains as gates must."""
     lr = float(group.get("initial_lr", group["lr"]))
     decay = group.get("weight_decay", 0)
-    if lr != gate_lr or decay != 0:
+    # A tensor's learning rate is often float32.
+    if not math.isclose(lr, gate_lr, rel_tol=1e-6) or decay != 0:
         raise ValueError(
             f"the gates' parameter group has lr={lr:g} and weight_decay={decay:g}; gate_lr is "
-            f"{gate_lr:g}, and gates must not decay: make the two agree, or leave the gates with "
-            "the other parameters"
+            f"{gate_lr:g}, and gates must not decay: give that group lr={gate_lr:g} and "
+            "weight_decay=0, or leave the gates with other parameters, out of which L1RA takes them"
         )
 
 
 def _split_off(groups: list[dict[str, Any]], ids: set[int], gate_lr: float) -> dict[str, Any]:
     """Take the parameters with these ids out of their groups, in place, and make a new group."""
-    own = {**groups[0], "params": [], "lr": gate_lr}
+    own = {**groups[0], "params": [], "lr": new_learning_rate(groups[0]["lr"], gate_lr)}
     named = own.pop("param_names", None) is not None
     if "weight_decay" in own:
         own["weight_decay"] = 0.0

@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-NAMES_SHOWN = 4  # modules per line of the table
+from ..checks import shortened
+from .table import WIDTH, printable
+
+NAMES_SHOWN = 4  # modules of one update
+LONGEST_NAME = 40  # of these
 
 
 @dataclass(frozen=True)
@@ -36,18 +40,24 @@ class Update:
         return sum(self.ranks.values())
 
     def line(self) -> str:
-        """The line of the history's table."""
-        moves = (
-            f"{_counted_names(self.pruned)} → {_counted_names(self.given)}"
-            if self.pruned or self.given
-            else "nothing moved"
+        """The line of the history's table, or several: each has at most 100 columns."""
+        numbers = (
+            f"{self.step:>7} {self.total_rank:>6} {self.parameters:>11,} "
+            f"{sum(self.pruned.values()):>7}  "
         )
-        lost = (
-            f" (optimizer state reset: {len(self.state_reset)} entries)" if self.state_reset else ""
-        )
-        pruned = sum(self.pruned.values())
-        numbers = f"{self.step:>7}{self.total_rank:>7}{self.parameters:>12,}{pruned:>8}"
-        return f"{numbers}  {moves}{lost}"
+        first, *further = self._moves(WIDTH - len(numbers))
+        return "\n".join([numbers + first, *(" " * len(numbers) + text for text in further)])
+
+    def _moves(self, room: int) -> list[str]:
+        """What moved, on one line if that has at most `room` columns; else a line for each side."""
+        reset = f"(optimizer state reset: {len(self.state_reset)} entries)"
+        lost = [reset] if self.state_reset else []
+        moves = f"{_counted_names(self.pruned)} → {_counted_names(self.given)}"
+        whole = " ".join([moves if self.pruned or self.given else "nothing moved", *lost])
+        if len(whole) <= room:
+            return [whole]
+        given = _counted_names(self.given, room - len("→ "))
+        return [_counted_names(self.pruned, room), f"→ {given}", *lost]
 
 
 @dataclass
@@ -107,11 +117,19 @@ class History:
         return cls(dict(state["initial"]), updates)
 
 
-def _counted_names(counts: Mapping[str, int]) -> str:
-    """The first names, with their counts where these are not 1: "query, 2× value, 3 more"."""
-    shown = [
-        name if count == 1 else f"{count}× {name}"
-        for name, count in list(counts.items())[:NAMES_SHOWN]
-    ]
-    more = [f"{len(counts) - NAMES_SHOWN} more"] if len(counts) > NAMES_SHOWN else []
-    return ", ".join(shown + more) or "none"
+def _counted_names(counts: Mapping[str, int], room: int | None = None) -> str:
+    """The first names, with their counts where these are not 1: "query, 2× value, 3 more".
+
+    Args:
+        room: for fewer names, until they have at most so many columns.
+    """
+    names = []
+    for name, count in counts.items():
+        times = "" if count == 1 else f"{count}× "
+        names.append(times + shortened(printable(name), LONGEST_NAME))
+    for shown in range(NAMES_SHOWN, 0, -1):
+        more = [f"{len(names) - shown} more"] if len(names) > shown else []
+        text = ", ".join(names[:shown] + more) or "none"
+        if room is None or len(text) <= room:
+            break
+    return text

@@ -41,7 +41,10 @@ Departures from the paper and its authors' code:
   every update: `reset_optimizer=True`. Of Adafactor's factored moments, the one that is averaged
   over ranks stays as it is.
 - Updates count optimizer steps that really happened. A step that a GradScaler skips shrinks
-  nothing.
+  nothing. With several optimizers (one for matrices, one for the rest), those that hold gates
+  count: a gate shrinks once for each step of its own optimizer, and `steps` are those of the
+  optimizer that has taken most. So optimizers that step side by side count once together.
+- A schedule-free optimizer's two iterates of a gate are both shrunk (gates.py).
 - `scaling` is fixed when a layer is made, and stays when its rank changes.
 
 How to choose λ: Adam moves a gate by about η_c per step, whatever the scale of the loss, and the
@@ -53,8 +56,8 @@ weight decay on A and B did.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -62,14 +65,16 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from ..checks import as_generator, is_integer, quoted_names, require
+from ..checks import as_generator, is_integer, quoted_names, require, warn_caller
 from ..distributed import check_same, require_same
+from ..layers.lora import LoRALinear
+from ..layers.optimizers import Optimizers, as_optimizers, parameter_slots, set_learning_rate
 from ..layers.resize import Resized, resize, separate_layers
 from ..tensor_bytes import checksum
 from .allocation import Allocation, Unit
 from .allocator import KeepMasks, Ranks, RankScoreAllocator, mask_tensors
 from .constraints import Bound, Constraints, check_unit
-from .gates import Shrinkage, check_gates, gates_into_own_group, shrink
+from .gates import Shrinkage, check_gates, gates_into_own_groups, shrink_in_optimizer
 from .history import History, Update
 from .reassign import reassign
 
@@ -95,8 +100,10 @@ class L1RA(RankScoreAllocator):
 
     Args:
         model: with LoRA layers whose gates start from 1: wrap(model, ranks, gate=1.0).
-        optimizer: holds the gates. Its steps are counted by a hook, so a step that a GradScaler
-            skips or that gradient accumulation puts off shrinks nothing.
+        optimizer: holds the gates; or a list of all that train the adapters, in any of which gates
+            may lie. Steps are counted by a hook, so a step that a GradScaler skips or that gradient
+            accumulation puts off shrinks nothing. A wrapper that has the optimizer as its
+            `optimizer`, such as accelerate's, is as good.
         l1: λ, the weight of the penalty. The default is the paper's value, which moves no rank in
             trainings of some hundred steps: start with 0.3. 0 shrinks nothing.
         gate_lr: η_c, the gates' own learning rate.
@@ -125,11 +132,14 @@ class L1RA(RankScoreAllocator):
         UserWarning: `l1` is too small. Three updates in a row have pruned no rank, every gate is
             still above 0.9, and the penalty alone would take more than 20 intervals from a gate of
             1 to 0. This is said once, and not if `l1` is 0.
+        UserWarning: a layer had been trained, with its gates, when this object was made, and no
+            state has been loaded into it before the first `step()`. It counts steps from 0.
 
     Raises (model and optimizer are left unchanged):
-        TypeError: the optimizer is LBFGS, which has one parameter group only.
-        ValueError: there is no gated layer; a gate is not in the optimizer, is frozen, or has a
-            dtype too coarse to shrink in; layers share a parameter; a number is out of its range;
+        TypeError: `optimizer` is no torch.optim.Optimizer and no list of them; or one is LBFGS,
+            which has one parameter group only, or keeps averaged parameters in an unknown way.
+        ValueError: there is no gated layer; a gate is in no optimizer or in two, is frozen, or has
+            a dtype too coarse to shrink in; layers share a parameter; a number is out of its range;
             the bounds make the budget impossible; a scheduler was made before.
 
     Source: L1RA (arXiv 2509.04884).
@@ -155,7 +165,7 @@ class L1RA(RankScoreAllocator):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizers,
         *,
         l1: float = 1e-3,
         gate_lr: float = 2e-2,
@@ -173,7 +183,8 @@ class L1RA(RankScoreAllocator):
         group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(model)
-        self.optimizer = optimizer
+        self._optimizers = as_optimizers(optimizer)
+        self.optimizer = self._optimizers[0] if len(self._optimizers) == 1 else self._optimizers
         self.group = group
         self._layers = {
             name: layer for name, layer in separate_layers(model).items() if layer.gate is not None
@@ -194,13 +205,17 @@ class L1RA(RankScoreAllocator):
         self.budget = self._budget_in_use() if budget is None else budget
         self._next_allocation()  # refuses an impossible budget now, not in the middle of training
 
-        self._gate_groups = gates_into_own_group(optimizer, self.gates, gate_lr)
+        self._gate_groups = list(
+            gates_into_own_groups(self._optimizers, self.gates, gate_lr).items()
+        )
         self.generator = as_generator(generator)
         self.history = History(self.ranks)
-        self.steps = 0  # optimizer steps that `step` has seen
-        self._pending = 0  # optimizer steps that `step` has not seen yet
+        # Of each optimizer that holds gates: the steps that `step` has seen, and has not seen yet.
+        self._seen = [0] * len(self._gate_groups)
+        self._pending = [0] * len(self._gate_groups)
         self._warned_of_small_l1 = False
-        self._watch_optimizer()
+        self._trained_before = _first_trained(self._layers)
+        self._watch_optimizers()
 
     # ---- scores and allocations -----------------------------------------------------------------
 
@@ -208,6 +223,11 @@ class L1RA(RankScoreAllocator):
     def gates(self) -> dict[str, nn.Parameter]:
         """{module: gates, (r,)}: the parameters themselves."""
         return {name: layer.gate for name, layer in self._layers.items() if layer.gate is not None}
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that `step` has seen; of several optimizers with gates, the most."""
+        return max(self._seen)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -245,7 +265,10 @@ class L1RA(RankScoreAllocator):
 
     def _next_allocation(self) -> Allocation:
         """What an update would do now."""
-        return self._allocation(self.gates, self.budget, self.unit, self.min_rank, self.max_rank)
+        constraints = self._constraints(
+            self.gates, self.budget, self.unit, self.min_rank, self.max_rank
+        )
+        return self._divide(self.gates, constraints)
 
     def _budget_in_use(self) -> int:
         """What the present ranks take, in `unit`."""
@@ -259,23 +282,53 @@ class L1RA(RankScoreAllocator):
     def step(self) -> Update | None:
         """Call after `optimizer.step()`: shrinks the gates, and moves ranks at every interval.
 
-        Every gate that trains is shrunk once for each optimizer step since the last call. If there
-        was no optimizer step, nothing happens.
+        Every gate that trains is shrunk once for each step of its optimizer since the last call.
+        If there was no optimizer step, nothing happens.
 
         Returns:
             What an update did, if there was one. `history` records it too.
+
+        Raises (before anything changes):
+            RuntimeError: the optimizer does not hold a parameter of a layer, since
+                `load_state_dict` or `resize` has replaced it.
         """
-        taken, self._pending = self._pending, 0
-        if taken == 0:
+        if not any(self._pending):
             return None
-        before, self.steps = self.steps, self.steps + taken
-        self._shrink(taken if self.stop is None else max(0, min(taken, self.stop - before)))
+        self._require_held_parameters()
+        if self._trained_before is not None:
+            _warn_of_unknown_steps(self._trained_before)
+            self._trained_before = None
+        before = self.steps
+        for i, (optimizer, _) in enumerate(self._gate_groups):
+            taken, self._pending[i] = self._pending[i], 0
+            left = taken if self.stop is None else max(0, min(taken, self.stop - self._seen[i]))
+            self._seen[i] += taken
+            self._shrink(optimizer, left)
         return self._update() if self._has_update_between(before, self.steps) else None
 
-    def _shrink(self, times: int) -> None:
-        trained: list[Tensor] = [gate for gate in self.gates.values() if gate.requires_grad]
-        if trained:  # the user may freeze layers for a time
-            shrink(trained, times * self.gate_lr * self.l1, self.shrinkage)
+    def _require_held_parameters(self) -> None:
+        held = parameter_slots(self._optimizers)
+        for name, layer in self._layers.items():
+            for key, parameter in layer._parameters.items():
+                if parameter is not None and id(parameter) not in held and parameter.requires_grad:
+                    raise RuntimeError(
+                        f"the optimizer does not hold {name}.{key}, so this does not train: "
+                        "after load_state_dict() with other ranks, or resize() without the "
+                        "optimizer, make the optimizer, L1RA and the scheduler anew. Or call "
+                        "resize(model, ranks, optimizer) before load_state_dict()"
+                    )
+
+    def _shrink(self, optimizer: Optimizer, times: int) -> None:
+        """Shrink the gates that this optimizer trains."""
+        if times == 0:
+            return
+        slots = parameter_slots([optimizer])
+        trained = {  # the user may freeze layers for a time
+            gate: slots[id(gate)]
+            for gate in self.gates.values()
+            if gate.requires_grad and id(gate) in slots
+        }
+        shrink_in_optimizer(trained, times * self.gate_lr * self.l1, self.shrinkage)
 
     def _has_update_between(self, before: int, now: int) -> bool:
         """Whether an update is due after one of the optimizer steps before + 1 … now."""
@@ -294,18 +347,18 @@ class L1RA(RankScoreAllocator):
         allocation = self._next_allocation()
         resized = resize(self.model, allocation, self.optimizer, generator=self.generator)
         if self.reset_optimizer:
-            self.optimizer.state.clear()
+            for optimizer in self._optimizers:
+                optimizer.state.clear()
         update = _record(self.steps, before, allocation, resized)
         self.history.updates.append(update)
         if self._l1_is_too_small() and not self._warned_of_small_l1:
             self._warned_of_small_l1 = True
             steps = round(1 / (self.gate_lr * self.l1))
-            warnings.warn(
+            warn_caller(
                 f"{IDLE_UPDATES} updates in a row pruned no rank, and every gate is still above "
                 f"{IDLE_GATE}. With l1={self.l1:g} and gate_lr={self.gate_lr:g}, the penalty alone "
                 f"takes {steps:,} steps from a gate of 1 to 0: take a larger l1 (start with 0.3), "
                 "or l1=0 if no rank is to move",
-                stacklevel=4,  # the caller of step(), which torch.no_grad() wraps
             )
         return update
 
@@ -319,34 +372,40 @@ class L1RA(RankScoreAllocator):
         shrinking = [gate for gate in self.gates.values() if gate.requires_grad]
         return bool(shrinking) and all(bool((gate > IDLE_GATE).all()) for gate in shrinking)
 
-    def _watch_optimizer(self) -> None:
-        self.optimizer.register_step_pre_hook(self._hold_gate_lr)
-        self.optimizer.register_step_post_hook(self._count_step)
+    def _watch_optimizers(self) -> None:
+        for i, (optimizer, groups) in enumerate(self._gate_groups):
+            optimizer.register_step_pre_hook(partial(self._hold_gate_lr, groups))
+            optimizer.register_step_post_hook(partial(self._count_step, i))
 
-    def _hold_gate_lr(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        for i in self._gate_groups:
-            optimizer.param_groups[i]["lr"] = self.gate_lr
+    def _hold_gate_lr(
+        self, groups: list[int], optimizer: Optimizer, args: object, kwargs: object
+    ) -> None:
+        for group in groups:
+            set_learning_rate(optimizer.param_groups[group], self.gate_lr)
 
-    def _count_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+    def _count_step(self, i: int, optimizer: Optimizer, args: object, kwargs: object) -> None:
         # A GradScaler calls fused optimizers even for a step that they are to skip, and tells them
         # by this attribute.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not found_inf.item():
-            self._pending += 1
+            self._pending[i] += 1
 
     # ---- saving ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything of this object but the model and the optimizer, which have their own.
 
-        To go on: wrap(model, …) as at the beginning; resize(model, state["ranks"]);
-        model.load_state_dict(…); make the optimizer, L1RA and the scheduler as at the beginning;
-        then load their states.
+        "steps" and "pending" are numbers; with several optimizers that hold gates, lists of them.
+
+        To go on: wrap(model, …) as at the beginning; model.load_state_dict(…), which brings the
+        ranks of then; make the optimizer, L1RA and the scheduler as at the beginning; then load
+        their states. Where these objects exist before the model's state is loaded, begin with
+        resize(model, state["ranks"], optimizer).
         """
         return {
             "ranks": self.ranks,
-            "steps": self.steps,
-            "pending": self._pending,
+            "steps": self.steps if len(self._seen) == 1 else list(self._seen),
+            "pending": self._pending[0] if len(self._seen) == 1 else list(self._pending),
             "generator": self.generator.get_state(),
             "history": self.history.state_dict(),
             "options": {name: getattr(self, name) for name in OPTIONS},
@@ -357,15 +416,17 @@ class L1RA(RankScoreAllocator):
 
         Raises (this object is left unchanged):
             ValueError: `state` is not the state of an L1RA, or was saved at other ranks than the
-                model has: resize(model, state["ranks"]) first.
+                model has: load the model's state first.
+            RuntimeError: the optimizer does not hold a parameter of a layer.
         """
         self._check_state(state)
+        self._require_held_parameters()
         history = History.from_state_dict(state["history"])
         # Generators take their state from the CPU, and torch.load(map_location="cuda") moves it.
         self.generator.set_state(state["generator"].cpu())
         self.history = history
-        self.steps = state["steps"]
-        self._pending = state["pending"]
+        self._trained_before = None  # what was done before is known now
+        self._seen, self._pending = _listed(state["steps"]), _listed(state["pending"])
         for name in OPTIONS:
             setattr(self, name, state["options"][name])
         if state["options"]["unit"] == "rank":  # what version 0.1 called it
@@ -376,18 +437,25 @@ class L1RA(RankScoreAllocator):
             raise ValueError(
                 f"expected the state_dict() of an L1RA, with {sorted(STATE)}; got {sorted(state)}"
             )
+        optimizers = len(_listed(state["steps"]))
+        if optimizers != len(self._seen):
+            raise ValueError(
+                f"the state was saved with {optimizers} optimizers that held gates, but now it is "
+                f"{len(self._seen)}: make the optimizers as in the training that was saved"
+            )
         ranks, saved = self.ranks, state["ranks"]
         different = [name for name in {**ranks, **saved} if ranks.get(name) != saved.get(name)]
         if different:
             raise ValueError(
                 "the state was saved at other ranks than the model's (at "
-                f'{quoted_names(different)}): resize(model, state["ranks"]), then load the states '
-                "of model, optimizer and L1RA"
+                f"{quoted_names(different)}): load the model's state first, and make the optimizer "
+                'and L1RA after it. Or resize(model, state["ranks"], optimizer), then load the '
+                "states of model, optimizer and L1RA"
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._watch_optimizer()  # an optimizer's copy has no hooks
+        self._watch_optimizers()  # an optimizer's copy has no hooks
 
     def _check_options(self) -> None:
         require(0 <= self.l1 < math.inf, "l1", self.l1, "a finite number of at least 0")
@@ -414,6 +482,32 @@ class L1RA(RankScoreAllocator):
             "None, or at least 0 and below 1, where gates start",
         )
         check_unit(self.unit)
+
+
+def _listed(counts: int | list[int]) -> list[int]:
+    """Steps by optimizer, from a state that gives one number if there is one optimizer."""
+    return [counts] if isinstance(counts, int) else list(counts)
+
+
+def _first_trained(layers: Mapping[str, LoRALinear]) -> str | None:
+    """The first module that has steps behind it: its gate and its B have left their start, at which
+    B is 0. (A user who gives single gates another start leaves B at 0.)"""
+    for name, layer in layers.items():
+        if layer.gate is None or layer.initial_gate is None or layer.rank == 0:
+            continue
+        start = torch.full_like(layer.gate, layer.initial_gate)
+        if not torch.equal(layer.gate, start) and bool(layer.lora_B.any()):
+            return name
+    return None
+
+
+def _warn_of_unknown_steps(name: str) -> None:
+    warn_caller(
+        f"{name!r} had been trained, with its gates, when this L1RA was made, and no state has "
+        "been loaded into it. So it counts its steps from 0, and moves ranks at other times than "
+        "the training before would have. To go on with that training, load the state that was "
+        "saved: l1ra.load_state_dict(state), before the first step. For a new start, all is well"
+    )
 
 
 def _record(

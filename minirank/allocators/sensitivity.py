@@ -27,6 +27,8 @@ Departures from the paper, and what it leaves open:
 - If all metrics are equal, θ is 0/0. Here it is uniform.
 - Rounding is not stated in the paper: see `minirank.budget`.
 - Sampling errors are not stated in the paper: see stability.py.
+- In Llama-like decoders the paper's proxy gives most of the budget to a few layers: `allocate`
+  warns of it, see dominance.py.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
@@ -42,9 +45,17 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..checks import as_generator, quoted_names, require, require_batches, require_function
+from ..checks import (
+    as_generator,
+    quoted_names,
+    require,
+    require_batches,
+    require_function,
+    warn_caller,
+)
 from ..curvature.estimate import Estimate
 from ..curvature.input_moment import input_second_moment
+from ..curvature.unreached import IdleLayerWarning, warn_of_idle_layers
 from ..distributed import Pooled, from_first
 from ..layers.linear import linear_shape
 from ..layers.targets import Targets, linear_targets
@@ -53,6 +64,7 @@ from ..measure import LossFn, with_hint_at_one_batch
 from .allocation import Allocation, Unit
 from .allocator import ShareAllocator
 from .constraints import Bound
+from .dominance import dominant_modules, massive_inputs
 from .stability import (
     Diagonals,
     Groups,
@@ -213,11 +225,14 @@ class SensitivityLoRA(ShareAllocator):
         curvature: (model, loss_fn, batches, targets) -> {name: (d_out, d_in) or (d_in,)}. Default:
             the paper's input second moment, which runs forward passes only. Bind options with
             functools.partial. The function can iterate over the batches, but cannot call len() or
-            index, since it gets them behind the progress bar.
+            index, since it gets them behind the progress bar. In Llama-like decoders take uniform
+            ranks, or bound the ranks by `allocate(…, max_rank=)`, twice the average rank: on
+            SmolLM2-135M nothing here was better than uniform ranks, and the default without a bound
+            was much worse (examples/results/README.md).
         topk_fraction: k/N in Eq 9 (the paper: 1/2; it also tried 1/3).
         effective_share: α in Eq 10 (the paper: 0.85; it also tried 0.80).
         groups: measure the batches in this many groups (up to twice as many; at least 4), so that
-            `stability` and `settle` can tell how sure the ranks are. Each group must reach every
+            `stability` and `settle` can tell how sure the ranks are. Each group must reach some
             target. The measurements of all groups are held. None: all batches together.
         progress: show a bar over the batches, in a terminal or a notebook. No bar is written to a
             file or a pipe. False: never.
@@ -232,6 +247,8 @@ class SensitivityLoRA(ShareAllocator):
 
     Warns:
         UserWarning: `targets` is None and the model has LoRA layers, which are then left out.
+        IdleLayerWarning, by `score` and `settle`: no token reaches some targets (an expert that is
+            never chosen), which therefore score zero.
 
     Source: Sensitivity-LoRA (arXiv 2509.09119), Eqs 8–15.
 
@@ -411,7 +428,11 @@ class SensitivityLoRA(ShareAllocator):
         """Measure the batches into `groups`, group by group, with a pause after each."""
         stream = iter(batches)
         while group := self._next_batches(stream, groups.batches_per_group):
-            groups.add(self._diagonals(group), len(group))
+            with warnings.catch_warnings():
+                # What one group does not reach, another may: _calibration() asks all of them.
+                warnings.simplefilter("ignore", IdleLayerWarning)
+                diagonals = self._diagonals(group)
+            groups.add(diagonals, len(group))
             yield
 
     def _next_batches(self, stream: Iterator[Any], count: int) -> list[Any]:
@@ -433,6 +454,8 @@ class SensitivityLoRA(ShareAllocator):
         metrics = matrix_metrics(
             [diagonals[name] for name in self.targets], self.topk_fraction, self.effective_share
         )
+        if groups is not None:
+            warn_of_idle_layers(groups.idle())
         return Calibration(diagonals, sensitivity_metrics(metrics), groups)
 
     def _adopt(self, calibration: Calibration) -> dict[str, Tensor]:
@@ -465,11 +488,15 @@ class SensitivityLoRA(ShareAllocator):
             in_order = [diagonals[name] for name in self.targets]
             return smooth_metrics(in_order, self.topk_fraction, self.effective_share).flatten()
 
+        constraints = self._constraints(
+            dict.fromkeys(self.targets, torch.ones(())), budget, unit, min_rank, max_rank
+        )
+
         def divide(theta: Tensor) -> Allocation:
             scores = dict(zip(self.targets, theta.unbind(), strict=True))
-            return self._allocation(scores, budget, unit, min_rank, max_rank)
+            return self._divide(scores, constraints)
 
-        return resampled_stability(
+        stability = resampled_stability(
             theta_of_drawn,
             divide,
             groups.jackknife(statistic),
@@ -478,6 +505,13 @@ class SensitivityLoRA(ShareAllocator):
             generator=as_generator(generator),
             batches=groups.batches,
         )
+        dominant = dominant_modules(
+            stability.allocation.ranks, constraints, massive_inputs(groups.mean())
+        )
+        return replace(stability, dominant=tuple(dominant))
+
+    def _massive_inputs(self) -> dict[str, float]:
+        return massive_inputs(self.curvatures)
 
 
 def _plain_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
@@ -494,11 +528,10 @@ def _plain_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
             f"every linear layer has an adapter ({quoted_names(adapted)}), and SensitivityLoRA "
             f"scores plain layers: {advice}"
         ) from error
-    warnings.warn(
+    warn_caller(
         f"SensitivityLoRA scores plain linear layers, so {quoted_names(adapted)} will get no rank "
         f"here, having an adapter already. {advice.capitalize()}; or name targets=, if the other "
         "layers alone are meant",
-        stacklevel=3,
     )
     return plain
 

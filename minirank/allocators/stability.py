@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import require
+from ..checks import quoted_names, require
 from ..curvature.estimate import Estimate
 from ..measure import NO_BATCH
 from .allocation import Allocation
@@ -73,6 +73,7 @@ class Group(NamedTuple):
 
     weights: Mapping[str, float]
     means: Diagonals
+    idle: frozenset[str] = frozenset()  # layers that none of them reached
 
 
 class Groups:
@@ -100,7 +101,8 @@ class Groups:
             weights = diagonals.weights
         else:
             weights = dict.fromkeys(diagonals, float(batches))
-        self._groups.append(Group(weights, diagonals))
+        idle = frozenset(diagonals.idle) if isinstance(diagonals, Estimate) else frozenset()
+        self._groups.append(Group(weights, diagonals, idle))
         if len(self) == 2 * self.least:
             pairs = zip(self._groups[::2], self._groups[1::2], strict=True)
             self._groups = [_joined(a, b) for a, b in pairs]
@@ -111,6 +113,11 @@ class Groups:
         if not self._groups:
             raise ValueError(NO_BATCH)
         return dict(functools.reduce(_joined, self._groups).means)
+
+    def idle(self) -> list[str]:
+        """The layers that no group reached."""
+        idle = functools.reduce(_joined, self._groups).idle
+        return [name for name in self._groups[0].means if name in idle]
 
     def jackknife(self, statistic: Callable[[Diagonals], Tensor]) -> Jackknife:
         """The statistic of the mean, and its deviations over the groups.
@@ -135,17 +142,23 @@ class Groups:
             for group, share in zip(self._groups, shares, strict=True)
         ]
         # Busing and others' h_j. A group has one share in all modules, or nearly so.
-        h = value.new_tensor([len(share) / sum(share.values()) for share in shares])
+        # A layer that nothing reached has no share.
+        reached = [name for name, total in self._totals().items() if total > 0]
+        h = value.new_tensor(
+            [len(reached) / sum(share[name] for name in reached) for share in shares]
+        )
         return Jackknife(value, _jackknife_deviations(value, torch.stack(without), h))
 
+    def _totals(self) -> dict[str, float]:
+        """{name: the weight of all groups}"""
+        names = self._groups[0].means
+        return {name: sum(group.weights[name] for group in self._groups) for name in names}
+
     def _shares(self) -> list[dict[str, float]]:
-        """{name: the share of the weight} of each group."""
-        totals = {
-            name: sum(group.weights[name] for group in self._groups)
-            for name in self._groups[0].means
-        }
+        """{name: the share of the weight} of each group; 0 if the layer has none."""
+        totals = self._totals()
         return [
-            {name: group.weights[name] / total for name, total in totals.items()}
+            {name: group.weights[name] / (total or 1) for name, total in totals.items()}
             for group in self._groups
         ]
 
@@ -158,7 +171,10 @@ def check_groups(groups: int) -> None:
 def _mean_without(group: Group, share: Mapping[str, float], mean: Diagonals) -> Diagonals:
     """The mean over the other groups. share: {name: this group's share of the weight}."""
     return {
-        name: (mean[name] - share[name] * group.means[name]) / (1 - share[name]) for name in mean
+        name: (mean[name] - share[name] * group.means[name]) / (1 - share[name])
+        if share[name] < 1
+        else torch.zeros_like(mean[name])  # no other group reached the layer
+        for name in mean
     }
 
 
@@ -186,7 +202,7 @@ def _joined(a: Group, b: Group) -> Group:
     for name, mean in a.means.items():
         share = b.weights[name] / weights[name] if weights[name] else 0.0
         means[name] = mean + (b.means[name] - mean) * share
-    return Group(weights, means)
+    return Group(weights, means, a.idle & b.idle)
 
 
 def resample(value: Tensor, deviations: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -229,6 +245,8 @@ class Stability:
         same: the share of the resampled allocations that equal `allocation`.
         groups: groups of batches that the errors rest on.
         batches: batches in these groups.
+        dominant: modules that take so much of the budget that `allocate` warns of them. How sure
+            the ranks are says nothing about that.
     """
 
     allocation: Allocation
@@ -239,6 +257,7 @@ class Stability:
     same: float
     groups: int
     batches: int
+    dominant: tuple[str, ...] = ()
 
     @property
     def open(self) -> dict[str, tuple[int, int]]:
@@ -261,6 +280,12 @@ class Stability:
             f"  {name:<{width}}  rank {ranks[name]}, from {low} to {high}"
             for name, (low, high) in self.open.items()
         ]
+        if self.dominant:
+            taken = sum(ranks[name] for name in self.dominant)
+            lines.append(
+                f"note: {quoted_names(self.dominant)} got {taken} of the ranks. To be sure of that "
+                "is not to be right: this is about sampling error alone; see allocate's warning"
+            )
         return "\n".join(lines)
 
 

@@ -46,6 +46,11 @@ What to know:
 - Precision. A half-precision model is computed in float32 wherever the loss is differentiated; its
   own tensors come back bit for bit. In float32 the curvature of a loss near zero can be all
   rounding: the estimators notice, and ask for `model.double()`.
+- Quantised layers. No estimator reads W: x, ∂L/∂z and the shapes are enough. A packed layer is
+  taken at its word that it computes W x + b, and is left bit for bit as it was. In a half-precision
+  model it computes in its own type, with float32 around it. bitsandbytes rounds the inputs of its
+  8-bit layers: derivatives see W alone, not that rounding. A layer without a backward pass is
+  scored by `input_second_moment` alone; the others refuse it by name.
 - Padding. `input_second_moment` drops padding tokens by the batch's `attention_mask`; the rule is
   at the top of input_moment.py. The other estimators differentiate the loss, so they leave out what
   the loss leaves out.
@@ -61,15 +66,21 @@ What to know:
   `gauss_newton`, `empirical_fisher` and `input_second_moment` are never negative.
 - Weights of batches. A batch's mean loss counts by the number of its samples. If the loss is a mean
   over tokens, give their number with `batch_weight=`.
+- Idle layers. A layer that no batch reaches, such as an expert to which no token is routed, has a
+  diagonal of zeros, and an IdleLayerWarning names it. If no layer is reached, that is an error.
+- Weights that are read. Some modules read a child's weight and never call the child (Swin's qkv,
+  Mamba's out_proj in transformers). Nothing can be measured there, and an error names the child.
+  One more forward pass, in which such layers hold NaN, tells them from idle ones (unreached.py).
 - Groups of batches. Estimates from separate batches combine to their mean, weighted by
   `Estimate.weights`. `SensitivityLoRA(groups=…)` uses this to tell which ranks would change with
   other data of the same kind. Give one generator to all groups: it then draws new vectors for each.
 
 The files, in reading order: `estimate` (the result), `averaging` (means and standard errors),
-`objective` (the loss, and the loop over batches), `layer_outputs` (recording and differentiating),
-`outer_products`, `diagnostics` (independence and rounding), `hessian`, `sampling` (random vectors),
-`hutchinson`, `output_hessian` and `gauss_newton`, `fisher`, `input_moment` (padding is dropped
-here). An independent check of the exact ones, in plain PyTorch, is `minirank.reference`.
+`layer_outputs` (recording and differentiating), `unreached` (layers without a call), `objective`
+(the loss, and the loop over batches), `outer_products`, `diagnostics` (independence and rounding),
+`hessian`, `sampling` (random vectors), `hutchinson`, `output_hessian` and `gauss_newton`, `fisher`,
+`padding` (a mask that nobody has named) and `input_moment` (padding is dropped here). An
+independent check of the exact ones, in plain PyTorch, is `minirank.reference`.
 """
 
 from .estimate import Estimate
@@ -78,9 +89,11 @@ from .gauss_newton import gauss_newton
 from .hessian import exact_hessian_diagonal, hessian_diagonal_reference
 from .hutchinson import hutchinson_outputs, hutchinson_weights
 from .input_moment import input_second_moment
+from .unreached import IdleLayerWarning
 
 __all__ = [
     "Estimate",
+    "IdleLayerWarning",
     "empirical_fisher",
     "exact_hessian_diagonal",
     "gauss_newton",

@@ -4,7 +4,8 @@ errors."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from .estimate import Estimate
 from .running_mean import RunningMean
 
 MIN_SAMPLES = 10  # from fewer values, a standard error is itself too uncertain to stop on
+NOTHING_IDLE: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class DiagonalAverage:
@@ -41,12 +43,22 @@ class DiagonalAverage:
         elif diagonal is not None:
             self.means[name] = diagonal * share
 
-    def checked_means(self) -> dict[str, Tensor]:
-        """The means. ValueError without a batch, or for a layer not reached or not finite."""
+    def unreached(self) -> list[str]:
+        """The layers that no batch reached so far."""
+        return [name for name, mean in self.means.items() if mean is None]
+
+    def checked_means(self, idle: Mapping[str, Tensor] = NOTHING_IDLE) -> dict[str, Tensor]:
+        """The means, with zeros for idle layers. ValueError without a batch, or for another layer
+        that was not reached or is not finite.
+
+        idle: {name: zeros of the diagonal's shape}.
+        """
         if not any(self.weights.values()):
             raise ValueError(NO_BATCH)
         means = {}
         for name, mean in self.means.items():
+            if mean is None and name in idle:
+                mean = idle[name]
             if mean is None:
                 raise ValueError(
                     f"no batch reached {name!r}: leave it out of targets, or give other data"
@@ -102,14 +114,16 @@ class BatchAverage:
         self.diagonals.add(name, diagonal, weight)
         self.traces.add(name, 0.0 if diagonal is None else float(diagonal.sum()), weight)
 
-    def estimate(self) -> Estimate:
+    def estimate(self, idle: Mapping[str, Tensor] = NOTHING_IDLE) -> Estimate:
+        """idle: as for `checked_means`."""
         return Estimate(
-            self.diagonals.checked_means(),
+            self.diagonals.checked_means(idle),
             samples=self.traces.samples,
             over="batches",
             standard_errors=self.traces.standard_errors,
             weights=self.diagonals.weights,
             traces=self.traces.running,
+            idle=tuple(idle),
         )
 
 

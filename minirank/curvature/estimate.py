@@ -24,6 +24,7 @@ class Estimate(dict[str, Tensor]):
             same kind.
         standard_errors: {name: standard error of the trace Σ h, in the trace's unit}; inf if there
             are fewer than two samples.
+        idle: the layers that no batch reached and whose diagonals are zero for that reason.
         weights: {name: the weight of all batches together (samples or tokens)}. Estimates from
             separate batches combine to their mean with these weights.
 
@@ -45,6 +46,7 @@ class Estimate(dict[str, Tensor]):
         over: Over,
         standard_errors: dict[str, float],
         weights: dict[str, float],
+        idle: tuple[str, ...] = (),
         traces: Mapping[str, RunningMean] | None = None,
     ) -> None:
         super().__init__(diagonals)
@@ -52,4 +54,5 @@ class Estimate(dict[str, Tensor]):
         self.over = over
         self.standard_errors = standard_errors
         self.weights = weights
+        self.idle = idle
         self.traces = traces

@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers.targets import Targets, did_you_mean
+from ..layers.hints import did_you_mean
+from ..layers.names import named_modules, plain_name
+from ..layers.targets import Targets
 from ..measure import LossFn, batch_length
 from .averaging import check_tolerance
 from .diagnostics import check_independent
@@ -104,7 +106,7 @@ def gauss_newton(
     [[10.0, 20.0]]
     """
     check_chunk_size(chunk_size)
-    layers = curvature_targets(model, targets)
+    layers = curvature_targets(model, targets, second_derivatives=False)
     check_tolerance(tolerance)
     head = _output_module(model, output)
     objective = Objective(model, loss_fn, batches, layers, batch_weight)
@@ -148,10 +150,11 @@ class _Forward(NamedTuple):
 
 
 def _output_module(model: nn.Module, output: str) -> nn.Module:
-    names: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    if output not in names:
-        raise ValueError(f"output={output!r} names no module: {did_you_mean(output, names)}")
-    return names[output]
+    modules = dict(named_modules(model))
+    name = plain_name(output, modules)
+    if name not in modules:
+        raise ValueError(f"output={output!r} names no module: {did_you_mean(output, modules)}")
+    return modules[name]
 
 
 def _forward(

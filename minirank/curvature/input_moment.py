@@ -14,11 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checks import require, require_batches, warn_caller
+from ..layers.linear import linear_shape, weight_place
 from ..layers.targets import Targets, linear_targets
 from ..measure import LossFn, measuring, scalar_loss
 from .averaging import BatchAverage, check_tolerance
 from .estimate import Estimate
 from .layer_outputs import layer_input
+from .padding import unnamed_mask
+from .unreached import idle_layers, warn_of_idle_layers
 
 DEFAULT_MASK = "attention_mask"
 Mask = str | Callable[[Any], Tensor] | None
@@ -31,6 +35,7 @@ def input_second_moment(
     targets: Targets = None,
     *,
     mask: Mask = DEFAULT_MASK,
+    outlier_factor: float | None = None,
     tolerance: float | None = None,
 ) -> Estimate:
     """h_j = the mean over tokens of x_j², x being the input of the layer.
@@ -42,6 +47,13 @@ def input_second_moment(
     model cancels in Eqs 11–15 of Sensitivity-LoRA; a factor of each layer does not.
     Variance: none, as a mean over the tokens of `batches`; the standard errors are over batches.
     Cost: one forward pass per batch, in the model's own precision. No gradient is taken.
+
+    Llama-like decoders: a few tokens have massive inputs there, and so a few layers have nearly all
+    of the moment. In SmolLM2-135M one token of each sequence has a mean square up to 265,000 times
+    the median token's, in one layer. With `outlier_factor=100` such tokens are left out; MiniLM, an
+    encoder, has no token above 7, so nothing changes there. That does not suffice: the budget goes
+    to the last layer instead, whose ordinary inputs are large as well. So give `allocate` a
+    `max_rank` too, or take uniform ranks.
 
     Args:
         model: any nn.Module; it is measured in eval mode and left unchanged.
@@ -55,6 +67,10 @@ def input_second_moment(
             None: every token. The default key is used where a batch has it; a key that you name
             must be there. One mask holds for all targets: measure the encoder and the decoder of a
             sequence-to-sequence model apart, each with its own.
+        outlier_factor: leave out a token whose mean square input, over the features, is more than
+            this many times that of the median token of its batch. Each layer's inputs are judged by
+            themselves; if the median is 0, none is left out. The result's `weights` tell how many
+            tokens counted. None: every token counts, as in the paper.
         tolerance: stop before the end of the batches, as for `empirical_fisher`. None: take all
             batches.
 
@@ -63,7 +79,13 @@ def input_second_moment(
 
     Raises:
         ValueError: there is no batch; a loss is not a scalar; the mask fits no input; an input is
-            not finite (the first such layer is named); or no token reaches a layer.
+            not finite (the first such layer is named); no token reaches any layer; or a layer's
+            weight is read by another module, without a call of the layer.
+
+    Warns:
+        IdleLayerWarning: no token reaches some layers, which therefore get zeros.
+        UserWarning: batches are tuples that seem to hold an attention mask, and `mask` is not
+            given, so that padding counts. This is said once.
 
     Source: Sensitivity-LoRA (arXiv 2509.09119), appendix E.
 
@@ -74,12 +96,19 @@ def input_second_moment(
     [5.0, 10.0]
     """
     check_tolerance(tolerance)
+    require_batches(batches)
+    require(
+        outlier_factor is None or outlier_factor > 1,
+        "outlier_factor",
+        outlier_factor,
+        "above 1 (100: a hundred times the median token)",
+    )
     layers = linear_targets(model, targets)
     average = BatchAverage(layers)
-    mean_squares = _MeanSquares()
+    mean_squares = _MeanSquares(outlier_factor)
     batch_means = {name: _BatchMean(name, mean_squares) for name in layers}
     hooks = []
-    batch_count = 0
+    batch_count, padding_named = 0, False
     try:
         for name, layer in layers.items():
             hook = batch_means[name].observe
@@ -87,22 +116,38 @@ def input_second_moment(
         with measuring(model), torch.no_grad():
             for batch in batches:
                 batch_count += 1
+                if mask == DEFAULT_MASK and not padding_named:
+                    padding_named = _warn_of_unnamed_mask(batch)
                 mean_squares.start_batch(_real_tokens(mask, batch))
                 scalar_loss(model, loss_fn, batch)
                 for name, batch_mean in batch_means.items():
                     average.add(name, *batch_mean.finish_batch())
                 if average.traces.errors_within(tolerance):
                     break
+            for handle in hooks:
+                handle.remove()
+            unreached = average.diagonals.unreached() if batch_count else []
+            names = idle_layers(model, loss_fn, batch, layers, unreached) if unreached else ()
     finally:
         for handle in hooks:
             handle.remove()
-    for name, tokens in average.diagonals.weights.items():
-        if batch_count and not tokens:
-            raise ValueError(
-                f"no token reached {name!r} in {batch_count} batches: leave it out of targets, or "
-                "give more data"
-            )
-    return average.estimate()
+    if unreached and not names:
+        raise ValueError(
+            f"no token reached {unreached[0]!r} in {batch_count} batches, nor any other target: "
+            "give more data, or other targets"
+        )
+    idle = {name: _zeros(layers[name]) for name in names}
+    estimate = average.estimate(idle)
+    warn_of_idle_layers(idle)
+    return estimate
+
+
+def _zeros(layer: nn.Module) -> Tensor:
+    """The mean square of no input: zeros, (d_in,), on the layer's device."""
+    shape = linear_shape(layer)
+    assert shape is not None  # linear_targets() selects by it
+    dtype, device = weight_place(layer)
+    return torch.zeros(shape[1], dtype=torch.promote_types(dtype, torch.float32), device=device)
 
 
 class _RealTokens(NamedTuple):
@@ -119,6 +164,9 @@ class _RealTokens(NamedTuple):
 class _MeanSquares:
     """The mean of x_j² over the real tokens of a layer's input. It is computed once for layers that
     get the same tensor, as query, key and value projections do."""
+
+    def __init__(self, outlier_factor: float | None) -> None:
+        self.outlier_factor = outlier_factor
 
     def start_batch(self, tokens: _RealTokens | None) -> None:
         self.tokens = tokens
@@ -148,7 +196,20 @@ class _MeanSquares:
             rows = rows.index_select(0, tokens.positions.to(rows.device)).square_()
         else:
             rows = rows.square()
+        if self.outlier_factor is not None and len(rows):
+            rows = _without_outliers(rows, self.outlier_factor)
         return len(rows), rows.sum(0) / max(len(rows), 1)
+
+
+def _without_outliers(squares: Tensor, factor: float) -> Tensor:
+    """x², (tokens, d_in), of the tokens whose mean is at most `factor` times the median token's.
+
+    A token that is not finite stays, so that it is reported.
+    """
+    token_means = squares.mean(1)
+    median = token_means.median()
+    outliers = token_means.isfinite() & (token_means > factor * median) & (median > 0)
+    return squares[~outliers]
 
 
 class _BatchMean:
@@ -197,3 +258,18 @@ def _real_tokens(mask: Mask, batch: Any) -> _RealTokens | None:
             f"mask must give a tensor with one entry per token of the batch, got {values!r}"
         )
     return _RealTokens(values.shape, (values != 0).flatten().nonzero().flatten())
+
+
+def _warn_of_unnamed_mask(batch: Any) -> bool:
+    """Warn if the batch is a tuple that seems to hold a mask; whether it does."""
+    entry = unnamed_mask(batch)
+    if entry is None:
+        return False
+    warn_caller(
+        f"entry {entry} of a batch looks like an attention mask with zeros in it, but a "
+        f"{type(batch).__name__} has no names: padding tokens are counted like all others. To "
+        f"leave them out, pass mask=lambda batch: batch[{entry}] (to SensitivityLoRA: "
+        f"curvature=functools.partial(input_second_moment, mask=lambda batch: batch[{entry}])); "
+        "mask=None counts every token without a word"
+    )
+    return True

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from ..layers.linear import linear_shape, read_weight
+from ..layers.linear import is_packed, linear_shape, weight_place
+from ..packed import type_of_derivatives
 
 
 class Call(NamedTuple):
@@ -55,7 +56,7 @@ def shifted_weights(
     """
 
     def through_weight(name: str, x: Tensor, output: Tensor) -> Tensor:
-        return x @ weight_shifts[name].t()
+        return x @ weight_shifts[name].t().to(x.dtype)
 
     with _recorded_calls(layers, through_weight) as calls:
         yield calls
@@ -67,9 +68,10 @@ def zero_weight_shifts(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     for name, layer in layers.items():
         shape = linear_shape(layer)
         assert shape is not None  # linear_targets() selects by it
-        W = read_weight(layer)
-        assert W is not None
-        weight_shifts[name] = torch.zeros(shape, dtype=W.dtype, device=W.device, requires_grad=True)
+        dtype, device = weight_place(layer)
+        if is_packed(layer):
+            dtype = type_of_derivatives(layer)
+        weight_shifts[name] = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
     return weight_shifts
 
 
@@ -89,9 +91,18 @@ def _recorded_calls(
                     "where its curvature is lost or rough: take these out of loss_fn and the "
                     "model (checkpointing: use_reentrant=False), or leave it out of targets"
                 )
+            if output.numel() == 0:  # an expert that gets no token
+                return output
+            x = layer_input(args, kwargs)
+            if x.requires_grad and not output.requires_grad and is_packed(layer):
+                raise ValueError(
+                    f"no gradient passes through {name!r}, a {type(layer).__name__}, so that the "
+                    "curvature of the layers below it is lost: score by input_second_moment, which "
+                    "needs no gradient"
+                )
             # A copy, because the model may later change its tensor in place; in the dtype to which
             # the layer cast it.
-            x = layer_input(args, kwargs).to(output.dtype, copy=True)
+            x = x.to(output.dtype, copy=True)
             shift = make_shift(name, x, output)
             calls[name].append(Call(x, shift))
             return output + shift

@@ -3,18 +3,22 @@ share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..checks import require
+from ..checks import require, require_batches
 from ..layers.linear import applies_weight
 from ..layers.targets import Targets, linear_targets
 from ..measure import LossFn, differentiable_loss, differentiable_twice, repeatable
-from .averaging import BatchAverage
+from ..packed import require_not_repacked, why_no_backward
+from ..placement import is_offloaded, is_sharded
+from .averaging import NOTHING_IDLE, BatchAverage
 from .estimate import Estimate
+from .layer_outputs import zero_weight_shifts
+from .unreached import idle_layers, warn_of_idle_layers
 
 # {name: diagonal of one batch's mean loss}; None for a layer that the batch does not reach
 BatchDiagonals = Mapping[str, Tensor | None]
@@ -31,15 +35,49 @@ class Objective:
     layers: Mapping[str, nn.Module]
     batch_weight: Callable[[Any], float]
 
+    def __post_init__(self) -> None:
+        require_batches(self.batches)
+
     def loss(self, batch: Any) -> Tensor:
         """The mean loss of one batch, (), with its graph."""
         return differentiable_loss(self.model, self.loss_fn, batch)
 
+    def idle_diagonals(self, batch: Any, unreached: Sequence[str]) -> dict[str, Tensor]:
+        """{name: zeros, (d_out, d_in)} of the unreached layers, if they are idle."""
+        names = idle_layers(self.model, self.loss_fn, batch, self.layers, unreached)
+        shifts = zero_weight_shifts({name: self.layers[name] for name in names})
+        return {name: shift.detach() for name, shift in shifts.items()}
 
-def curvature_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
-    """The layers that `linear_targets` selects. ValueError if one does not compute W x + b."""
+
+def curvature_targets(
+    model: nn.Module, targets: Targets, *, second_derivatives: bool = True
+) -> dict[str, nn.Module]:
+    """The layers that `linear_targets` selects.
+
+    Raises ValueError if one does not compute W x + b or lets no gradient pass, or if its weight is
+    where the estimator cannot follow.
+    """
     layers = linear_targets(model, targets)
+    require_not_repacked(model)
+    if second_derivatives and any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "the model is sharded (its parameters are DTensors), and FSDP2 frees weights that "
+            "second derivatives need: use gauss_newton, empirical_fisher or input_second_moment, which "
+            "work there, or measure the model before it is sharded"
+        )
     for name, layer in layers.items():
+        reason = why_no_backward(layer)
+        if reason is not None:
+            raise ValueError(
+                f"{name!r} is a {type(layer).__name__} without gradients, which this curvature "
+                f"needs (input_second_moment does not): {reason}"
+            )
+        if is_offloaded(layer) and type(layer).forward is not nn.Linear.forward:
+            raise ValueError(
+                f"{name!r} is a {type(layer).__name__} that accelerate offloads, so that it cannot "
+                "be tried whether it computes W x + b: use input_second_moment, or load the model "
+                "onto devices that hold all of it"
+            )
         if not applies_weight(layer):
             raise ValueError(
                 f"{name!r} is a {type(layer).__name__} that does not compute W x + b from its "
@@ -67,4 +105,8 @@ def mean_over_batches(
                 average.add(name, diagonal, weight)
             if average.traces.errors_within(tolerance):
                 break
-    return average.estimate()
+        unreached = average.diagonals.unreached() if average.traces.samples else []
+        idle = objective.idle_diagonals(batch, unreached) if unreached else NOTHING_IDLE
+    estimate = average.estimate(idle)
+    warn_of_idle_layers(idle)
+    return estimate

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..checks import require
 from ..measure import differentiable_twice, repeatable
-from .averaging import DiagonalAverage, TraceAverage, check_tolerance
+from .averaging import NOTHING_IDLE, DiagonalAverage, TraceAverage, check_tolerance
 from .estimate import Estimate
 from .objective import Objective
+from .unreached import warn_of_idle_layers
 
 
 class ProbedDiagonal(NamedTuple):
@@ -50,7 +51,9 @@ def mean_over_probes(
         while drawn < samples and not traces.errors_within(tolerance):
             count = min(chunk_size, samples - drawn)
             first_pass = drawn == 0
-            pass_traces = _one_pass(objective, probe_batch, count, first_pass, diagonals)
+            last_batch, pass_traces = _one_pass(
+                objective, probe_batch, count, first_pass, diagonals
+            )
             drawn += count
             if pass_traces is None and not first_pass:
                 raise ValueError(
@@ -63,13 +66,18 @@ def mean_over_probes(
             for name, values in pass_traces.items():
                 for value in values:
                     traces.add(name, value)
-    return Estimate(
-        diagonals.checked_means(),
+        unreached = diagonals.unreached() if traces.samples else []
+        idle = objective.idle_diagonals(last_batch, unreached) if unreached else NOTHING_IDLE
+    estimate = Estimate(
+        diagonals.checked_means(idle),
         samples=traces.samples,
         over="probes",
         standard_errors=traces.standard_errors,
         weights={name: weight / drawn for name, weight in diagonals.weights.items()},
+        idle=tuple(idle),
     )
+    warn_of_idle_layers(idle)
+    return estimate
 
 
 def _one_pass(
@@ -78,16 +86,16 @@ def _one_pass(
     count: int,
     first_pass: bool,
     diagonals: DiagonalAverage,
-) -> dict[str, list[float]] | None:
+) -> tuple[Any, dict[str, list[float]] | None]:
     """Draw `count` vectors for every batch and add their diagonals to `diagonals`.
 
-    Returns: {name: the trace of each of the `count` probes, a mean over the batches}; None if the
-    batches weigh nothing together.
+    Returns: the last batch, and {name: the trace of each of the `count` probes, a mean over the
+    batches}; None instead if the batches weigh nothing together.
     """
     batches = objective.batches
     if first_pass:
         batches = repeatable(objective.model, objective.loss_fn, batches)
-    weight_sum = 0.0
+    batch, weight_sum = None, 0.0
     trace_sums: dict[str, Tensor] = {}
     for batch in batches:
         weight = objective.batch_weight(batch)
@@ -100,8 +108,8 @@ def _one_pass(
             weighted = probed.traces * weight
             trace_sums[name] = trace_sums[name] + weighted if name in trace_sums else weighted
     if weight_sum == 0:
-        return None
-    return {
+        return batch, None
+    return batch, {
         name: (trace_sums[name] / weight_sum).tolist() if name in trace_sums else [0.0] * count
         for name in objective.layers
     }

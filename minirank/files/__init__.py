@@ -26,6 +26,9 @@ it is complete on the disk. Loading checks everything before it touches the mode
 - Files of minirank 0.1 (format 1) are read. They do not say what trained, so every module
   in them is taken as trained.
 
+A packed (quantised) base has a fingerprint of what its state_dict holds, such as packed data and
+scales. The same model not quantised is another base: other_base=True accepts it.
+
 Refused: files that are cut off, changed or foreign; other base weights, unless they are meant
 (other_base=True), since an adapter computes nonsense beside them; layers that are merged, whose
 base weights already hold the adapter; numbers that are not finite; tensors whose values are

@@ -12,9 +12,8 @@ The folder's docstring has the format, and what is refused.
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from os import PathLike
 from pathlib import Path
@@ -25,8 +24,9 @@ from torch import Tensor, nn
 
 from ..allocators.allocation import Allocation
 from ..allocators.table import draw_table
-from ..checks import quoted_names
+from ..checks import quoted_names, warn_caller
 from ..layers.lora import RANK_DIM, LoRALinear
+from ..layers.names import named_buffers, named_parameters, plain_name, with_plain_names
 from ..layers.targets import as_patterns, first_names, modules_by_name
 from ..layers.wrap import insert_layers
 from ..tensor_bytes import checksum
@@ -216,12 +216,11 @@ def _warn_of_moving_statistics(model: nn.Module, others: Mapping[str, Tensor]) -
     """Warn the caller of `save_adapter`."""
     moving = moving_statistics(model, others)
     if moving:
-        warnings.warn(
+        warn_caller(
             f"{quoted_names(moving)} in training mode, where every batch moves the running "
             "statistics, which will not be in the file. If batches ran so beside the adapters, the "
             "loaded model will compute something else: name the modules in save_adapter(…, "
             "modules=[…]), or keep them in evaluation mode",
-            stacklevel=3,
         )
 
 
@@ -241,7 +240,11 @@ def _check_allocation(
     model: nn.Module, layers: Mapping[str, SavedLayer], allocation: Allocation
 ) -> None:
     first = first_names(model)
-    allocated = {first.get(name, name): rank for name, rank in allocation.ranks.items() if rank > 0}
+    allocated = {
+        first.get(plain_name(name, first), name): rank
+        for name, rank in allocation.ranks.items()
+        if rank > 0
+    }
     if allocated != {name: layer.rank for name, layer in layers.items() if layer.rank > 0}:
         raise ValueError(
             "the model's ranks are not those of the allocation: leave `allocation` out, or pass "
@@ -301,7 +304,7 @@ def load_adapter(
     >>> [name for name, parameter in again.named_parameters() if parameter.requires_grad]
     ['0.lora_A', '0.lora_B', '1.weight', '1.bias']
     """
-    adapter = read_adapter(path)
+    adapter = _with_names_of(model, read_adapter(path))
     names = find_modules(model, {name: layer.shape for name, layer in adapter.layers.items()})
     if not other_base:
         _check_base(model, adapter.layers)
@@ -315,8 +318,8 @@ def load_adapter(
     copied: list[Tensor] = []
     try:
         for tensor, value in values:
+            copied.append(tensor)  # first, so that an interrupted copy is undone too
             copy_value(tensor, value)
-            copied.append(tensor)
         if isinstance(trainable, AsSaved):
             return insert_layers(model, builders, (), parameters)
         return insert_layers(model, builders, trainable)
@@ -324,6 +327,27 @@ def load_adapter(
         for tensor, old_value in zip(copied, old_values, strict=False):
             copy_value(tensor, old_value)
         raise
+
+
+def _with_names_of(model: nn.Module, adapter: SavedAdapter) -> SavedAdapter:
+    """The adapter, its names without what a wrapper put into them where it was saved.
+
+    Names such as "_orig_mod.fc" are in files of early versions of minirank.
+    """
+    modules = modules_by_name(model)
+    tensors = {**named_parameters(model), **named_buffers(model)}
+
+    def plain(names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(plain_name(name, tensors) for name in names)
+
+    tied = {name: plain(aliases) for name, aliases in adapter.tied.items()}
+    return replace(
+        adapter,
+        layers=with_plain_names(adapter.layers, modules),
+        other_tensors=with_plain_names(adapter.other_tensors, tensors),
+        trainable=None if adapter.trainable is None else plain(adapter.trainable),
+        tied=with_plain_names(tied, tensors),
+    )
 
 
 def _check_base(model: nn.Module, layers: Mapping[str, SavedLayer]) -> None:

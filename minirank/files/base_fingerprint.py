@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.linear import is_packed
+from ..packed import dequantizes_itself, left_as_they_are, require_not_repacked
 from ..tensor_bytes import checksum
 
 SAMPLES = 16  # entries of each tensor, for comparison across types
@@ -16,7 +18,8 @@ SAMPLES = 16  # entries of each tensor, for comparison across types
 def base_fingerprint(module: nn.Module) -> dict[str, dict[str, Any]]:
     """What tells a base module from another one, in types that JSON has.
 
-    {name of a parameter or buffer: {"dtype", "sha256" of its entries, 16 of the "entries"}}
+    {name of a parameter or buffer: {"dtype", "sha256" of its entries, 16 of the "entries"}}. A
+    packed module counts by what its state_dict holds: packed data, scales, and what else it needs.
     """
     return {
         name: {
@@ -42,7 +45,30 @@ def same_base(module: nn.Module, fingerprint: Mapping[str, Mapping[str, Any]]) -
 
 def _all_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters, and buffers, which may be masks or frozen weights."""
+    if is_packed(module):
+        require_not_repacked(module)
+        with left_as_they_are([module]):  # bitsandbytes changes a layer that it saves
+            state = module.state_dict()
+        return plain_tensors({key: v for key, v in state.items() if isinstance(v, Tensor)})
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, where one that holds others (quantised data and scales) is replaced by
+    them.
+
+    >>> list(plain_tensors({"weight": torch.zeros(2)}))
+    ['weight']
+    """
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if dequantizes_itself(tensor) and hasattr(tensor, "__tensor_flatten__"):
+            keys, _ = tensor.__tensor_flatten__()
+            inner = {f"{name}.{key}": getattr(tensor, key) for key in keys}
+            plain |= plain_tensors(inner)
+        else:
+            plain[name] = tensor
+    return plain
 
 
 def _same_tensor(tensor: Tensor, fingerprint: Mapping[str, Any]) -> bool:

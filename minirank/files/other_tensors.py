@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from ..checks import quoted_names
 from ..layers.lora import LoRALinear
+from ..layers.names import each_once, joined, named_buffers, named_parameters
 from ..layers.targets import matching_modules, modules_by_name
 from ..layers.wrap import can_train
 from ..tensor_bytes import tensor_bytes
@@ -110,7 +111,7 @@ def _all_tensors(prefix: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]
         if not isinstance(inner, LoRALinear):
             for key, buffer in inner._buffers.items():
                 if buffer is not None and key not in inner._non_persistent_buffers_set:
-                    yield _joined(name, key), buffer
+                    yield joined(name, key), buffer
 
 
 def _own_parameters(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -118,11 +119,7 @@ def _own_parameters(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Para
     if not isinstance(module, LoRALinear):
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                yield _joined(name, key), parameter
-
-
-def _joined(name: str, key: str) -> str:
-    return f"{name}.{key}" if name else key
+                yield joined(name, key), parameter
 
 
 def _each_once(named_tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -130,15 +127,13 @@ def _each_once(named_tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]
 
     Raises ValueError for a lazy one, which has no values yet.
     """
-    first: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in named_tensors:
         if is_lazy(tensor):
             raise ValueError(
                 f"{name!r} is a lazy {type(tensor).__name__} without values to save: run the model "
                 "once, so that it gets its shape"
             )
-        first.setdefault(id(tensor), (name, tensor.detach()))
-    return dict(first.values())
+    return {name: tensor.detach() for name, tensor in each_once(named_tensors).items()}
 
 
 # ---- into the model -----------------------------------------------------------------------------
@@ -156,10 +151,7 @@ def converted_values(
 
     Raises ValueError: the model has no such tensor, or it cannot hold the file's value.
     """
-    model_tensors: dict[str, Tensor] = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    model_tensors: dict[str, Tensor] = {**named_parameters(model), **named_buffers(model)}
     further = {
         alias: value
         for name, value in values.items()
@@ -192,8 +184,7 @@ def parameters_named(
     Raises ValueError: the model has no tensor of a name.
     """
     names = list(names)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    buffers = dict(model.named_buffers(remove_duplicate=False))
+    parameters, buffers = named_parameters(model), named_buffers(model)
     missing = [name for name in names if name not in parameters and name not in buffers]
     if missing:
         raise ValueError(

@@ -8,7 +8,6 @@ docstring.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import warn_caller
 from ..layers.linear import is_transposed
 from ..layers.lora import LoRALinear
 from ..layers.targets import exact_key, exact_pattern, modules_by_name
@@ -152,8 +152,7 @@ def _warn_of_fast_paths(model: nn.Module) -> None:
         if isinstance(module, nn.TransformerEncoderLayer) and any(
             isinstance(linear, LoRALinear) for linear in (module.linear1, module.linear2)
         ):
-            warnings.warn(
+            warn_caller(
                 f"evaluating {name!r} in PEFT, its fast path would leave the adapters of linear1 "
                 "and linear2 out: call torch.backends.mha.set_fastpath_enabled(False) there",
-                stacklevel=3,
             )

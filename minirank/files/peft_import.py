@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.lora import LoRALinear
+from ..layers.names import with_plain_names
+from ..layers.targets import modules_by_name
 from ..layers.wrap import insert_layers
 from .peft_folder import CONFIG_FILE, PREFIX, TENSORS_FILE, check_places
 from .safetensors_file import read_safetensors
@@ -99,7 +101,7 @@ def import_peft(
     """
     config, tensors = _read_config(Path(folder, CONFIG_FILE)), _read_tensors(Path(folder))
     try:
-        layers = _layers(config, tensors)
+        layers = with_plain_names(_layers(config, tensors), modules_by_name(model))
         names = find_modules(model, {name: layer.shape for name, layer in layers.items()})
         check_places(model, names)
         builders = {first: layers[name].build_around for name, first in names.items()}

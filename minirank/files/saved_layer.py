@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -12,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import quoted_names
+from ..checks import quoted_names, warn_caller
+from ..layers.hints import did_you_mean
 from ..layers.lora import RANK_DIM, LoRALinear
-from ..layers.targets import did_you_mean, first_names, layer_shape, modules_by_name
+from ..layers.names import each_once, named_parameters
+from ..layers.targets import first_names, layer_shape, modules_by_name, refuse_peft
 from ..layers.wrap import lora_layers, resolve_ranks
+from ..placement import require_unsharded
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def savable_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
     Raises ValueError if there is none, or one that is merged or on the meta device.
     """
+    require_unsharded(model)
     layers = lora_layers(model)
     if not layers:
         raise ValueError("the model has no LoRA layer to save: wrap() puts them in")
@@ -151,6 +154,7 @@ def find_modules(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dic
     Raises ValueError: a module that is missing, has another shape or an adapter already, or that
     the file has several adapters for.
     """
+    refuse_peft(model)
     modules, first = modules_by_name(model), first_names(model)
     missing = [name for name in shapes if name not in modules]
     if missing:
@@ -185,11 +189,15 @@ def warn_of_losses(model: nn.Module, saved: Collection[str], advice: str) -> Non
         advice: what to do about the others.
     """
     kept = {id(p) for layer in lora_layers(model).values() for p in layer.parameters(recurse=False)}
-    kept |= {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in saved}
-    lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
+    parameters = named_parameters(model)
+    kept |= {id(parameter) for name, parameter in parameters.items() if name in saved}
+    lost = [
+        name
+        for name, parameter in each_once(parameters.items()).items()
+        if parameter.requires_grad and id(parameter) not in kept
+    ]
     if lost:
-        warnings.warn(
+        warn_caller(
             f"{quoted_names(lost)} require a gradient and will not be in the file. If they "
             f"trained, what they learned is lost. {advice}",
-            stacklevel=3,
         )

@@ -1,10 +1,18 @@
 """The LoRA layer, and the surgery that puts it into any nn.Module.
 
     linear.py           what counts as a linear layer, and which way round its weight lies
+                        (packed.py, beside the folders: quantised weights)
+    names.py            names of modules, without those of torch.compile's and DDP's wrappers
     merge.py            W + ΔW goes into the weight, and W comes back: merge, unmerge
+    pretrained.py       what save_pretrained writes of a wrapped model, and who can read it
+    replaced.py         parameters that layers replaced, and optimizers that still hold them
     lora.py             the layer itself: LoRALinear
+    coverage.py         which part of a model's matrices targets reach, and what is left out
+    hints.py            what a name or glob that matches nothing was meant to be
     targets.py          which modules get ranks: linear_targets
+    unmoved.py          adapters that never move, since the optimizer was made before wrap
     wrap.py             layers go in and come out: wrap, unwrap, disabled, lora_layers
+    optimizers.py       what counts as an optimizer, and what schedule-free ones keep
     optimizer_state.py  what an optimizer knows of each rank, slice by slice
     resize.py           other ranks in the middle of training: resize
 
@@ -33,10 +41,28 @@ trained function. The default reference rank is the average rank asked for in a 
 that all layers of that call have one scaling. A state_dict holds A, B and gates, but not the
 scaling; `save_adapter`'s file holds everything.
 
+Loading a state_dict adopts its ranks, layer by layer. A layer that gets other ranks gets new
+parameters, so make the optimizer, L1RA and the scheduler after loading. Where they exist already,
+call resize(model, ranks, optimizer) with the saved ranks first: then loading replaces nothing.
+(L1RA's state has them as state["ranks"]; of any state they are
+{name: state[f"{name}.lora_A"].shape[0] for name in lora_layers(model)}.) An optimizer that still
+holds replaced parameters is stopped at its next step, by a hook on all optimizers (replaced.py).
+
 A module that a model holds in several places is one module. Any of its names selects it, results
 list it under its first name, it gets one adapter, and the adapter works in every place.
 Two modules with one weight (a head tied to an embedding) stay two modules: each gets an adapter of
-its own, and `merge` refuses them without `untie=True`.
+its own, and `merge` refuses them without `untie=True`. By default a tied head gets none.
+
+The wrappers of torch.compile, DataParallel and DistributedDataParallel have no part in names, so
+that files are the same with and without them. Names that have their part ("_orig_mod.encoder.fc",
+"module.encoder.fc") are understood, in arguments and in files.
+
+Packed layers (bitsandbytes, torchao, quanto, HQQ; `linear_shape` says what counts) are targets like
+any other, and are never called by a probe. Their adapters are float32 unless `dtype=` says
+otherwise, and the output has the base's type. `merge` refuses them, since W + ΔW cannot go back
+without loss; `weight` dequantises where the module says how, or raises; `unwrap` always works.
+bitsandbytes' 4-bit layer would repack its weight when it is evaluated on the CPU, and lose its
+gradient for good: while it has an adapter, or is measured, it is kept from that.
 
 nn.MultiheadAttention reads its out_proj's weight without calling the module. An adapter there
 works, but nothing can be measured there and adapter dropout has no effect, so that out_proj is

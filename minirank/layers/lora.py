@@ -9,6 +9,7 @@ Merging is in merge.py, changing the rank in resize.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import as_generator, is_integer, require
+from ..packed import call_as_it_is, why_no_backward
 from .data_parallel import require_averaged
-from .linear import is_transposed, linear_shape, read_weight
+from .linear import is_transposed, linear_shape, weight_place
 from .merge import Mergeable
+from .pretrained import calling_save_pretrained, untied, warn_that_from_pretrained_cannot_read_it
+from .replaced import note_replaced
 
 RANK_DIM = {"lora_A": 0, "lora_B": 1, "gate": 0}  # the axis of each parameter that counts ranks
 
@@ -37,6 +41,10 @@ class LoRALinear(Mergeable):
     The layer holds `base` itself and freezes it: its dtype, device and hooks stay. A new layer
     computes exactly what `base` computes.
 
+    Loading a state_dict with another number of ranks gives the layer new parameters of that rank.
+    An optimizer made before still holds the old ones, and its next step raises: make it after
+    loading, or call resize(model, ranks, optimizer) first.
+
     Args:
         base: a linear-like module (see `linear_shape`), with W (d_out, d_in).
         rank: number of ranks, 0 ≤ rank ≤ min(d_in, d_out).
@@ -50,12 +58,14 @@ class LoRALinear(Mergeable):
             0 < gate ≤ 1: gates train from that value; A ~ N(0, 1/r_ref²), B = 0 (L1RA: 1.0).
             0.0: gates train from 0; A and B ~ N(0, 0.02²) (ShapLoRA; the deviation is AdaLoRA's).
         dropout: probability that an entry of the adapter's input is zeroed in training mode.
-        dtype: of the adapter. None: the base weight's. float32 beside a half-precision base works.
+        dtype: of the adapter. None: the base weight's; beside a packed (quantised) weight float32,
+            also in a half-precision model. float32 beside a half-precision base works.
         generator: a torch.Generator or a seed, for A and B. The global generator is never used.
 
     Raises:
         TypeError: `base` is not linear-like, or is a LoRALinear.
-        ValueError: a number is out of its range, or `scaling` comes with what would compute it.
+        ValueError: a number is out of its range, or `scaling` comes with what would compute it; or
+            no gradient passes through `base`, which is quantised for inference alone.
 
     >>> import torch
     >>> layer = LoRALinear(torch.nn.Linear(8, 4), rank=2, scaling=2.0)
@@ -72,6 +82,7 @@ class LoRALinear(Mergeable):
     # Names the present ranks: another object as soon as the layer gets other parameters. It keeps
     # its identity beside whoever holds it when both are copied or pickled together.
     ranks_token: object
+    told_of_save_pretrained = False  # whether the user has been warned, once for all of the model
 
     def __init__(
         self,
@@ -109,7 +120,7 @@ class LoRALinear(Mergeable):
         return self.lora_A.shape[0]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        # Assignments end here; to() and load_state_dict(), which keep the ranks, do not.
+        # Assignments end here; to(), and load_state_dict() of the same rank, do not.
         super().register_parameter(name, param)
         self.ranks_token = object()
 
@@ -118,9 +129,8 @@ class LoRALinear(Mergeable):
     def _make_parameters(
         self, rank: int, dtype: torch.dtype | None, generator: torch.Generator
     ) -> None:
-        weight = read_weight(self.base)
-        assert weight is not None  # linear_shape() has seen it
-        new = self.initial_ranks(rank, dtype or weight.dtype, weight.device, generator)
+        base_dtype, device = weight_place(self.base)
+        new = self.initial_ranks(rank, dtype or base_dtype, device, generator)
         for name, value in new.items():
             self.register_parameter(name, nn.Parameter(value))
         if self.initial_gate is None:
@@ -154,11 +164,81 @@ class LoRALinear(Mergeable):
             new["gate"] = torch.full((count,), self.initial_gate, device=device, dtype=dtype)
         return new
 
+    # ---- states ---------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)
+        saving = calling_save_pretrained()
+        if saving is not None:
+            model, stacklevel = saving
+            weight = self.base._parameters.get("weight")
+            if weight is not None:
+                untied(state, kwargs.get("prefix", "") + "base.weight", weight, model)
+            if not self.told_of_save_pretrained:
+                for module in model.modules():
+                    if isinstance(module, LoRALinear):
+                        module.told_of_save_pretrained = True
+                warn_that_from_pretrained_cannot_read_it(stacklevel)
+        return state
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        before = {name: p for name, p in self._parameters.items() if p is not None}
+        rank = None if self.merged else self._rank_to_adopt(state_dict, prefix)
+        if rank is not None:
+            for name, old in before.items():
+                self.register_parameter(name, _with_rank(old, RANK_DIM[name], rank))
+        errors = len(error_msgs)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+        if rank is not None and len(error_msgs) > errors:  # torch could not copy the values
+            self._parameters.update(before)
+        for name, old in before.items():
+            if self._parameters[name] is not old:  # with assign=True too
+                note_replaced(self, name, old)
+
+    def _rank_to_adopt(self, state_dict: Mapping[str, Any], prefix: str) -> int | None:
+        """The rank of the layer's tensors in a state, if it is another one and all of them fit.
+
+        None leaves the layer as it is: torch loads what is of its size, and reports the rest.
+        """
+        mine = [name for name, parameter in self._parameters.items() if parameter is not None]
+        saved = {name: state_dict.get(prefix + name) for name in RANK_DIM}
+        shapes = {name: x.shape for name, x in saved.items() if isinstance(x, Tensor)}
+        if shapes.keys() != set(mine) or len(shapes["lora_A"]) != 2:
+            return None
+        rank = shapes["lora_A"][0]
+        expected = {
+            "lora_A": (rank, self.in_features),
+            "lora_B": (self.out_features, rank),
+            "gate": (rank,),
+        }
+        fits = all(tuple(shape) == expected[name] for name, shape in shapes.items())
+        # The values of a DTensor lie on several devices, in shards that another rank would change.
+        plain = all(type(self.get_parameter(name).data) is Tensor for name in mine)
+        possible = rank != self.rank and rank <= min(self.in_features, self.out_features)
+        return rank if fits and plain and possible else None
+
     # ---- the function ---------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """y (…, d_out) for x (…, d_in), in the base's dtype."""
-        y: Tensor = self.base(x)
+        """y (…, d_out) for x (…, d_in), in the dtype of the base's output."""
+        y: Tensor = call_as_it_is(self.base, x)
         if self.rank == 0 or self.merged or not self.enabled:
             return y
         if self.training and not torch.compiler.is_compiling():
@@ -184,6 +264,8 @@ class LoRALinear(Mergeable):
     @property
     def weight(self) -> Tensor:
         """The weight that the layer now stands for, in W's layout and dtype; differentiable.
+
+        A packed W is dequantised for it; if the base does not say how, this raises ValueError.
 
         Some parents read a child's weight instead of calling it: nn.MultiheadAttention reads that
         of its out_proj, the fast path of nn.TransformerEncoderLayer those of its linears. They
@@ -228,6 +310,14 @@ class LoRALinear(Mergeable):
         merged = ", merged" if self.merged else ""
         size = f"{self.in_features}, {self.out_features}"
         return f"{size}, rank={self.rank}, scaling={self.scaling:g}{gated}{merged}"
+
+
+@torch.inference_mode(False)  # parameters made in inference mode could not train
+def _with_rank(parameter: nn.Parameter, axis: int, rank: int) -> nn.Parameter:
+    """A parameter like `parameter`, without values yet, for so many ranks along `axis`."""
+    shape = list(parameter.shape)
+    shape[axis] = rank
+    return nn.Parameter(parameter.new_empty(shape), requires_grad=parameter.requires_grad)
 
 
 def fixed_scaling(
@@ -283,6 +373,9 @@ def _checked_shape(base: nn.Module) -> tuple[int, int]:
             "expected an nn.Linear-like module with a 2-D floating-point weight, got a "
             f"{type(base).__name__}"
         )
+    reason = why_no_backward(base)
+    if reason is not None:
+        raise ValueError(f"the base is a {type(base).__name__} without gradients: {reason}")
     return shape
 
 

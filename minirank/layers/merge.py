@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .linear import applies_weight
+from ..packed import dequantized_weight, dequantizes_itself
+from ..placement import require_here, require_unsharded
+from .linear import applies_weight, is_packed, linear_shape
+from .names import each_once, joined, named_modules
 
 Layer = TypeVar("Layer", bound="Mergeable")
 
@@ -38,9 +41,16 @@ class Mergeable(nn.Module):
         return self.weight_set_aside is not None
 
     @property
-    def base_weight(self) -> nn.Parameter:
-        """The weight that the base holds now: W, or W + ΔW if merged."""
-        weight: nn.Parameter = self.base.weight  # type: ignore[assignment]  # a linear-like module
+    def base_weight(self) -> Tensor:
+        """The weight that the base holds now: W, or W + ΔW if merged. A packed W is dequantised.
+
+        Raises ValueError: W is packed, and the base does not say how to dequantise it.
+        """
+        if is_packed(self.base):
+            shape = linear_shape(self.base)
+            assert shape is not None  # it is packed
+            return dequantized_weight(self.base, shape)
+        weight: Tensor = self.base.weight  # type: ignore[assignment]  # a linear-like module
         return weight
 
     def merged_weight(self) -> Tensor:
@@ -86,8 +96,9 @@ def merge(model: nn.Module, *, untie: bool = False) -> list[str]:
     Returns: the names of the layers merged now.
 
     Raises:
-        ValueError: a tied weight without `untie`; W + ΔW is not finite; or the base does not
-            compute W x + b from a parameter `weight`. The model is left unchanged.
+        ValueError: a tied weight without `untie`; W + ΔW is not finite; the weight is packed, or
+            sharded (FSDP, ZeRO-3), or offloaded; or the base does not compute W x + b from a
+            parameter `weight`. The model is left unchanged.
 
     >>> import torch
     >>> from minirank import merge, unmerge, wrap
@@ -102,6 +113,9 @@ def merge(model: nn.Module, *, untie: bool = False) -> list[str]:
     (['0'], True)
     """
     layers = {name: layer for name, layer in _layers(model).items() if not layer.merged}
+    require_unsharded(model)
+    for name, layer in layers.items():
+        require_here(name, dict(layer.named_parameters()), "merge")
     owners = {} if untie else _owners_of_storages(model)
     weights = {}
     for name, layer in layers.items():
@@ -109,7 +123,9 @@ def merge(model: nn.Module, *, untie: bool = False) -> list[str]:
         _require_no_tie(name, layer, owners)
         weights[name] = _finite_merged_weight(name, layer)
     for name, layer in layers.items():
-        layer.weight_set_aside = (layer.base_weight,)
+        weight = layer.base_weight
+        assert isinstance(weight, nn.Parameter)  # _require_plain_weight() has seen it
+        layer.weight_set_aside = (weight,)
         layer.base.weight = nn.Parameter(weights[name], requires_grad=False)
     return list(layers)
 
@@ -138,10 +154,18 @@ def unmerge(model: nn.Module) -> list[str]:
 
 
 def _layers(model: nn.Module) -> dict[str, Mergeable]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, Mergeable)}
+    modules = each_once(named_modules(model))
+    return {name: module for name, module in modules.items() if isinstance(module, Mergeable)}
 
 
 def _require_plain_weight(name: str, base: nn.Module) -> None:
+    if is_packed(base):
+        raise ValueError(
+            f"the weight of {name!r} is packed (a quantised {type(base).__name__}) and cannot take "
+            "W + ΔW without loss: keep the adapter unmerged. Or save_adapter(model, path), then "
+            "load_adapter(plain, path, other_base=True) into the model that is not quantised, and "
+            "merge there"
+        )
     if base._parameters.get("weight") is None:
         raise ValueError(
             f"expected the weight of {name!r} to be a parameter, but it is computed (by a "
@@ -169,16 +193,18 @@ def _require_no_tie(name: str, layer: Mergeable, owners: Mapping[int, set[str]])
 def _owners_of_storages(model: nn.Module) -> dict[int, set[str]]:
     """{storage address: names of the parameters and buffers in it}."""
     owners: dict[int, set[str]] = {}
-    for module_name, module in model.named_modules():
+    for module_name, module in each_once(named_modules(model)).items():
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None and _has_storage(tensor):
-                name = f"{module_name}.{key}" if module_name else key
-                owners.setdefault(tensor.untyped_storage().data_ptr(), set()).add(name)
+                storage = tensor.untyped_storage().data_ptr()
+                owners.setdefault(storage, set()).add(joined(module_name, key))
     return owners
 
 
 def _has_storage(tensor: Tensor) -> bool:
     if is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided:
+        return False
+    if dequantizes_itself(tensor):  # its storage is elsewhere
         return False
     return tensor.numel() > 0
 

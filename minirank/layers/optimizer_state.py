@@ -1,7 +1,8 @@
 """What an optimizer knows of each rank, carried over when ranks are pruned or added.
 
 Moments of surviving ranks are carried over slice by slice, bit for bit; those of new ranks start at
-zero. Numbers that do not depend on the ranks, such as a step count, stay.
+zero. Numbers that do not depend on the ranks, such as a step count, stay. Quantised entries, whose
+scales belong to blocks that do not follow the ranks, cannot be carried over.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def select_ranks(value: Tensor, axis: int, keep: Tensor) -> Tensor:
@@ -59,6 +60,9 @@ def carried_state(
     carried: dict[str, Any] = {}
     lost: list[str] = []
     for entry, value in state.items():
+        if isinstance(value, Tensor) and value.ndim > 0 and _is_quantised(value):
+            lost.append(entry)
+            continue
         if isinstance(value, Tensor) and value.ndim > 0:
             axes = _possible_rank_axes(entry, value.shape, shape, axis)
             if len(axes) != 1:
@@ -71,6 +75,11 @@ def carried_state(
             lost.append(entry)
         carried[entry] = value
     return ({}, lost) if lost else (carried, [])
+
+
+def _is_quantised(value: Tensor) -> bool:
+    """Whether these are codes of a few bits (bitsandbytes), or a type that hides them (torchao)."""
+    return not value.is_floating_point() or type(value) not in (Tensor, nn.Parameter)
 
 
 # torch.optim.Adafactor's factored second moment: means over the other axis of the parameter, which

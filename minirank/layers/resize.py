@@ -7,7 +7,8 @@ A new rank starts as in a new layer (`LoRALinear.initial_ranks`), and contribute
     above 0 (L1RA: 1)     N(0, 1/r_ref²)       0              the start
     0 (ShapLoRA)          N(0, 0.02²)          N(0, 0.02²)    0
 
-The optimizer's moments of a new rank are zero.
+The optimizer's moments of a new rank are zero. The iterate z of a schedule-free optimizer starts
+where the new rank does (optimizers.py).
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ..checks import as_generator, is_integer
+from ..placement import require_here, require_unsharded
+from .hints import did_you_mean
 from .lora import RANK_DIM, LoRALinear
+from .names import plain_name
 from .optimizer_state import carried_state, select_ranks, survivors_then_zeros
-from .targets import did_you_mean, first_names
+from .optimizers import Optimizers, Slot, as_optimizers, parameter_slots, start_iterates
+from .replaced import note_replaced
+from .targets import first_names
 from .wrap import AllocationLike, lora_layers, ranks_by_name
 
 
@@ -40,7 +45,7 @@ class Resized(NamedTuple):
 def resize(
     model: nn.Module,
     ranks: Mapping[str, int] | AllocationLike,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     *,
     generator: torch.Generator | int = 0,
 ) -> dict[str, Resized]:
@@ -53,22 +58,25 @@ def resize(
 
     A parameter that changes its shape is a new nn.Parameter. `optimizer` gets it in the old one's
     place, with the moments and gradients of surviving ranks bit for bit and zeros for new ranks.
-    An optimizer that is in use but not given here keeps the old parameters: the new ones would not
-    train. If the shape of an optimizer's entry does not tell which axis counts ranks, that
+    An optimizer that is in use but not given here keeps the old parameters, and its next step
+    raises RuntimeError, since the new ones would not train. If the shape of an optimizer's entry
+    does not tell which axis counts ranks, or the entry is quantised (8-bit optimizers), that
     parameter's state is reset, and `Resized.state_reset` names the entry.
 
     Args:
         model: holds LoRA layers. Layers that are not named stay as they are.
         ranks: an Allocation, or {name: rank}, 0 ≤ rank ≤ min(d_in, d_out).
-        optimizer: the one that trains the layers.
+        optimizer: the one that trains the layers, or a list of those that do.
         generator: a torch.Generator or a seed, for the new ranks.
 
     Returns: what happened, for the layers that changed.
 
     Raises:
         ValueError: an unknown name, a rank out of range, a merged layer, masks that do not fit, an
-            optimizer that does not hold a layer's parameters, or two layers that share one. Model
-            and optimizer are left unchanged.
+            optimizer that does not hold a layer's parameters, two optimizers that hold one, or two
+            layers that share one. Model and optimizer are left unchanged.
+        TypeError: `optimizer` is no torch.optim.Optimizer and no list of them, or one that keeps
+            averaged parameters in an unknown way.
 
     >>> from minirank import resize, wrap
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
@@ -79,20 +87,21 @@ def resize(
     {'0': (4, 3), '1': (1, 2)}
     """
     generator = as_generator(generator)
+    optimizers = as_optimizers(optimizer)
+    slots = parameter_slots(optimizers) if optimizers else None
     changes: dict[str, _Change] = {}
     for name, (layer, rank, keep) in _requested(model, ranks).items():
         if rank != layer.rank or not keep.all():
             added = rank - int(keep.sum())
             parameters = resized_parameters(layer, keep, added, generator=generator)
             changes[name] = _Change(layer, keep, parameters)
-    slots = _optimizer_slots(optimizer)
     for name, change in changes.items():
         _carry_gradients(change)
-        if optimizer is not None:
-            _carry_optimizer_state(name, change, optimizer, slots)
+        if slots is not None:
+            _carry_optimizer_state(name, change, slots)
     resized = {name: change.summary() for name, change in changes.items()}
     for change in changes.values():
-        _put_in(change, optimizer, slots)
+        _put_in(change, slots or {})
     return resized
 
 
@@ -137,15 +146,19 @@ def resized_parameters(
 def separate_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """`lora_layers`, none of which shares a parameter with another.
 
-    Raises ValueError if two of them do, since the ranks of one would be the ranks of the other.
+    Raises ValueError if two of them do, since the ranks of one would be the ranks of the other; and
+    if a parameter is sharded or has no values here.
 
     >>> separate_layers(nn.Sequential(nn.Linear(4, 2)))
     {}
     """
+    require_unsharded(model)
     layers = lora_layers(model)
     owners: dict[nn.Parameter, str] = {}
     for name, layer in layers.items():
-        for key, parameter in layer.named_parameters(recurse=False):
+        own = dict(layer.named_parameters(recurse=False))
+        require_here(name, own, "a change of ranks")
+        for key, parameter in own.items():
             owner = owners.setdefault(parameter, name)
             if owner != name:
                 raise ValueError(
@@ -166,7 +179,7 @@ def _requested(
     layers, first = separate_layers(model), first_names(model)
     requested: dict[str, tuple[LoRALinear, int, Tensor]] = {}
     for alias, rank in ranks_by_name(ranks).items():
-        name = first.get(alias, alias)
+        name = first.get(plain_name(alias, first), alias)
         if name not in layers:
             if name in first and rank == 0:
                 continue  # wrap() left it plain
@@ -245,25 +258,19 @@ def _carry_gradients(change: _Change) -> None:
             new.grad = survivors_then_zeros(gradient, RANK_DIM[key], change.keep, change.new_rank)
 
 
-def _optimizer_slots(optimizer: Optimizer | None) -> dict[int, tuple[list[nn.Parameter], int]]:
-    """{id of a parameter: (the list of its parameter group, its index there)}."""
-    groups = [group["params"] for group in optimizer.param_groups] if optimizer else []
-    return {id(parameter): (group, i) for group in groups for i, parameter in enumerate(group)}
-
-
 def _carry_optimizer_state(
     name: str,
     change: _Change,
-    optimizer: Optimizer,
-    slots: Mapping[int, tuple[list[nn.Parameter], int]],
+    slots: Mapping[int, Slot],
 ) -> None:
-    for key in change.parameters:
-        old = change.layer.get_parameter(key)
+    for key, new in change.parameters.items():
+        old, axis = change.layer.get_parameter(key), RANK_DIM[key]
         if id(old) in slots:
-            state = optimizer.state.get(old, {})
+            slot = slots[id(old)]
             change.states[key], lost = carried_state(
-                state, old.shape, RANK_DIM[key], change.keep, change.new_rank
+                slot.optimizer.state.get(old, {}), old.shape, axis, change.keep, change.new_rank
             )
+            start_iterates(slot, change.states[key], new, axis, int(change.keep.sum()))
             change.state_reset += [f"{key}.{entry}" for entry in lost]
         elif old.requires_grad:  # the user need not have given a frozen one to the optimizer
             raise ValueError(
@@ -272,18 +279,15 @@ def _carry_optimizer_state(
             )
 
 
-def _put_in(
-    change: _Change,
-    optimizer: Optimizer | None,
-    slots: Mapping[int, tuple[list[nn.Parameter], int]],
-) -> None:
-    """Put the new parameters into the layer and, with their states, into the optimizer."""
+def _put_in(change: _Change, slots: Mapping[int, Slot]) -> None:
+    """Put the new parameters into the layer and, with their states, into their optimizers."""
     for key, new in change.parameters.items():
         old = change.layer.get_parameter(key)
         setattr(change.layer, key, new)
-        if optimizer is not None and key in change.states:
-            group, index = slots[id(old)]
-            group[index] = new
-            optimizer.state.pop(old, None)
+        note_replaced(change.layer, key, old)
+        if key in change.states:
+            slot = slots[id(old)]
+            slot.group["params"][slot.place] = new
+            slot.optimizer.state.pop(old, None)
             if change.states[key]:
-                optimizer.state[new] = change.states[key]
+                slot.optimizer.state[new] = change.states[key]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..checks import LONGEST_NAME, quoted_names, shortened, warn_caller
+from ..placement import require_unsharded
+from .coverage import NOT_SELECTED, coverage, is_out_proj, percent, tied_heads
+from .hints import did_you_mean
 from .linear import linear_shape
 from .lora import LoRALinear
+from .names import name_variants, named_modules, plain_name
 
 Targets = str | Sequence[str] | type[nn.Module] | Callable[[str, nn.Module], bool] | None
 
@@ -21,10 +24,14 @@ def linear_targets(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mo
 
     LoRA layers and what is inside them are not listed. A module with several names is listed once,
     under its first name. The out_proj of an nn.MultiheadAttention is listed only if its exact name
-    is given, since nothing can be measured there.
+    is given, since nothing can be measured there. A tied head (a linear layer whose weight is an
+    embedding's) is not listed by None or a type: an adapter on it makes two modules of what is one
+    weight in files.
 
     Args:
-        model: any module; `linear_shape` says what counts as linear-like.
+        model: any module; `linear_shape` says what counts as linear-like. The wrappers of
+            torch.compile, DataParallel and DistributedDataParallel have no part in names; names
+            that have theirs, such as "_orig_mod.fc", are understood.
         targets: None: every linear-like module. A string or a list of strings: exact names, or
             globs over the whole dotted name (`*` also crosses dots). A type: its instances. A
             function (name, module) -> bool: the modules that it accepts. Any name of a module
@@ -32,8 +39,13 @@ def linear_targets(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mo
 
     Returns: {name: module}.
 
+    Warns:
+        UserWarning: `targets` is None, and this reaches fewer of the model's weights than it leaves
+            out, such as a head alone.
+
     Raises:
-        ValueError: the model has no linear layer, or a name, glob, type or function selects none.
+        ValueError: the model has no linear layer; a name, glob, type or function selects none; the
+            model has PEFT's modules; or FSDP1 or DeepSpeed ZeRO-3 keeps its parameters in pieces.
         TypeError: a list of anything but names.
 
     >>> from minirank import linear_targets
@@ -41,39 +53,57 @@ def linear_targets(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mo
     >>> list(linear_targets(model)), list(linear_targets(model, "u*"))
     (['q', 'up'], ['up'])
     """
+    refuse_peft(model)
+    require_unsharded(model)
     linear, names = _linear_modules(model), all_names(model)
     if targets is None or isinstance(targets, type) or callable(targets):
-        selected = _accepted_names(linear, names, targets)
+        selected = _accepted_names(model, linear, names, targets)
     else:
         selected = set()
         for pattern in [targets] if isinstance(targets, str) else targets:
             matched = _matching_names(linear, names, pattern)
             if not matched:
-                raise ValueError(explain_no_match(model, pattern))
+                raise ValueError(explain_no_match(model, pattern, globs=True))
             selected |= matched
     if not selected:
-        wrapped = sum(isinstance(module, LoRALinear) for module in model.modules())
-        raise ValueError(
-            f"expected at least one linear layer to give ranks to, but targets={targets!r} selects "
-            f"none in {type(model).__name__}: it has {len(linear)} linear-like modules and "
-            f"{wrapped} with an adapter"
-        )
+        raise ValueError(_explain_no_target(model, linear, targets))
+    if targets is None:
+        _warn_of_small_part(model, selected)
     return {name: module for name, module in linear.items() if name in selected}
 
 
+def refuse_peft(model: nn.Module) -> None:
+    """Raise ValueError, which names them, if PEFT has put modules of its own into the model."""
+    found = {
+        name: module
+        for name, module in named_modules(model)
+        if type(module).__module__.startswith("peft.")
+    }
+    if found:
+        kinds = ", ".join(dict.fromkeys(type(module).__name__ for module in found.values()))
+        raise ValueError(
+            f"expected a model without PEFT's modules, but {type(model).__name__} has {len(found)} "
+            f"({kinds}): give the model from before get_peft_model(), or what peft_model.unload() "
+            "returns (merge_and_unload() keeps the adapters in the weights)"
+        )
+
+
 def _accepted_names(
+    model: nn.Module,
     linear: Mapping[str, nn.Module],
     names: Mapping[str, tuple[str, ...]],
     targets: type[nn.Module] | Callable[[str, nn.Module], bool] | None,
 ) -> set[str]:
+    tied = tied_heads(modules_by_name(model))
+
     def accepted(name: str, module: nn.Module) -> bool:
         if targets is None:
-            return True
+            return name not in tied
         if isinstance(targets, type):
-            return isinstance(module, targets)
+            return isinstance(module, targets) and name not in tied
         return any(targets(alias, module) for alias in names[name])
 
-    ordinary = {name: module for name, module in linear.items() if not _is_out_proj(module)}
+    ordinary = {name: module for name, module in linear.items() if not is_out_proj(module)}
     return {name for name, module in ordinary.items() if accepted(name, module)}
 
 
@@ -86,17 +116,46 @@ def _matching_names(
             "expected targets to be names, one type or one function, but the list holds "
             f"{pattern!r}: give a function (name, module) -> bool to select by several types"
         )
-    exact = {name for name in linear if pattern in names[name]}
-    return exact or {
-        name
-        for name, module in linear.items()
-        if not _is_out_proj(module) and any(fnmatchcase(alias, pattern) for alias in names[name])
-    }
+    for variant in name_variants(pattern):
+        exact = {name for name in linear if variant in names[name]}
+        matched = exact or {
+            name
+            for name, module in linear.items()
+            if not is_out_proj(module) and any(fnmatchcase(n, variant) for n in names[name])
+        }
+        if matched:
+            return matched
+    return set()
 
 
-def _is_out_proj(module: nn.Module) -> bool:
-    """Whether this is the out_proj of an nn.MultiheadAttention, which nobody calls."""
-    return isinstance(module, NonDynamicallyQuantizableLinear)
+def _explain_no_target(model: nn.Module, linear: Mapping[str, nn.Module], targets: Targets) -> str:
+    wrapped = sum(isinstance(module, LoRALinear) for module in model.modules())
+    tied = tied_heads(modules_by_name(model)) & linear.keys()
+    hint = f". To adapt the tied head, give its name: {quoted_names(sorted(tied))}" if tied else ""
+    return (
+        f"expected at least one linear layer to give ranks to, but targets={targets!r} selects "
+        f"none in {type(model).__name__}: it has {len(linear)} linear-like modules and "
+        f"{wrapped} with an adapter{hint}"
+    )
+
+
+def _warn_of_small_part(model: nn.Module, selected: Collection[str]) -> None:
+    """Warn of default targets that reach less than half of the matrix entries, and fewer weights
+    than they leave out."""
+    adapted = [n for n, m in modules_by_name(model).items() if isinstance(m, LoRALinear)]
+    part = coverage(model, [*selected, *adapted])
+    left_out = [group for group in part.left_out if group.kind not in (NOT_SELECTED, "tied head")]
+    if part.share < 0.5 and len(selected) + len(adapted) < sum(g.number for g in left_out):
+        listed = ", ".join(
+            f"{group.number:,} × {group.kind} ({group.reason}), such as "
+            f"{shortened(group.example, LONGEST_NAME)!r}"
+            for group in left_out
+        )
+        warn_caller(
+            f"the default targets are {quoted_names(sorted(selected))} alone, with "
+            f"{percent(part.reached, part.total)} of the model's matrix entries. Left out are "
+            f"{listed}. All ranks go to those found: if that is meant, name them as targets",
+        )
 
 
 def _linear_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -118,12 +177,11 @@ def modules_by_name(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]
     >>> list(modules_by_name(nn.Sequential(shared, shared)))
     ['', '0', '1']
     """
-    modules = {prefix: module}
-    if not isinstance(module, LoRALinear):
-        for key, child in module._modules.items():
-            if child is not None:
-                modules |= modules_by_name(child, f"{prefix}.{key}" if prefix else key)
-    return modules
+    return dict(named_modules(module, prefix, enter=_is_no_adapter))
+
+
+def _is_no_adapter(module: nn.Module) -> bool:
+    return not isinstance(module, LoRALinear)
 
 
 def all_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -179,16 +237,16 @@ def matching_modules(model: nn.Module, pattern: str, argument: str) -> dict[str,
     ['head']
     """
     modules = modules_by_name(model)
-    matching = {
-        name: module
-        for name, module in modules.items()
-        if name == pattern or fnmatchcase(name, pattern)
-    }
-    if not matching:
-        raise ValueError(
-            f"{argument}={pattern!r} matches no module: {did_you_mean(pattern, modules)}"
-        )
-    return matching
+    for variant in name_variants(pattern):
+        matching = {
+            name: module
+            for name, module in modules.items()
+            if name == variant or fnmatchcase(name, variant)
+        }
+        if matching:
+            return matching
+    hint = did_you_mean(pattern, modules, globs=True)
+    raise ValueError(f"{argument}={pattern!r} matches no module: {hint}")
 
 
 def layer_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -227,43 +285,35 @@ def exact_key(name: str) -> str:
 # ---- words for errors ---------------------------------------------------------------------------
 
 
-def did_you_mean(name: str, known: Collection[str]) -> str:
-    """A hint for an error message: the known names that look like `name`.
-
-    >>> did_you_mean("encoder.fd", ["encoder.fc", "decoder.fc"])
-    "did you mean 'encoder.fc', 'decoder.fc'?"
-    """
-    leaf = name.rsplit(".", 1)[-1]
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    close += [k for k in known if k.rsplit(".", 1)[-1] == leaf and k not in close][:3]
-    if not close:
-        return f"known names start {list(known)[:3]}"
-    return f"did you mean {', '.join(map(repr, close[:4]))}?"
-
-
-def explain_no_match(model: nn.Module, pattern: str) -> str:
+def explain_no_match(model: nn.Module, pattern: str, *, globs: bool = False) -> str:
     """Why `pattern` selects no linear layer of `model`, and what to write instead.
+
+    Args:
+        globs: whether a glob was allowed, not an exact name alone.
 
     >>> print(explain_no_match(nn.ModuleDict({"norm": nn.LayerNorm(4)}), "norm"))
     'norm' is of type LayerNorm, not a linear layer with a 2-D floating-point weight
     """
-    module, linear = modules_by_name(model).get(pattern), _linear_modules(model)
+    modules, linear = modules_by_name(model), _linear_modules(model)
+    module = modules.get(plain_name(pattern, modules))
     if isinstance(module, LoRALinear):
         return f"{pattern!r} already has an adapter: use resize(), or unwrap() the model first"
     if module is not None:
         what = f"{pattern!r} is of type {type(module).__name__}, not a linear layer"
         if any(name.startswith(f"{pattern}.") for name in linear):
-            return f"{what}; for those inside it: '{pattern}.*'"
+            inside = f"'{pattern}.*'" if globs else f"linear_targets(model, '{pattern}.*')"
+            return f"{what}; for those inside it: {inside}"
         return f"{what} with a 2-D floating-point weight"
     matched = [name for name in linear if fnmatchcase(name, pattern)]
     if not matched:
-        return f"{pattern!r} matches no linear layer of the model: {did_you_mean(pattern, linear)}"
-    if all(_is_out_proj(linear[name]) for name in matched):
+        hint = did_you_mean(pattern, linear, globs=globs)
+        return f"{pattern!r} matches no linear layer of the model: {hint}"
+    if all(is_out_proj(linear[name]) for name in matched):
         return (
             f"{pattern!r} matches only an nn.MultiheadAttention's out_proj: give its exact name to "
             "adapt it"
         )
     return (
         f"{pattern!r} is a glob, where exact names are expected: it matches "
-        f"{', '.join(map(repr, matched[:4]))}"
+        f"{quoted_names(matched, 4)}. linear_targets(model, {pattern!r}) lists them"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..checks import as_generator, is_integer, quoted_names
+from ..checks import as_generator, is_integer, quoted_names, warn_caller
+from ..packed import REPACKS, require_not_repacked, why_no_backward, would_repack
+from ..placement import is_offloaded, require_unsharded
 from .linear import linear_shape
 from .lora import LoRALinear, fixed_scaling
+from .names import modules_in_wrappers, plain_name, without_wrappers
 from .targets import (
     all_names,
     as_patterns,
@@ -22,7 +24,9 @@ from .targets import (
     first_names,
     matching_modules,
     modules_by_name,
+    refuse_peft,
 )
+from .unmoved import note_wrapped
 
 
 class AllocationLike(Protocol):
@@ -44,8 +48,9 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     >>> {name: layer.rank for name, layer in lora_layers(model).items()}
     {'0': 3}
     """
+    modules = modules_by_name(model)
     return {
-        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
+        name: module for name in all_names(model) if isinstance(module := modules[name], LoRALinear)
     }
 
 
@@ -73,6 +78,10 @@ def wrap(
     and the modules in `trainable`. Everything else is frozen. A later call therefore names again
     what shall go on training.
 
+    Make the optimizer after this call. One made before holds the weights that are frozen now and no
+    adapter, so nothing would train. `L1RA` and `resize` notice it. A plain training loop shows no
+    sign that a layer could see: gradients that pile up look like gradient accumulation.
+
     Args:
         model: any module. Its layers are replaced in place.
         ranks: an Allocation, or {name: rank}. Rank 0 leaves the plain module. Any name of a module
@@ -92,13 +101,15 @@ def wrap(
 
     Warns:
         UserWarning: the model had adapters already, and this call freezes modules that trained
-            until now.
+            until now; or 4-bit layers of bitsandbytes on the CPU get no adapter, and would lose
+            their gradients if they are evaluated.
 
     Raises:
         ValueError: an unknown or already wrapped name, a rank out of range, two ranks for one
-            module, a module on the meta device, or a name in `trainable` that matches nothing, only
-            adapted layers, or parameters made under torch.inference_mode(). The model is left
-            unchanged.
+            module, a module on the meta device, offloaded by accelerate, or one that no gradient
+            passes through (quantised for inference); a model in FSDP1 or DeepSpeed ZeRO-3; or a
+            name in `trainable` that matches nothing, only adapted layers, or parameters made under
+            torch.inference_mode(). The model is left unchanged.
         TypeError: the model itself is the linear layer, so it has no parent to put a layer into; or
             `trainable` holds anything but names.
 
@@ -112,7 +123,8 @@ def wrap(
     rank_of = resolve_ranks(model, ranks_by_name(ranks))
     if not any(rank_of.values()):
         raise ValueError(
-            "every rank is 0, so there is nothing to wrap: give a module a rank above 0"
+            "every rank is 0, so there is nothing to wrap: give a module a rank above 0. (A budget "
+            "of parameters that is below d_out + d_in pays for none)"
         )
     average_rank = sum(rank_of.values()) / len(rank_of)
     common = fixed_scaling(average_rank, scaling, alpha, reference_rank, rank_stabilized)
@@ -161,10 +173,13 @@ def insert_layers(
         for name, make_layer in makers.items():
             layers[name] = make_layer(modules[name])
         _put_in(model, layers.values())
+        for layer in layers.values():
+            note_wrapped(layer)
         if trainable is not None:
             _set_requires_grad(model, named - adapted)
             if earlier:
                 _warn_of_frozen_modules(model, before)
+        _warn_of_repacking(model)
         return layers
     except BaseException:
         _replace(model, {id(layer): layer.base for layer in layers.values()})
@@ -198,21 +213,34 @@ def resolve_ranks(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
     >>> resolve_ranks(nn.Sequential(shared, shared, nn.Linear(4, 2)), {"2": 1, "1": 3})
     {'0': 3, '2': 1}
     """
-    if linear_shape(model) is not None:
+    refuse_peft(model)
+    itself = without_wrappers(model)
+    if isinstance(itself, LoRALinear) or linear_shape(itself) is not None:
         raise TypeError(
-            f"the model itself is a {type(model).__name__}, so it has no parent to put a layer "
+            f"the model itself is a {type(itself).__name__}, so it has no parent to put a layer "
             "into: wrap nn.Sequential(model), or use LoRALinear"
         )
+    require_unsharded(model)
+    require_not_repacked(model)
     first, modules = first_names(model), modules_by_name(model)
-    named_ids = {id(modules[name]) for name in ranks if name in modules}
+    plain_names = {given: plain_name(given, first) for given in ranks}
+    named_ids = {id(modules[name]) for name in plain_names.values() if name in modules}
+    fixed_ids = modules_in_wrappers(model)
     resolved: dict[str, int] = {}
-    for name, rank in ranks.items():
+    for given, rank in ranks.items():
+        name = plain_names[given]
         module = modules.get(name)
         shape = None if module is None or isinstance(module, LoRALinear) else linear_shape(module)
         if module is None or shape is None:
-            raise ValueError(explain_no_match(model, name))
+            raise ValueError(explain_no_match(model, given))
+        if id(module) in fixed_ids:
+            raise ValueError(
+                f"{name!r} has a wrapper of its own (torch.compile?), which goes on calling the "
+                "plain layer: wrap() the model first, then compile the layer or what holds it"
+            )
         _require_rank(name, rank, shape)
         _require_values(name, module)
+        _require_gradients(name, module)
         _require_no_adapter_inside(name, module, named_ids)
         known = resolved.setdefault(first[name], rank)
         if known != rank:
@@ -231,10 +259,25 @@ def _require_rank(name: str, rank: int, shape: tuple[int, int]) -> None:
 
 
 def _require_values(name: str, module: nn.Module) -> None:
+    if is_offloaded(module):
+        raise ValueError(
+            f"{name!r} is offloaded by accelerate (device_map or cpu_offload), so that an adapter "
+            "beside it could not train: scores may be taken as it is, but load the model onto "
+            "devices that hold all of it, then wrap"
+        )
     if any(parameter.is_meta for parameter in module.parameters()):
         raise ValueError(
             f"{name!r} is on the meta device: load its weights (to_empty, load_state_dict), then "
             "wrap"
+        )
+
+
+def _require_gradients(name: str, module: nn.Module) -> None:
+    reason = why_no_backward(module)
+    if reason is not None:
+        raise ValueError(
+            f"{name!r} is a {type(module).__name__} without gradients, beside which no adapter can "
+            f"train: {reason}"
         )
 
 
@@ -314,11 +357,27 @@ def _warn_of_frozen_modules(model: nn.Module, before: Mapping[nn.Parameter, bool
         )
     ]
     if frozen:
-        warnings.warn(
+        warn_caller(
             f"this call freezes {quoted_names(frozen)}, which required a gradient until now: name "
             "in `trainable` again what shall go on training beside the adapters, or give "
             "trainable=None to leave every requires_grad as it is",
-            stacklevel=5,
+        )
+
+
+def _warn_of_repacking(model: nn.Module) -> None:
+    """Warn the caller of `wrap` or its like of 4-bit layers without an adapter that may repack."""
+    adapted = {id(layer.base) for layer in lora_layers(model).values()}
+    unguarded = [
+        name
+        for name, module in model.named_modules()
+        if id(module) not in adapted and would_repack(module)
+    ]
+    if unguarded:
+        warn_caller(
+            f"{quoted_names(unguarded)}: bitsandbytes repacks such a 4-bit layer for good when it "
+            "is called on the CPU in evaluation mode, and no gradient passes through it "
+            f"afterwards. Where the model is evaluated and then trained further, set {REPACKS} = "
+            "False on these modules first (layers with an adapter are guarded)",
         )
 
 

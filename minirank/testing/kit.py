@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import quoted_names
-from ..layers.targets import did_you_mean
+from ..layers.hints import did_you_mean
 from .case import Arguments, CaseSpec, Contract, Implementation, cast, fitting_twins, mapped
 from .comparison import Bits, Difference, differences, kept
 from .contracts import all_contracts

@@ -116,6 +116,27 @@ def test_what_cannot_be_met_is_an_error_that_says_why(arguments, match):
         scored(mlp(), {"0": 1.0, "2": 1.0}).allocate(**arguments)
 
 
+def test_a_budget_in_the_other_unit_is_told_so():
+    allocator = scored(mlp(), {"0": 1.0, "2": 1.0})
+    for budget, hinted in ((11, False), (20, False), (52, True)):
+        with pytest.raises(ValueError, match="above the 10") as error:
+            allocator.allocate(budget)
+        assert ('unit="parameters"' in str(error.value)) == hinted
+    for budget, hinted in ((1, False), (2, True), (8, True)):
+        with pytest.raises(ValueError, match="below the 26 that min_rank takes") as error:
+            allocator.allocate(budget, unit="parameters", min_rank=1)
+        assert ('unit="ranks"' in str(error.value)) == hinted
+    nothing = allocator.allocate(8, unit="parameters")
+    with pytest.raises(ValueError, match=r"every rank is 0.*budget of parameters"):
+        wrap(mlp(), nothing)
+
+
+def test_bounds_take_names_with_a_wrapper():
+    model = torch.nn.DataParallel(mlp())
+    allocator = scored(model, {"0": 1.0, "2": 1.0})
+    assert allocator.allocate(4, min_rank={"module.0": 3}).ranks == {"0": 3, "2": 1}
+
+
 def test_scores_per_rank_give_masks():
     model = mlp()
     wrap(model, {"0": 3, "2": 2})

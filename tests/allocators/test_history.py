@@ -39,9 +39,11 @@ def test_text():
         "3",
         "layer.0, 2× layer.3 → 2× layer.1, layer.3",
     ]
-    assert lines[4].endswith(
-        "0  none → layer.0, layer.1, layer.2, layer.3, 3 more (optimizer state reset: 2 entries)"
-    )
+    assert [line.strip() for line in lines[4:]] == [
+        "30     21      11,600       0  none",
+        "→ layer.0, layer.1, layer.2, layer.3, 3 more",
+        "(optimizer state reset: 2 entries)",
+    ]
     assert str(History({"a": 1})) == "1 ranks over 1 modules, 0 updates"
 
 

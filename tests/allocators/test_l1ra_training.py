@@ -33,6 +33,9 @@ if hasattr(torch.optim, "Adafactor"):  # from torch 2.5
     OPTIMIZERS["adafactor"] = lambda p: torch.optim.Adafactor(p, 0.02)
 BOUNDS = {"min_rank": {"body.up": 1, "body.conv": 1, "like": 2}, "max_rank": {"like": 5}}
 
+# Models of random weights look like trained ones.
+random_start = pytest.mark.filterwarnings("ignore:.* had been trained, with its gates")
+
 
 def trainable(model):
     return [p for p in model.parameters() if p.requires_grad]
@@ -143,6 +146,7 @@ def gates(layers):
     return {name: layer.gate for name, layer in layers.items()}
 
 
+@random_start
 @pytest.mark.parametrize("unit", ["ranks", "parameters"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_invariants_hold_at_every_step_of_a_training(name, unit, monkeypatch):
@@ -195,6 +199,7 @@ def gated_chains(draw):
     return model, layers, widths[0]
 
 
+@random_start
 @settings(max_examples=300, deadline=None)
 @given(case=gated_chains(), data=st.data())
 def test_random_gates_move_ranks_and_not_the_function(case, data):
@@ -243,6 +248,7 @@ def test_random_gates_move_ranks_and_not_the_function(case, data):
             assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape
 
 
+@random_start
 def test_growing_alone_keeps_the_outputs_of_random_weights():
     """Up to rounding, that is: a matrix product over more ranks may add up in another order."""
     for seed in range(20):

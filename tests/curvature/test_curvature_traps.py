@@ -145,7 +145,7 @@ def test_bad_input_is_named(estimate):
     model.append(nn.Identity())
     model[5].unused = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"no batch reached '5\.unused'"):
-        estimate(model, classify, pairs((5,), (2,)))
+        estimate(model, classify, pairs((5,), (2,)), ["5.unused"])
 
 
 def test_samples_that_meet_between_two_calls_of_a_layer_are_detected():

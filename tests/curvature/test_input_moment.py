@@ -11,7 +11,7 @@ from helpers.curvature_cases import assert_equals
 from torch import nn
 
 from minirank import reference, testing
-from minirank.curvature import input_second_moment
+from minirank.curvature import IdleLayerWarning, input_second_moment
 
 
 class Encoder(nn.Module):
@@ -295,7 +295,9 @@ def test_a_layer_that_no_batch_reaches_is_named():
     model = Encoder()
     model.unused = nn.Linear(3, 3)
     with pytest.raises(ValueError, match=r"no token reached 'unused' in 2 batches"):
-        input_second_moment(model, loss_fn, token_batches())
+        input_second_moment(model, loss_fn, token_batches(), ["unused"])
+    with pytest.warns(IdleLayerWarning, match="no token of any batch reached 'unused'"):
+        assert not input_second_moment(model, loss_fn, token_batches())["unused"].any()
 
 
 def test_a_model_without_linear_layers_and_one_on_the_meta_device():
@@ -305,3 +307,56 @@ def test_a_model_without_linear_layers_and_one_on_the_meta_device():
         model = nn.Sequential(nn.Linear(4, 3))
     with pytest.raises(ValueError, match="meta device"):
         input_second_moment(model, mlp_loss, [torch.ones(2, 4)])
+
+
+def test_tokens_above_the_outlier_factor_are_left_out():
+    """Token means of x²: 1, 4, 9, 1e4 and 100; their median is 9."""
+    model = nn.Sequential(nn.Linear(2, 2)).double()
+    sizes = torch.tensor([1.0, 2.0, 3.0, 100.0, 10.0], dtype=torch.float64)
+    x = sizes[:, None] * torch.tensor([1.0, -1.0], dtype=torch.float64)
+
+    def moment(**options):
+        return input_second_moment(model, mlp_loss, [x], **options)
+
+    assert moment()["0"].tolist() == pytest.approx(2 * [10114 / 5], rel=1e-14)
+    assert moment(outlier_factor=1e4)["0"].tolist() == moment()["0"].tolist()
+    cut = moment(outlier_factor=12)
+    assert cut["0"].tolist() == pytest.approx(2 * [114 / 4], rel=1e-14)
+    assert cut.weights == {"0": 4.0}
+    assert moment(outlier_factor=10)["0"].tolist() == pytest.approx(2 * [14 / 3], rel=1e-14)
+
+
+def test_the_median_is_that_of_the_real_tokens_of_each_batch():
+    model = nn.Sequential(nn.Linear(1, 1)).double()
+
+    def batch(values, mask):
+        x = torch.tensor(values, dtype=torch.float64)[None, :, None]
+        return {"x": x, "attention_mask": torch.tensor([mask])}
+
+    padded = batch([1.0, 1.0, 20.0, 20.0, 20.0, 20.0], [1, 1, 1, 0, 0, 0])
+    larger = batch([20.0, 20.0, 20.0, 200.0], [1, 1, 1, 1])
+    h = input_second_moment(model, lambda m, b: m(b["x"]).sum(), [padded, larger], outlier_factor=9)
+    assert h["0"].tolist() == pytest.approx([(1 + 1 + 3 * 400) / 5])
+    assert h.weights == {"0": 5.0}
+
+
+def test_a_median_of_zero_leaves_no_token_out_and_nan_is_still_reported():
+    model = nn.Sequential(nn.Linear(2, 2))
+    sparse = torch.zeros(5, 2)
+    sparse[0] = 3.0
+    h = input_second_moment(model, mlp_loss, [sparse], outlier_factor=2)
+    assert h["0"].tolist() == pytest.approx([9 / 5, 9 / 5])
+    for value in (float("nan"), float("inf")):
+        broken = torch.ones(5, 2)
+        broken[2, 1] = value
+        with pytest.raises(ValueError, match="not finite"):
+            input_second_moment(
+                model, lambda m, x: m(x).nan_to_num().mean(), [broken], outlier_factor=2
+            )
+
+
+def test_an_outlier_factor_is_above_one():
+    with pytest.raises(ValueError, match=r"outlier_factor must be above 1 .*got 0\.5"):
+        input_second_moment(
+            nn.Sequential(nn.Linear(2, 2)), mlp_loss, [torch.ones(2, 2)], outlier_factor=0.5
+        )

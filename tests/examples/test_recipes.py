@@ -10,6 +10,12 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+# What the stacks import and call by themselves.
+of_the_stacks = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    r"ignore:The dirpath has changed:UserWarning",
+)
 
 
 @pytest.fixture
@@ -74,6 +80,20 @@ def test_surgery(printed):
     assert "a plain Linear again, its weight unchanged: True" in text
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # bitsandbytes
+def test_quantised(printed):
+    """With bitsandbytes where it is, and the recipe's own layer elsewhere."""
+    text = printed("quantised")
+    assert "Sensitivity-LoRA: 28 ranks" in text
+    adapters, ranks = numbers(r"PEFT made (\d+) adapters with (\d+) ranks", text)
+    assert ranks == 28
+    first, last = numbers(r"epoch 1: loss (\S+)\nepoch 5: loss (\S+)", text)
+    assert last < first - 0.1
+    assert "loaded from its file: 0.0e+00 from the trained model" in text
+    assert "merge: the weight of 'model.layers.0.self_attn.q_proj' is packed" in text
+    assert f"merged into the plain model: {adapters:.0f} layers" in text
+
+
 def test_sure_ranks(printed):
     text = printed("sure_ranks")
     given = [
@@ -104,6 +124,7 @@ def test_to_peft(printed):
     assert max(differences) < 1e-5
 
 
+@of_the_stacks
 def test_trainer(printed):
     pytest.importorskip("accelerate")
     pytest.importorskip("transformers")
@@ -121,3 +142,46 @@ def test_check_mine(printed):
     assert "FAILED" in wrong
     module = runpy.run_path(str(EXAMPLES / "check_mine.py"))
     module["test_all_coalitions_at_once"]()
+
+
+# ---- training stacks ---------------------------------------------------------------------------
+
+
+def assert_ranks_moved_before_and_after(saved, text):
+    moves = [int(step) for step in re.findall(r"^ +(\d+) .* → (?!none)", text, re.MULTILINE)]
+    assert moves[0] < saved < moves[-1]
+
+
+@of_the_stacks
+def test_lightning_l1ra(printed):
+    pytest.importorskip("lightning")
+    text = printed("lightning_l1ra")
+    assert "resumed after 4 epochs, same weights, bit for bit: True" in text
+    assert "same history of moves: True" in text
+    assert_ranks_moved_before_and_after(4 * 50, text)
+    (loss,) = numbers(r"^loss (\S+)", text)
+    assert loss < 0.01
+
+
+@of_the_stacks
+def test_accelerate_l1ra(printed):
+    pytest.importorskip("accelerate")
+    text = printed("accelerate_l1ra")
+    (saved,) = numbers(r"resumed after (\d+) steps, same weights, bit for bit: True", text)
+    assert "same history of moves: True" in text
+    assert_ranks_moved_before_and_after(saved, text)
+
+
+@of_the_stacks
+def test_compiled_loop(printed):
+    config = torch._dynamo.config
+    with config.patch(force_parameter_static_shapes=config.force_parameter_static_shapes):
+        text = printed("compiled_loop")
+    moved, plain = numbers(r"as it is: (\d+) updates moved ranks, (\d+) graphs", text)
+    _, with_resets = numbers(r"reset\(\) after each: (\d+) updates moved ranks, (\d+) graphs", text)
+    _, as_variables = numbers(r"ranks as variables: (\d+) updates moved ranks, (\d+) graphs", text)
+    assert moved > 8
+    assert plain == config.recompile_limit == 8  # and no more: torch gives up
+    assert with_resets in (moved, moved + 1)  # one for each set of ranks that was trained
+    assert as_variables < plain
+    assert "the three trainings end at the same weights" in text

@@ -284,3 +284,31 @@ def test_the_corpus_cut_is_what_the_examples_expect(monkeypatch):
     assert all(
         len(words) == len(marks) > 0 for sentences in splits.values() for words, marks in sentences
     )
+
+
+def test_smollm2_compares_arms_at_equal_parameters_and_resumes(tmp_path):
+    pytest.importorskip("transformers")
+    out = tmp_path / "figures.json"
+    arms = ("--arms", "uniform", "proxy", "max2", "typical", "fisher", "--lr", "1e-3", "4e-3")
+    text = run("smollm2.py", "--quick", *arms, "--seeds", 0, "--out", out, cwd=tmp_path)
+    assert "fisher, seed 0, lr 0.004" in text
+    figures = json.loads(out.read_text())
+    parameters = {v["parameters"] for v in figures["allocations"].values()}
+    assert max(parameters) == figures["allocations"]["uniform"]["parameters"]
+    assert min(parameters) > 0.9 * max(parameters)
+    assert max(figures["allocations"]["max2"]["ranks"].values()) <= 4
+    assert len(figures["runs"]) == 10
+
+    # Another seed: the runs of the first are taken from the file, and each arm has the rate that
+    # had the lowest development loss.
+    text = run("smollm2.py", "--quick", *arms, "--seeds", 0, 1, "--out", out, cwd=tmp_path)
+    assert "seed 0, lr" not in text
+    runs = json.loads(out.read_text())["runs"]
+    assert runs[:10] == figures["runs"]
+    for record in runs[10:]:
+        first = [r for r in figures["runs"] if r["arm"] == record["arm"]]
+        assert record["lr"] == min(first, key=lambda r: r["dev_loss"])["lr"]
+    losses = {r["arm"]: r["test_loss"] for r in runs if r["seed"] == 1}
+    assert losses["fisher"] != losses["uniform"]
+    assert "seeds 0, 1" in text
+    assert "difference" in text

@@ -268,7 +268,8 @@ def test_the_file_says_where_its_ranks_came_from(path):
     read = read_adapter(path)
     assert (read.method, read.budget, read.unit) == ("uniform", 9, "ranks")
     assert str(read).splitlines()[0] == "uniform: 9 ranks (budget 9 ranks)"
-    assert str(allocation).splitlines()[1:] == str(read).splitlines()[1:]
+    table = dataclasses.replace(allocation, coverage=None)  # which the file does not know
+    assert str(table).splitlines()[1:] == str(read).splitlines()[1:]
     assert allocation.ranks["blocks.0.0"] > 0
     aliased = {("alias" if n == "blocks.0.0" else n): rank for n, rank in allocation.ranks.items()}
     save_adapter(model, path, allocation=dataclasses.replace(allocation, ranks=aliased))

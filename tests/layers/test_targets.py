@@ -7,7 +7,8 @@ import torch
 from helpers.models import ZOO_LINEAR, Conv1DLike, assert_unchanged, snapshot, zoo
 from torch import nn
 
-from minirank import LoRALinear, linear_targets, wrap
+from minirank import LoRALinear, ShapLoRA, UniformRanks, linear_targets, wrap
+from minirank.files.saved_layer import find_modules
 from minirank.layers.targets import all_names
 
 
@@ -17,10 +18,10 @@ def nested():
     return nn.ModuleDict({"fc": nn.Linear(4, 4), "enc": enc, "fc2": nn.Linear(4, 4)})
 
 
-def test_none_selects_every_linear_module_once_in_module_order():
+def test_none_selects_every_linear_module_once_in_module_order_but_no_tied_head():
     model = zoo()
     found = linear_targets(model)
-    assert list(found) == ZOO_LINEAR
+    assert list(found) == [name for name in ZOO_LINEAR if name != "head"]
     assert all(module is model.get_submodule(name) for name, module in found.items())
 
 
@@ -46,7 +47,20 @@ def test_names_are_exact_and_globs_cover_the_whole_name(targets, expected):
 
 def test_a_type_selects_its_instances():
     assert list(linear_targets(zoo(), Conv1DLike)) == ["body.conv"]
-    assert list(linear_targets(zoo(), nn.Linear)) == ["body.up", "blocks.0.0", "blocks.1.0", "head"]
+    assert list(linear_targets(zoo(), nn.Linear)) == ["body.up", "blocks.0.0", "blocks.1.0"]
+
+
+@pytest.mark.parametrize("targets", ["head", ["*.up", "h*"], "*", lambda name, _: name == "head"])
+def test_a_tied_head_is_selected_where_it_is_named_or_accepted(targets):
+    assert "head" in linear_targets(zoo(), targets)
+    assert "head" not in linear_targets(zoo())
+
+
+def test_a_model_of_a_tied_head_alone_is_told_to_name_it():
+    words, head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+    head.weight = words.weight
+    with pytest.raises(ValueError, match="To adapt the tied head, give its name: '1'"):
+        linear_targets(nn.Sequential(words, head))
 
 
 def test_a_function_sees_no_module_that_is_not_linear():
@@ -139,3 +153,35 @@ def test_selecting_changes_nothing():
 def test_a_list_of_types_is_told_what_targets_may_be():
     with pytest.raises(TypeError, match="names, one type or one function"):
         linear_targets(nn.Sequential(nn.Linear(2, 2)), (nn.Linear,))
+
+
+# ---- PEFT's models -------------------------------------------------------------------------------
+
+REFUSED = {
+    "linear_targets": linear_targets,
+    "linear_targets, named": lambda model: linear_targets(model, "*.up"),
+    "wrap": lambda model: wrap(model, {"up": 1}),
+    "UniformRanks": UniformRanks,
+    "ShapLoRA": lambda model: ShapLoRA(model, lambda m, batch: m(batch), [torch.ones(1, 4)]),
+    "load_adapter": lambda model: find_modules(model, {"up": (8, 4)}),
+}
+
+
+@pytest.mark.parametrize("call", REFUSED)
+def test_a_model_with_pefts_modules_is_refused(call):
+    LoraLayer = type("LoraLayer", (nn.Linear,), {"__module__": "peft.tuners.lora.layer"})
+    model = nn.Sequential(nn.ModuleDict({"q": LoraLayer(4, 4), "up": nn.Linear(4, 8)}))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"Sequential has 1 \(LoraLayer\): give .*unload\(\)"):
+        REFUSED[call](model)
+    assert_unchanged(model, before)
+
+
+def test_a_real_peft_model_is_refused_until_it_is_unloaded():
+    peft = pytest.importorskip("peft")
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model = peft.get_peft_model(plain, peft.LoraConfig(target_modules=["0"]))
+    for given in (model, model.get_base_model()):  # which still has PEFT's layers inside
+        with pytest.raises(ValueError, match="without PEFT's modules"):
+            linear_targets(given)
+    assert list(linear_targets(model.unload())) == ["0", "1"]

@@ -14,6 +14,7 @@ from minirank import (
     RankScoreAllocator,
     SensitivityLoRA,
     ShapLoRA,
+    ShareAllocator,
     UniformRanks,
     testing,
     wrap,
@@ -329,3 +330,16 @@ def test_the_report_tells_all_rules():
     report = testing.check_allocator(RankScores(wrapped()))
     assert {result.status for result in report} == {"passed"}
     assert "check_allocator (the rules of score() and allocate(budget)): 19 of 19" in str(report)
+
+
+def test_a_dominant_module_breaks_no_rule():
+    class Steep(ShareAllocator):
+        def score(self):
+            return self.store_scores({str(i): torch.tensor(50.0**-i) for i in range(12)})
+
+    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(12)])
+    steep = Steep(model)
+    steep.score()
+    with pytest.warns(UserWarning, match=r"'0' takes \d+% of the budget"):
+        steep.allocate(12)
+    testing.check_allocator(Steep(model))  # warnings are errors in this suite

@@ -1,0 +1,210 @@
+"""How much of a model the default targets reach, family by family, and what is left out.
+
+    python examples/coverage.py > examples/results/coverage.txt
+
+The models are small ones from their configurations, without weights and without a network. Shares
+of a large model of the family differ, since its parts grow at different rates; what is left out is
+the same. Needs transformers; diffusers' UNet is left out where diffusers is not installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from minirank import linear_targets
+from minirank.layers.coverage import Coverage, coverage, percent
+
+Options = dict[str, Any]
+
+WIDTH, HEADS, LAYERS = 64, 4, 2
+WORDS: Options = {"vocab_size": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES: Options = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 4 * WIDTH,
+}
+IMAGES: Options = {"image_size": 32, "patch_size": 8}
+EXPERTS: Options = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def bert() -> nn.Module:
+    import transformers as hf
+
+    return hf.BertForSequenceClassification(hf.BertConfig(**WORDS, **SIZES))
+
+
+def llama() -> nn.Module:
+    import transformers as hf
+
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**WORDS, **SIZES))
+
+
+def gpt2() -> nn.Module:
+    import transformers as hf
+
+    sizes: Options = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS}
+    return hf.GPT2LMHeadModel(hf.GPT2Config(**WORDS, **sizes))
+
+
+def t5() -> nn.Module:
+    import transformers as hf
+
+    sizes: Options = {
+        "d_model": WIDTH,
+        "d_kv": 16,
+        "d_ff": 4 * WIDTH,
+        "num_layers": LAYERS,
+        "num_heads": 4,
+    }
+    sizes |= {"decoder_start_token_id": 0}
+    return hf.T5ForConditionalGeneration(hf.T5Config(**WORDS, **sizes))
+
+
+def vit() -> nn.Module:
+    import transformers as hf
+
+    return hf.ViTForImageClassification(hf.ViTConfig(**SIZES, **IMAGES))
+
+
+def swin() -> nn.Module:
+    import transformers as hf
+
+    sizes: Options = {"image_size": 32, "patch_size": 2, "embed_dim": 32, "window_size": 4}
+    config = hf.SwinConfig(**sizes, depths=[2, 2], num_heads=[2, 4])
+    return hf.SwinForImageClassification(config)
+
+
+def convnext() -> nn.Module:
+    import transformers as hf
+
+    config = hf.ConvNextConfig(hidden_sizes=[16, 32, 64, 128], depths=[2, 2, 2, 2])
+    return hf.ConvNextForImageClassification(config)
+
+
+def mamba() -> nn.Module:
+    import transformers as hf
+
+    config = hf.MambaConfig(**WORDS, hidden_size=WIDTH, num_hidden_layers=LAYERS, state_size=8)
+    return hf.MambaForCausalLM(config)
+
+
+def mixtral() -> nn.Module:
+    import transformers as hf
+
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**WORDS, **SIZES, **EXPERTS))
+
+
+def qwen2_moe() -> nn.Module:
+    import transformers as hf
+
+    sizes: Options = {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    sizes |= {"moe_intermediate_size": 2 * WIDTH, "shared_expert_intermediate_size": 2 * WIDTH}
+    return hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(**WORDS, **SIZES, **sizes))
+
+
+def gpt_oss() -> nn.Module:
+    import transformers as hf
+
+    config = hf.GptOssConfig(**WORDS, **SIZES, **EXPERTS, head_dim=16)
+    return hf.GptOssForCausalLM(config)
+
+
+def whisper() -> nn.Module:
+    import transformers as hf
+
+    sizes: Options = {"d_model": WIDTH, "encoder_layers": LAYERS, "decoder_layers": LAYERS}
+    sizes |= {"encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS}
+    sizes |= {"encoder_ffn_dim": 4 * WIDTH, "decoder_ffn_dim": 4 * WIDTH}
+    config = hf.WhisperConfig(**WORDS, **sizes, decoder_start_token_id=1)
+    return hf.WhisperForConditionalGeneration(config)
+
+
+def unet() -> nn.Module:
+    diffusers: Any = importlib.import_module("diffusers")
+    model: nn.Module = diffusers.UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=8,
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    return model
+
+
+def torch_encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, LAYERS)
+    return nn.ModuleDict({"encoder": encoder, "head": nn.Linear(WIDTH, 5)})
+
+
+def lstm() -> nn.Module:
+    layers = {"words": nn.Embedding(512, WIDTH), "lstm": nn.LSTM(WIDTH, WIDTH, LAYERS)}
+    return nn.ModuleDict({**layers, "head": nn.Linear(WIDTH, 5)})
+
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "BERT": bert,
+    "Llama": llama,
+    "GPT-2": gpt2,
+    "T5": t5,
+    "Whisper": whisper,
+    "Mamba": mamba,
+    "ViT": vit,
+    "Swin": swin,
+    "ConvNeXt": convnext,
+    "Mixtral": mixtral,
+    "Qwen2-MoE": qwen2_moe,
+    "GPT-OSS": gpt_oss,
+    "nn.TransformerEncoder": torch_encoder,
+    "nn.LSTM and a head": lstm,
+}
+if importlib.util.find_spec("diffusers") is not None:
+    FAMILIES["diffusers UNet"] = unet
+
+
+def default_coverage(model: nn.Module) -> tuple[Coverage, bool]:
+    """What the default targets reach, and whether `linear_targets` warns that this is little."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        names = list(linear_targets(model))
+    return coverage(model, names), bool(caught)
+
+
+def lines(names: Collection[str]) -> list[str]:
+    """The table: a line for each family, and one for each kind of weight that is left out."""
+    result = [f"{'model':<23}{'reached':>7}  left out"]
+    for name in names:
+        torch.manual_seed(0)
+        part, warned = default_coverage(FAMILIES[name]())
+        groups = [
+            f"{percent(group.entries, part.total):>5}  {group.number} × {group.kind} "
+            f"({group.reason})"
+            for group in part.left_out
+        ]
+        first, *further = groups or ["    -"]
+        reached = percent(part.reached, part.total) + ("*" if warned else " ")
+        result.append(f"{name:<23}{reached:>8} {first}")
+        result += [f"{'':<32}{group}" for group in further]
+    return [*result, "* with a warning"]
+
+
+def main() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other libraries, about these small sizes
+        print("Matrix entries that the default targets reach, and those left out\n")
+        print("\n".join(lines(FAMILIES)))
+
+
+if __name__ == "__main__":
+    main()
