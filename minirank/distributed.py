@@ -131,6 +131,20 @@ def pooled(
     return Pooled(curvature, group)
 
 
+def number_of_shards(batches: object) -> int:
+    """Over how many processes a loader spreads its data; 1 for anything else.
+
+    Known are torch's DistributedSampler and accelerate's BatchSamplerShard.
+    """
+    samplers = getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)
+    counts = [
+        getattr(sampler, attribute, 1)
+        for sampler in samplers
+        for attribute in ("num_replicas", "num_processes")
+    ]
+    return max(count if isinstance(count, int) else 1 for count in counts)
+
+
 class Pooled:
     """What `pooled` returns."""
 

@@ -7,6 +7,10 @@ import torch
 from helpers import distributed_cases as cases
 from helpers.processes import Failed, Processes
 
+from minirank import SensitivityLoRA, ShapLoRA, import_peft, load_adapter
+from minirank.curvature import input_second_moment
+from minirank.distributed import pooled
+
 
 @pytest.fixture(scope="module")
 def two():
@@ -178,3 +182,71 @@ def test_shards_of_the_validation_data_are_refused(two):
         assert "needs all of the validation data on every process" in message
     for message in messages(two(cases.unlike_shapley_scores)):
         assert "needs all of the validation data on every process" in message
+
+
+def sharded_loader():
+    data = torch.zeros(8, 6)
+    sampler = torch.utils.data.DistributedSampler(data, num_replicas=2, rank=0)
+    return torch.utils.data.DataLoader(data, sampler=sampler)
+
+
+def test_a_loader_of_shards_is_noticed_where_nothing_combines_them():
+    model = cases.small_model()
+    with pytest.warns(UserWarning, match=r"this process's part of the data of 2 processes.*pooled"):
+        SensitivityLoRA(model, cases.cross_entropy, sharded_loader())
+    SensitivityLoRA(
+        model, cases.cross_entropy, sharded_loader(), curvature=pooled(input_second_moment)
+    )
+    with pytest.warns(UserWarning, match="all of the validation data"):
+        ShapLoRA(cases.trained_trial(), cases.cross_entropy, sharded_loader())
+
+
+# ---- FSDP2 --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["input_second_moment", "gauss_newton", "empirical_fisher"])
+def test_a_sharded_model_is_scored_like_a_whole_one(two, name):
+    batches = cases.batches_of([4, 7, 2, 5])  # as many for both: each pass gathers the shards
+    diagonals = cases.estimate(name, batches)[0]
+    pooled_diagonals = same_on_all(two(cases.sharded_estimate, name, batches))[0]
+    for layer, diagonal in diagonals.items():
+        torch.testing.assert_close(pooled_diagonals[layer], diagonal, rtol=1e-12, atol=0)
+
+
+def test_adapters_beside_a_sharded_base_train_move_and_are_saved(two, tmp_path):
+    ranks, parameters, given = cases.train_alone()
+    result, outputs, refusals = same_on_all(two(cases.train_with_fsdp2, str(tmp_path)))
+    assert (result[0], result[2]) == (ranks, given)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(result[1][name], parameter, rtol=0, atol=1e-9)
+    assert torch.equal(*outputs)
+    assert "merge needs 0.base.weight whole, but it is a DTensor" in refusals["merge"]
+    assert "use gauss_newton, empirical_fisher" in refusals["exact"]
+    assert "call load_adapter on all processes with group=" in refusals["load without group"]
+    assert "load_adapter will not notice another base" in refusals["save without group"]
+
+    # One process loads the file, which knows the base that was sharded.
+    whole = cases.small_model()
+    load_adapter(whole, tmp_path / "adapter.safetensors")
+    x = cases.training_batches()[0][0]
+    torch.testing.assert_close(whole(x), outputs[0], rtol=1e-12, atol=1e-14)
+    other = cases.small_model()
+    other[0].weight.data.add_(1.0)
+    with pytest.raises(ValueError, match="not the base weights"):
+        load_adapter(other, tmp_path / "adapter.safetensors")
+    imported = cases.small_model()
+    import_peft(imported, tmp_path / "peft1")
+    torch.testing.assert_close(imported(x), outputs[0], rtol=1e-5, atol=1e-5)
+
+
+def test_another_sharded_base_is_refused_on_all(two, tmp_path):
+    for message in messages(two(cases.another_base, str(tmp_path))):
+        assert "not the base weights that the adapter was trained beside" in message
+
+
+def test_shapley_scores_beside_a_sharded_base(two):
+    batches = cases.batches_of([4, 6])
+    expected = cases.shapley_scores(batches, 18)[0]
+    scores = same_on_all(two(cases.sharded_shapley, batches))
+    for layer, score in expected.items():
+        torch.testing.assert_close(scores[layer], score, rtol=1e-12, atol=0)

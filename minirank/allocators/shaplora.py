@@ -52,8 +52,15 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from tqdm.auto import tqdm
 
-from ..checks import require, require_batches, require_function
-from ..distributed import check_same, from_first, gathered, on_all, require_same
+from ..checks import require, require_batches, require_function, warn_caller
+from ..distributed import (
+    check_same,
+    from_first,
+    gathered,
+    number_of_shards,
+    on_all,
+    require_same,
+)
 from ..layers.lora import LoRALinear
 from ..measure import (
     LossFn,
@@ -180,6 +187,13 @@ class ShapLoRA(RankScoreAllocator):
         require_function("loss_fn", loss_fn)
         require_function("batch_weight", batch_weight)
         require_batches(batches)
+        if number_of_shards(batches) > 1:
+            warn_caller(
+                f"the batches are this process's part of the data of {number_of_shards(batches)} "
+                "processes, so that each process would get other scores, and no mean of them is "
+                "right: give every process all of the validation data, and group= to share out the "
+                "coalitions"
+            )
         self.loss_fn = loss_fn
         self.batches = batches
         self.batch_weight = batch_weight

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from minirank import L1RA, SensitivityLoRA, ShapLoRA, lora_layers, wrap
+from minirank import (
+    L1RA,
+    SensitivityLoRA,
+    ShapLoRA,
+    export_peft,
+    load_adapter,
+    lora_layers,
+    merge,
+    save_adapter,
+    wrap,
+)
 from minirank.curvature import (
     empirical_fisher,
     exact_hessian_diagonal,
@@ -18,7 +31,7 @@ from minirank.curvature import (
     hutchinson_weights,
     input_second_moment,
 )
-from minirank.distributed import pooled, refresh, sync_gradients
+from minirank.distributed import check_same, pooled, refresh, sync_gradients
 
 DETERMINISTIC = {
     "input_second_moment": input_second_moment,
@@ -319,3 +332,91 @@ def score_with_a_fault(fault, batches):
 def broken_after_two(batches):
     yield from batches[:2]
     raise OSError("the disk is gone")
+
+
+# ---- FSDP2: a sharded base, whole adapters ------------------------------------------------------
+
+
+def sharded_model():
+    model = small_model()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in (model[0], model[2], model[4]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def sharded_estimate(name, batches):
+    return _described(pooled(DETERMINISTIC[name])(sharded_model(), cross_entropy, shard(batches)))
+
+
+def train_with_fsdp2(folder):
+    """Train with L1RA, then save, load and export: (result, the loaded result, what raised)."""
+    model = sharded_model()
+    wrap(model, {"0": 3, "2": 3, "4": 2}, gate=1.0)
+    optimizer = torch.optim.AdamW(trained_parameters(model), lr=1e-2)
+    l1ra = L1RA(model, optimizer, **OPTIONS, group=dist.group.WORLD)
+    for batch in training_batches():
+        cross_entropy(model, own_part(batch)).backward()
+        sync_gradients(model)
+        optimizer.step()
+        l1ra.step()
+        optimizer.zero_grad()
+    path = f"{folder}/adapter.safetensors"
+    save_adapter(model, path, group=dist.group.WORLD)
+    again = sharded_model()
+    load_adapter(again, path, group=dist.group.WORLD)
+    check_same(again)
+    export_peft(model, f"{folder}/peft{dist.get_rank()}")
+    x = training_batches()[0][0]
+    outputs = model(x).detach(), again(x).detach()
+    return result_of(model, l1ra), outputs, refusals(model, sharded_model(), path)
+
+
+def refusals(model, plain, path):
+    """What cannot work with a sharded base, and says so."""
+    calls = {
+        "merge": lambda: merge(model),
+        "exact": lambda: exact_hessian_diagonal(plain, cross_entropy, training_batches()[:1]),
+        "load without group": lambda: load_adapter(plain, path),
+    }
+    messages = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except ValueError as error:
+            messages[name] = str(error)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        save_adapter(model, f"{path}.{dist.get_rank()}")
+    messages["save without group"] = str(caught[0].message)
+    load_adapter(plain, f"{path}.{dist.get_rank()}")  # it knows no base
+    return messages
+
+
+def another_base(folder):
+    """load_adapter with group= into a sharded model with other weights."""
+    model = sharded_model()
+    wrap(model, {"0": 2})
+    path = f"{folder}/other.safetensors"
+    save_adapter(model, path, group=dist.group.WORLD)
+    other = small_model()
+    other[0].weight.data.add_(1.0)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(other[0], mesh=mesh)
+    load_adapter(other, path, group=dist.group.WORLD)
+
+
+def sharded_shapley(batches):
+    """ShapLoRA with a sharded base, against the same on this process alone."""
+    model = sharded_model()
+    whole = trained_trial()
+    wrap(model, {"0": 3, "2": 2, "4": 2}, gate=0.0)
+    with torch.no_grad():
+        for name, layer in lora_layers(model).items():
+            for key, parameter in layer.named_parameters(recurse=False):
+                parameter.copy_(lora_layers(whole)[name].get_parameter(key))
+    shaplora = ShapLoRA(
+        model, cross_entropy, batches, coalitions=18, group=dist.group.WORLD, progress=False
+    )
+    return shaplora.score()
