@@ -8,7 +8,7 @@ files/         adapter files, and PEFT's folders both ways
 testing/       checks for an implementation of your own
 """
 
-from . import budget, curvature, reference, shapley, testing
+from . import budget, curvature, distributed, reference, shapley, testing
 from .allocators.allocation import Allocation
 from .allocators.allocator import Allocator, RankScoreAllocator, ShareAllocator
 from .allocators.l1ra import L1RA
@@ -39,6 +39,7 @@ __all__ = [
     "budget",
     "curvature",
     "disabled",
+    "distributed",
     "export_peft",
     "import_peft",
     "linear_targets",

@@ -62,12 +62,15 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ..checks import as_generator, is_integer, quoted_names, require, warn_caller
+from ..distributed import check_same, require_same
 from ..layers.lora import LoRALinear
 from ..layers.optimizers import Optimizers, as_optimizers, parameter_slots, set_learning_rate
 from ..layers.resize import Resized, resize, separate_layers
+from ..tensor_bytes import checksum
 from .allocation import Allocation, Unit
 from .allocator import KeepMasks, Ranks, RankScoreAllocator, mask_tensors
 from .constraints import Bound, Constraints, check_unit
@@ -117,7 +120,11 @@ class L1RA(RankScoreAllocator):
             gate_lr · l1 for the subgradient.
         shrinkage: "proximal", or "subgradient" for the authors' own.
         reset_optimizer: forget the state of all parameters at every update, as the authors' code.
-        generator: a torch.Generator or a seed, for the A of fresh ranks.
+        generator: a torch.Generator or a seed, for the A of fresh ranks. On several processes, the
+            same seed on all.
+        group: the processes that train this model together. Before every update they check that
+            their trained parameters and generators are equal, bit for bit (see
+            `minirank.distributed.check_same`). None: no communication.
 
     Copies and pickles of (model, optimizer, l1ra) taken together go on as the originals would.
 
@@ -173,10 +180,12 @@ class L1RA(RankScoreAllocator):
         shrinkage: Shrinkage = "proximal",
         reset_optimizer: bool = False,
         generator: torch.Generator | int = 0,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(model)
         self._optimizers = as_optimizers(optimizer)
         self.optimizer = self._optimizers[0] if len(self._optimizers) == 1 else self._optimizers
+        self.group = group
         self._layers = {
             name: layer for name, layer in separate_layers(model).items() if layer.gate is not None
         }
@@ -329,6 +338,11 @@ class L1RA(RankScoreAllocator):
 
     def _update(self) -> Update:
         """Prune, reassign, resize and record."""
+        if self.group is not None:
+            check_same(self.model, self.group)
+            advice = "Give L1RA one seed on all processes."
+            state = checksum({"": self.generator.get_state()})
+            require_same("the state of L1RA's generator", state, advice, self.group)
         before = self.ranks
         allocation = self._next_allocation()
         resized = resize(self.model, allocation, self.optimizer, generator=self.generator)

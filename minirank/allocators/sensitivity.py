@@ -56,6 +56,7 @@ from ..checks import (
 from ..curvature.estimate import Estimate
 from ..curvature.input_moment import input_second_moment
 from ..curvature.unreached import IdleLayerWarning, warn_of_idle_layers
+from ..distributed import Pooled, from_first, number_of_shards
 from ..layers.linear import linear_shape
 from ..layers.targets import Targets, linear_targets
 from ..layers.wrap import lora_layers
@@ -245,7 +246,9 @@ class SensitivityLoRA(ShareAllocator):
         ValueError: no target, or an option out of its range.
 
     Warns:
-        UserWarning: `targets` is None and the model has LoRA layers, which are then left out.
+        UserWarning: `targets` is None and the model has LoRA layers, which are then left out; or
+            the batches come from a loader that gives each of several processes a part of the data,
+            and the curvature is not `minirank.distributed.pooled`.
         IdleLayerWarning, by `score` and `settle`: no token reaches some targets (an expert that is
             never chosen), which therefore score zero.
 
@@ -290,6 +293,13 @@ class SensitivityLoRA(ShareAllocator):
         require_batches(batches)
         if groups is not None:
             check_groups(groups)
+        if number_of_shards(batches) > 1 and not isinstance(curvature, Pooled):
+            warn_caller(
+                f"the batches are this process's part of the data of {number_of_shards(batches)} "
+                "processes, so that each process would get other scores and ranks: give "
+                "curvature=minirank.distributed.pooled(curvature), which combines them, or score "
+                "on one process and share the allocation (from_first)"
+            )
         self.loss_fn = loss_fn
         self.batches = batches
         self.targets = _plain_targets(model, targets)
@@ -407,6 +417,8 @@ class SensitivityLoRA(ShareAllocator):
             for _ in self._fill(groups, batches):
                 if len(groups) == groups.least:
                     result = stability_of(groups)
+                    if isinstance(self.curvature, Pooled):  # all stop together, or none
+                        result = from_first(result, self.curvature.group)
                     if result.max_moved <= max_moved:
                         settled = result
                         break
@@ -424,13 +436,18 @@ class SensitivityLoRA(ShareAllocator):
     def _fill(self, groups: Groups, batches: Iterable[Any]) -> Iterator[None]:
         """Measure the batches into `groups`, group by group, with a pause after each."""
         stream = iter(batches)
-        while group := list(islice(stream, groups.batches_per_group)):
+        while group := self._next_batches(stream, groups.batches_per_group):
             with warnings.catch_warnings():
                 # What one group does not reach, another may: _calibration() asks all of them.
                 warnings.simplefilter("ignore", IdleLayerWarning)
                 diagonals = self._diagonals(group)
             groups.add(diagonals, len(group))
             yield
+
+    def _next_batches(self, stream: Iterator[Any], count: int) -> list[Any]:
+        if isinstance(self.curvature, Pooled):  # every process must have as many
+            return self.curvature.next_batches(stream, count)
+        return list(islice(stream, count))
 
     def _diagonals(self, batches: Iterable[Any]) -> Diagonals:
         """The curvature of these batches, checked. An `Estimate` stays one."""

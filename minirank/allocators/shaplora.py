@@ -42,19 +42,31 @@ Departures from the paper, and what it leaves open:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from tqdm.auto import tqdm
 
-from ..checks import require, require_batches, require_function
+from ..checks import require, require_batches, require_function, warn_caller
+from ..distributed import (
+    check_same,
+    from_first,
+    gathered,
+    number_of_shards,
+    on_all,
+    require_same,
+)
 from ..layers.lora import LoRALinear
 from ..measure import (
     LossFn,
     batch_length,
     called_without_gradient,
+    finite_loss,
     measuring,
     repeatable,
     with_hint_at_one_batch,
@@ -119,6 +131,9 @@ class ShapLoRA(RankScoreAllocator):
             in the order of `lora_layers`.
         progress: show a bar over the coalitions, in a terminal or a notebook. No bar is written to
             a file or a pipe. False: never.
+        group: processes that share out the coalitions. Each holds the same model and **all** of the
+            validation data, which they check; each gets the scores of one process, bit for bit.
+            None: no communication.
 
     Cost: a forward and a backward pass over the data for every coalition, with gradients for the
     adapters alone; and two forward passes of one batch, to see that the loss repeats. float16
@@ -164,6 +179,7 @@ class ShapLoRA(RankScoreAllocator):
         batch_weight: Callable[[Any], float] = batch_length,
         generator: torch.Generator | int = 0,
         progress: bool = True,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(model)
         known = get_args(Importance)
@@ -171,12 +187,20 @@ class ShapLoRA(RankScoreAllocator):
         require_function("loss_fn", loss_fn)
         require_function("batch_weight", batch_weight)
         require_batches(batches)
+        if number_of_shards(batches) > 1:
+            warn_caller(
+                f"the batches are this process's part of the data of {number_of_shards(batches)} "
+                "processes, so that each process would get other scores, and no mean of them is "
+                "right: give every process all of the validation data, and group= to share out the "
+                "coalitions"
+            )
         self.loss_fn = loss_fn
         self.batches = batches
         self.batch_weight = batch_weight
         self.coalitions = coalitions
         self.importance: Importance = importance
         self.progress = progress
+        self.group = group
         if isinstance(generator, torch.Generator):
             # `score` could not draw from it twice alike, so one draw becomes the seed.
             generator = int(torch.randint(2**62, (), generator=generator, device=generator.device))
@@ -221,8 +245,7 @@ class ShapLoRA(RankScoreAllocator):
 
     def _sensitivities(self, layers: Mapping[str, LoRALinear]) -> Tensor:
         """SAN of every player in every coalition: (coalitions, players)."""
-        disable = None if self.progress else True  # None: show it where there is a terminal
-        masks = tqdm(self._masks(layers), desc="coalitions", disable=disable, leave=False)
+        masks = self._masks(layers)
         loss_fn = with_hint_at_one_batch(self.loss_fn, self.batches)
         # Leaving inference mode also turns gradients on.
         with (
@@ -232,12 +255,56 @@ class ShapLoRA(RankScoreAllocator):
             called_without_gradient(layers) as cut_off,
         ):
             batches = repeatable(self.model, loss_fn, self.batches)
-            data = weighted_batches(batches, self.batch_weight)
-            sample = []
-            for mask in masks:
-                with coalition(layers, mask):  # Eq 6
-                    sample.append(self._sensitivity(layers, data, cut_off))
-            return torch.stack(sample)
+            if self.group is None:
+                data = weighted_batches(batches, self.batch_weight)
+                return self._sensitivities_of(masks, layers, data, cut_off)
+            check_same(self.model, self.group)
+            data = on_all(lambda: weighted_batches(batches, self.batch_weight), self.group)
+            self._require_same_data(data, self.group)
+            return shared_out(
+                masks,
+                lambda own: self._sensitivities_of(own, layers, data, cut_off),
+                self.group,
+            )
+
+    def _sensitivities_of(
+        self,
+        masks: Tensor,
+        layers: Mapping[str, LoRALinear],
+        data: list[WeightedBatch],
+        cut_off: set[str],
+    ) -> Tensor:
+        """SAN of every player in these coalitions: (coalitions, players)."""
+        disable = None if self.progress else True  # None: show it where there is a terminal
+        sample = []
+        for mask in tqdm(masks, desc="coalitions", disable=disable, leave=False):
+            with coalition(layers, mask):  # Eq 6
+                sample.append(self._sensitivity(layers, data, cut_off))
+        return torch.stack(sample)
+
+    @torch.no_grad()
+    def _require_same_data(self, data: list[WeightedBatch], group: ProcessGroup) -> None:
+        """Raise RuntimeError on all processes unless each has all of the validation data."""
+
+        def losses() -> list[float]:
+            return [float(finite_loss(self.model, self.loss_fn, batch)) for batch, _ in data]
+
+        advice = (
+            "ShapLoRA needs all of the validation data on every process (no DistributedSampler): "
+            "the mean of scores on shards is not the score, since |w · ∂L/∂w| is not linear"
+        )
+        weights = [weight for _, weight in data]
+        require_same("the weights of the validation batches", weights, advice, group)
+        # Processors of different kinds round differently, so that half of the digits must agree.
+        own_losses = on_all(losses, group)
+        first = from_first(own_losses, group)
+        equal = all(
+            math.isclose(own, other, rel_tol=1e-4, abs_tol=1e-6)
+            for own, other in zip(own_losses, first, strict=True)
+        )
+        alike = all(gathered(equal, group))
+        if not alike:
+            raise RuntimeError(f"the validation batches differ between processes. {advice}")
 
     def _sensitivity(
         self, layers: Mapping[str, LoRALinear], data: list[WeightedBatch], cut_off: set[str]
@@ -278,6 +345,34 @@ class ShapLoRA(RankScoreAllocator):
                 "lora_B is zero: train the model first (or check that the loss depends on the "
                 "adapters)"
             )
+
+
+def shared_out(masks: Tensor, measure: Callable[[Tensor], Tensor], group: ProcessGroup) -> Tensor:
+    """measure(masks), of which every process measures a part, row by row.
+
+    A coalition and its complement are neighbours and stay together. All processes measure as many
+    pairs, some of them twice if need be, since a sharded model communicates in its passes.
+
+    Args:
+        masks: (coalitions, players), the same on all processes.
+        measure: masks → one row per mask.
+    """
+    neighbours = 1 if len(masks) == 1 else 2
+    units = torch.arange(len(masks), device="cpu").view(-1, neighbours)
+    processes = dist.get_world_size(group)
+    rounds = math.ceil(len(units) / processes)
+
+    def share_of(process: int) -> Tensor:
+        turns = torch.arange(process, rounds * processes, processes, device="cpu")
+        return units[turns % len(units)].flatten()
+
+    shares = [share_of(process) for process in range(processes)]
+    own = shares[dist.get_rank(group)]
+    parts = gathered(on_all(lambda: measure(masks[own]), group), group)
+    rows = parts[0].new_empty(len(masks), parts[0].shape[1])
+    for share, part in zip(shares, parts, strict=True):
+        rows[share] = part
+    return rows
 
 
 def _importance(w: Adapter, gradient: Adapter) -> Adapter:

@@ -13,39 +13,10 @@ from torch import Tensor
 from ..checks import require
 from ..measure import NO_BATCH
 from .estimate import Estimate
+from .running_mean import RunningMean
 
 MIN_SAMPLES = 10  # from fewer values, a standard error is itself too uncertain to stop on
 NOTHING_IDLE: Mapping[str, Tensor] = MappingProxyType({})
-
-
-class RunningMean:
-    """The weighted mean of numbers and its standard error, in one pass (Welford 1962; with weights:
-    West 1979)."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.weight = self.squared_weights = self.mean = self._deviations = 0.0
-
-    def add(self, value: float, weight: float = 1.0) -> None:
-        if weight == 0:
-            return
-        self.count += 1
-        self.weight += weight
-        self.squared_weights += weight**2
-        deviation = value - self.mean
-        # The ratio comes first: it is 1 for the first value, which is then taken over without
-        # rounding.
-        self.mean += deviation * (weight / self.weight)
-        self._deviations += weight * deviation * (value - self.mean)
-
-    @property
-    def standard_error(self) -> float:
-        """The standard error of the mean of independent values with one variance: s / √n for equal
-        weights. It is inf for fewer than two values."""
-        if self.count < 2:
-            return math.inf
-        variance = self._deviations / (self.weight - self.squared_weights / self.weight)
-        return math.sqrt(variance * self.squared_weights) / self.weight
 
 
 class DiagonalAverage:
@@ -151,6 +122,7 @@ class BatchAverage:
             over="batches",
             standard_errors=self.traces.standard_errors,
             weights=self.diagonals.weights,
+            traces=self.traces.running,
             idle=tuple(idle),
         )
 

@@ -8,6 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from .running_mean import RunningMean
+
 Over = Literal["batches", "probes"]
 
 
@@ -26,6 +28,9 @@ class Estimate(dict[str, Tensor]):
         weights: {name: the weight of all batches together (samples or tokens)}. Estimates from
             separate batches combine to their mean with these weights.
 
+        traces: {name: the trace of each sample, as a mean with its error}, from which errors of
+            several estimates combine; None where they are not known.
+
     >>> import torch
     >>> estimate = Estimate({"layer": torch.tensor([1.0, 2.0])}, samples=4, over="batches",
     ...                     standard_errors={"layer": 0.5}, weights={"layer": 32.0})
@@ -42,6 +47,7 @@ class Estimate(dict[str, Tensor]):
         standard_errors: dict[str, float],
         weights: dict[str, float],
         idle: tuple[str, ...] = (),
+        traces: Mapping[str, RunningMean] | None = None,
     ) -> None:
         super().__init__(diagonals)
         self.samples = samples
@@ -49,3 +55,4 @@ class Estimate(dict[str, Tensor]):
         self.standard_errors = standard_errors
         self.weights = weights
         self.idle = idle
+        self.traces = traces

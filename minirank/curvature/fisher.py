@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..layers.targets import Targets
 from ..measure import LossFn, batch_length
+from ..placement import is_sharded
 from .averaging import check_tolerance
 from .diagnostics import check_independent_gradients
 from .estimate import Estimate
@@ -44,7 +45,8 @@ def empirical_fisher(
     the model fits the labels perfectly. Entries are never negative.
     Variance: none on `batches`; the standard errors are over batches, as samples of more such data.
     Cost: one forward and one backward pass per batch; for one batch also three products with the
-    Hessian, to see that samples do not interact.
+    Hessian, to see that samples do not interact. (This is not checked for a model that FSDP2 has
+    sharded, which cannot be differentiated twice.)
 
     A sample is an entry of the first dimension of a layer's input, such as a sentence, whatever the
     loss is a mean over. If the loss is a mean over words, a batch of longer sentences has smaller
@@ -72,10 +74,11 @@ def empirical_fisher(
     >>> h["0"].tolist()  # gradients z · x of the samples: (3, 6) and (21, 28)
     [[225.0, 410.0]]
     """
-    layers = curvature_targets(model, targets)
+    layers = curvature_targets(model, targets, second_derivatives=False)
     check_tolerance(tolerance)
     objective = Objective(model, loss_fn, batches, layers, batch_weight)
     independence_checked = False
+    sharded = any(map(is_sharded, model.parameters()))
 
     def batch_diagonals(batch: Any) -> BatchDiagonals:
         nonlocal independence_checked
@@ -84,7 +87,7 @@ def empirical_fisher(
         shifts = all_shifts(calls)
         # The first batch in which samples could interact must show that they do not.
         several_samples = any(shift.ndim > 1 and shift.shape[0] > 1 for shift in shifts)
-        check = several_samples and not independence_checked
+        check = several_samples and not independence_checked and not sharded
         gradients = output_gradients(loss, calls, differentiable=check)
         if check:
             check_independent_gradients(in_call_order(gradients), shifts)

@@ -62,8 +62,8 @@ def curvature_targets(
     if second_derivatives and any(map(is_sharded, model.parameters())):
         raise ValueError(
             "the model is sharded (its parameters are DTensors), and FSDP2 frees weights that "
-            "second derivatives need: use gauss_newton or input_second_moment, which work there, "
-            "or measure the model before it is sharded"
+            "second derivatives need: use gauss_newton, empirical_fisher or input_second_moment, "
+            "which work there, or measure the model before it is sharded"
         )
     for name, layer in layers.items():
         reason = why_no_backward(layer)

@@ -20,16 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from ..allocators.allocation import Allocation
 from ..allocators.table import draw_table
 from ..checks import quoted_names, warn_caller
+from ..distributed import on_all
 from ..layers.lora import RANK_DIM, LoRALinear
 from ..layers.names import named_buffers, named_parameters, plain_name, with_plain_names
 from ..layers.targets import as_patterns, first_names, modules_by_name
 from ..layers.wrap import insert_layers
-from .base_fingerprint import base_fingerprint, same_base
+from ..tensor_bytes import checksum
+from .base_fingerprint import base_fingerprint, is_base_sharded, same_base
 from .other_tensors import (
     converted_values,
     copy_value,
@@ -40,7 +44,7 @@ from .other_tensors import (
     tied_names,
     trainable_parameters,
 )
-from .safetensors_file import checksum, read_safetensors, safetensors_bytes, write_files
+from .safetensors_file import read_safetensors, safetensors_bytes, write_files
 from .saved_layer import SavedLayer, find_modules, savable_layers, warn_of_losses
 
 FORMAT = 2  # of the metadata; a reader refuses a higher one. 1: minirank 0.1, without "trainable"
@@ -132,6 +136,7 @@ def save_adapter(
     *,
     allocation: Allocation | None = None,
     modules: str | Sequence[str] | None = None,
+    group: ProcessGroup | None = None,
 ) -> None:
     """Write the LoRA layers of `model`, and what trains beside them, to one safetensors file.
 
@@ -148,14 +153,18 @@ def save_adapter(
             After wrap(…, trainable=None) that can be nearly the whole model: every module without
             an adapter whose parameters nobody froze. `read_adapter` prints how much it is.
             Names or globs: these modules, whole, whether they train or not. (): the adapters alone.
+        group: the processes that hold shards of the base (FSDP2). All of them call this; they
+            gather what tells the base from another one, and the first process writes the file.
+            None: no communication.
 
     A frozen module can change too: a BatchNorm in training mode updates its buffers. Name it in
     `modules`, or keep it in evaluation mode.
 
     Warns:
         UserWarning: parameters require a gradient and are not in the file. If they trained, they
-            are lost. Or a BatchNorm (or its like) is in training mode now, has seen batches, and is
-            not in the file.
+            are lost. Or the base is sharded, and there is no `group`: the file cannot tell it from
+            another one. Or a BatchNorm (or its like) is in training mode now, has seen batches, and
+            is not in the file.
 
     Raises:
         ValueError: there is no LoRA layer, or one that is merged or not finite; the ranks are not
@@ -178,8 +187,10 @@ def save_adapter(
         others = tensors_that_train(model)
     else:
         others = tensors_of_modules(model, as_patterns(modules, "modules"))
+    if group is None:
+        _warn_of_sharded_bases(layers)
     saved = {
-        name: SavedLayer.from_layer(layer, base_fingerprint(layer.base))
+        name: SavedLayer.from_layer(layer, _fingerprint(layer.base, group))
         for name, layer in layers.items()
     }
     for name, layer in saved.items():
@@ -208,7 +219,27 @@ def save_adapter(
         }
     )
     metadata = {"minirank": record, "checksum": checksum(tensors, record)}
-    write_files({Path(path): safetensors_bytes(tensors, metadata)})
+    content = safetensors_bytes(tensors, metadata)
+    if group is None:
+        write_files({Path(path): content})
+    else:
+        writes = dist.get_rank(group) == 0
+        on_all(lambda: write_files({Path(path): content} if writes else {}), group)
+
+
+def _fingerprint(base: nn.Module, group: ProcessGroup | None) -> dict[str, dict[str, Any]] | None:
+    """None for a sharded base that may not be gathered."""
+    return None if group is None and is_base_sharded(base) else base_fingerprint(base)
+
+
+def _warn_of_sharded_bases(layers: Mapping[str, LoRALinear]) -> None:
+    sharded = [name for name, layer in layers.items() if is_base_sharded(layer.base)]
+    if sharded:
+        warn_caller(
+            f"the base of {quoted_names(sharded)} is sharded over processes, and is not gathered "
+            "without being asked to: load_adapter will not notice another base. Call save_adapter "
+            "on all processes with group= to have the file know it"
+        )
 
 
 def _warn_of_moving_statistics(model: nn.Module, others: Mapping[str, Tensor]) -> None:
@@ -261,6 +292,7 @@ def load_adapter(
     *,
     other_base: bool = False,
     trainable: str | Sequence[str] | AsSaved | None = AS_SAVED,
+    group: ProcessGroup | None = None,
 ) -> dict[str, LoRALinear]:
     """Wrap the plain `model` with the layers of a file that `save_adapter` wrote.
 
@@ -278,6 +310,9 @@ def load_adapter(
             names or globs of modules; () for the adapters alone; None to leave all other
             `requires_grad` as they are. The adapters themselves train, even if they were frozen
             when saved; and unless it is None, those of earlier calls too.
+        group: the processes that hold shards of the base (FSDP2). All of them call this, and gather
+            the base to compare it. None: no communication; then a sharded base needs
+            other_base=True, unless the file knows none.
 
     Returns: the layers by name.
 
@@ -303,10 +338,11 @@ def load_adapter(
     >>> [name for name, parameter in again.named_parameters() if parameter.requires_grad]
     ['0.lora_A', '0.lora_B', '1.weight', '1.bias']
     """
-    adapter = _with_names_of(model, read_adapter(path))
+    read = read_adapter(path) if group is None else on_all(lambda: read_adapter(path), group)
+    adapter = _with_names_of(model, read)
     names = find_modules(model, {name: layer.shape for name, layer in adapter.layers.items()})
     if not other_base:
-        _check_base(model, adapter.layers)
+        _check_base(model, adapter.layers, group)
     values = converted_values(model, adapter.other_tensors, adapter.tied)
     saved_trainable = adapter.other_tensors if adapter.trainable is None else adapter.trainable
     parameters = (
@@ -349,11 +385,21 @@ def _with_names_of(model: nn.Module, adapter: SavedAdapter) -> SavedAdapter:
     )
 
 
-def _check_base(model: nn.Module, layers: Mapping[str, SavedLayer]) -> None:
+def _check_base(
+    model: nn.Module, layers: Mapping[str, SavedLayer], group: ProcessGroup | None
+) -> None:
     modules = modules_by_name(model)
+    known = {name: layer for name, layer in layers.items() if layer.base_fingerprint is not None}
+    sharded = [name for name in known if is_base_sharded(modules[name])]
+    if sharded and group is None:
+        raise ValueError(
+            f"the base of {quoted_names(sharded)} is sharded over processes, and cannot be "
+            "compared with the one that the adapter was trained beside: call load_adapter on all "
+            "processes with group=, or pass other_base=True"
+        )
     changed = [
         name
-        for name, layer in layers.items()
+        for name, layer in known.items()
         if layer.base_fingerprint is not None
         and not same_base(modules[name], layer.base_fingerprint)
     ]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..layers.linear import is_packed
 from ..packed import dequantizes_itself, left_as_they_are, require_not_repacked
-from .safetensors_file import checksum
+from ..placement import is_sharded
+from ..tensor_bytes import checksum
 
 SAMPLES = 16  # entries of each tensor, for comparison across types
 
@@ -20,6 +21,7 @@ def base_fingerprint(module: nn.Module) -> dict[str, dict[str, Any]]:
 
     {name of a parameter or buffer: {"dtype", "sha256" of its entries, 16 of the "entries"}}. A
     packed module counts by what its state_dict holds: packed data, scales, and what else it needs.
+    A sharded module (FSDP2) is gathered, so that all processes have to call this.
     """
     return {
         name: {
@@ -50,7 +52,23 @@ def _all_tensors(module: nn.Module) -> dict[str, Tensor]:
         with left_as_they_are([module]):  # bitsandbytes changes a layer that it saves
             state = module.state_dict()
         return plain_tensors({key: v for key, v in state.items() if isinstance(v, Tensor)})
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: _gathered(tensor) for name, tensor in tensors.items()}
+
+
+def _gathered(tensor: Any) -> Tensor:
+    """The whole of a DTensor; any other tensor as it is."""
+    whole: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return whole
+
+
+def is_base_sharded(module: nn.Module) -> bool:
+    """Whether processes hold the module in parts.
+
+    >>> is_base_sharded(nn.Linear(2, 2))
+    False
+    """
+    return any(map(is_sharded, module.parameters()))
 
 
 def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from ..layers.lora import LoRALinear
 from ..layers.names import each_once, joined, named_buffers, named_parameters
 from ..layers.targets import matching_modules, modules_by_name
 from ..layers.wrap import can_train
-from .safetensors_file import tensor_bytes
+from ..tensor_bytes import tensor_bytes
 
 # ---- from the model -----------------------------------------------------------------------------
 

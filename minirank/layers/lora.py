@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..checks import as_generator, is_integer, require
 from ..packed import call_as_it_is, why_no_backward
+from .data_parallel import require_averaged
 from .linear import is_transposed, linear_shape, weight_place
 from .merge import Mergeable
 from .pretrained import calling_save_pretrained, untied, warn_that_from_pretrained_cannot_read_it
@@ -240,6 +241,8 @@ class LoRALinear(Mergeable):
         y: Tensor = call_as_it_is(self.base, x)
         if self.rank == 0 or self.merged or not self.enabled:
             return y
+        if self.training and not torch.compiler.is_compiling():
+            require_averaged(self.lora_A)
         if x.dtype != self.lora_A.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.dtype)
         if self.dropout:

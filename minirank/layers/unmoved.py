@@ -76,7 +76,8 @@ def _begin(optimizer: Optimizer) -> None:
         if id(up) in held:
             _observed[optimizer] = None
             return
-        if any(id(weight) in held for weight in layer.base.parameters()):  # type: ignore[union-attr]
+        weights = dict(layer.named_parameters()).values()
+        if any(id(weight) in held for weight in weights):
             _observed[optimizer] = Observed(weakref.ref(layer), up.detach().clone(), 1)
             return
 

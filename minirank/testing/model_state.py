@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..files.safetensors_file import tensor_bytes
+from ..tensor_bytes import tensor_bytes
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..files.safetensors_file import tensor_bytes
+from ..tensor_bytes import tensor_bytes
 from .comparison import Bits, differences
 
 

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minirank.curvature import Estimate
-from minirank.curvature.averaging import MIN_SAMPLES, BatchAverage, RunningMean, TraceAverage
+from minirank.curvature.averaging import MIN_SAMPLES, BatchAverage, TraceAverage
+from minirank.curvature.running_mean import RunningMean
 
 values = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=30)
 

@@ -38,7 +38,8 @@ from minirank import (
     unwrap,
     wrap,
 )
-from minirank.files.safetensors_file import checksum, read_safetensors, safetensors_bytes
+from minirank.files.safetensors_file import read_safetensors, safetensors_bytes
+from minirank.tensor_bytes import checksum
 
 ATTRIBUTES = ("alpha", "reference_rank", "scaling", "initial_gate", "dropout", "enabled", "rank")
 

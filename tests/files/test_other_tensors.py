@@ -20,7 +20,8 @@ from helpers.models import (
 from torch import nn
 
 from minirank import load_adapter, lora_layers, read_adapter, save_adapter, wrap
-from minirank.files.safetensors_file import checksum, read_safetensors, safetensors_bytes
+from minirank.files.safetensors_file import read_safetensors, safetensors_bytes
+from minirank.tensor_bytes import checksum
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from helpers.models import same_bits
 
 from minirank.files.safetensors_file import (
     DTYPES,
-    checksum,
     read_safetensors,
     safetensors_bytes,
     write_files,
 )
+from minirank.tensor_bytes import checksum
 
 
 def tensors_of_every_type():

@@ -1,0 +1,33 @@
+"""Does DistributedDataParallel average the gradients of a layer that runs inside it?
+
+DDP takes down its parameters when it is made. A layer that got others since then, by `wrap`,
+`resize` or an update of L1RA, trains on each process by itself, and torch says nothing.
+"""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+# {DDP: (its list of parameters, their ids)}. A list that is still the same has the same ids.
+_known_ids: WeakKeyDictionary[nn.Module, tuple[list[nn.Parameter], set[int]]] = WeakKeyDictionary()
+
+
+def require_averaged(parameter: nn.Parameter) -> None:
+    """Raise RuntimeError if a DDP is running the model now, and does not know this parameter."""
+    ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    listed = getattr(ddp, "_module_parameters", None)
+    if ddp is None or listed is None or ddp.parameters_to_ignore:  # the user averages some alone
+        return
+    known = _known_ids.get(ddp)
+    if known is None or known[0] is not listed:
+        known = listed, {id(known_parameter) for known_parameter in listed}
+        _known_ids[ddp] = known
+    if id(parameter) not in known[1]:
+        raise RuntimeError(
+            "this DistributedDataParallel was made before a layer got its present ranks (by "
+            "wrap, resize or an update of L1RA), and would not average their gradients: call "
+            "minirank.distributed.refresh(ddp) after the change, or make DDP after it"
+        )
