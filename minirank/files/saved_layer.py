@@ -123,6 +123,7 @@ def savable_layers(model: nn.Module) -> dict[str, LoRALinear]:
     require_unsharded(model)
     layers = lora_layers(model)
     if not layers:
+        refuse_peft(model)
         raise ValueError("the model has no LoRA layer to save: wrap() puts them in")
     if model in layers.values():
         raise ValueError(
