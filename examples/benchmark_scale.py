@@ -1,6 +1,6 @@
 """What several processes cost: measured here on a small model, computed from shapes for large ones.
 
-    python examples/benchmark_scale.py
+    python examples/benchmark_scale.py | tee examples/results/scale.txt
 
 1. Measured: the bytes that each process hands to collectives, and seconds, at 1, 2 and 3 processes
    of one thread (gloo, on this machine). With fewer cores than processes the seconds say little.
@@ -148,6 +148,13 @@ def measure(rank: int, count: int, port: int, path: str) -> None:
     timed("update of L1RA", l1ra.step, repeats=1)
     timed("refresh", lambda: refresh(ddp))
     timed("DDP made anew", lambda: nn.parallel.DistributedDataParallel(model))
+
+    # Fixed capacity: every layer keeps twice its ranks, the dead ones with gate = 0 and B = 0. Then
+    # no update replaces a parameter, but dead ranks are computed and sent too.
+    wide = small_model()
+    wrap(wide, dict.fromkeys(linear_targets(wide), 2 * RANK), gate=1.0)
+    timed("backward, capacity 2 r", lambda: backward(wide))
+    timed("sync, capacity 2 r", lambda: sync_gradients(wide))
     if rank == 0:
         torch.save(results, path)
     dist.destroy_process_group()
@@ -209,7 +216,10 @@ def llama_shapes(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int) 
 
 def print_computed(sizes: Sequence[str]) -> None:
     shapes = {size: llama_shapes(*LLAMAS[size]) for size in sizes}
-    print("\nComputed: bytes of one process, float32, rank 16 for each layer, 90 coalitions")
+    parameters = {size: sum(a * b for a, b in shapes[size]) for size in sizes}
+    counts = ", ".join(f"{size}: {count / 1e9:.2f} billion" for size, count in parameters.items())
+    print(f"\nThe linear layers of the blocks hold {counts} weights")
+    print("Computed: bytes of one process, float32, rank 16 for each layer, 90 coalitions")
     print(f"{'':<24}" + "".join(f"{size:>12}" for size in sizes) + "   formula")
     for name, formula in FORMULAS.items():
         cells = "".join(f"{readable(payload(name, shapes[size], 16)):>12}" for size in sizes)

@@ -15,6 +15,7 @@ part of each batch.
 """
 
 import argparse
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -93,7 +94,7 @@ for step, batch in zip(range(STEPS), training_batches(), strict=False):
 # 4. All agree, so that one file is enough.
 check_same(model)
 say(f"all {count} processes have the same {l1ra.history.updates[-1].total_rank} ranks, bit for bit")
-folder = from_first(tempfile.mkdtemp())
+folder = from_first(tempfile.mkdtemp() if rank == 0 else "")
 path = Path(folder, "adapter.safetensors")
 if rank == 0:
     save_adapter(model, path)
@@ -103,4 +104,7 @@ load_adapter(again, path)
 check_same(again)
 scores = tagging.evaluate(again, tagging.spread(data.test, SENTENCES // 4)[rank::count])
 say(f"loaded from {path.name} on all: {scores['accuracy']:.1f} % of process 0's test words right")
+dist.barrier()
+if rank == 0:
+    shutil.rmtree(folder)
 dist.destroy_process_group()

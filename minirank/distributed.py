@@ -114,6 +114,11 @@ def pooled(
     process with all batches, and equal on all processes. With `groups=`, group i is measured by all
     processes together; each must have the same number of batches.
 
+    Matrix diagonals are as large as the model's matrices, on every process. If that is too much,
+    take `input_second_moment`, or score slices of the targets one after the other and keep the
+    three metrics of Eqs 8–10: `matrix_metrics(diagonals.values())` of each slice, joined by
+    torch.cat(…, 1), and `sensitivity_metrics` of all (minirank.allocators.sensitivity).
+
     Args:
         curvature: an estimator of `minirank.curvature`, with functools.partial for its options, or
             your own. Estimators with random vectors need a generator of another seed on every

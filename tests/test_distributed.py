@@ -8,7 +8,7 @@ from helpers import distributed_cases as cases
 from helpers.processes import Failed, Processes
 
 from minirank import SensitivityLoRA, ShapLoRA, import_peft, load_adapter
-from minirank.curvature import input_second_moment
+from minirank.curvature import empirical_fisher, input_second_moment
 from minirank.distributed import pooled
 
 
@@ -124,6 +124,18 @@ def test_gradients_that_some_processes_lack(three):
     assert none is None
 
 
+def test_the_scores_of_slices_of_the_targets_are_those_of_all(two):
+    """As the docstring of `pooled` says for diagonals that are too large to hold together."""
+    batches = cases.batches_of(UNEQUAL)
+    allocator = SensitivityLoRA(
+        cases.small_model(), cases.cross_entropy, batches, curvature=empirical_fisher
+    )
+    theta = same_on_all(two(cases.theta_by_slices, batches))
+    torch.testing.assert_close(
+        theta, torch.stack(list(allocator.score().values())), rtol=1e-12, atol=0
+    )
+
+
 # ---- what must not be silent --------------------------------------------------------------------
 
 
@@ -211,6 +223,15 @@ def test_a_sharded_model_is_scored_like_a_whole_one(two, name):
     pooled_diagonals = same_on_all(two(cases.sharded_estimate, name, batches))[0]
     for layer, diagonal in diagonals.items():
         torch.testing.assert_close(pooled_diagonals[layer], diagonal, rtol=1e-12, atol=0)
+
+
+def test_a_packed_and_sharded_model_is_scored_by_its_inputs(two):
+    batches = cases.batches_of([4, 7, 2, 5])
+    moments = cases.packed_moments(batches)
+    pooled_moments = same_on_all(two(cases.sharded_packed_moments, batches))
+    assert list(pooled_moments) == ["0", "2", "4"]
+    for layer, moment in moments.items():
+        torch.testing.assert_close(pooled_moments[layer], moment, rtol=1e-6, atol=0)
 
 
 def test_adapters_beside_a_sharded_base_train_move_and_are_saved(two, tmp_path):

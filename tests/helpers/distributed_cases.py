@@ -7,6 +7,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
+from helpers.packed import Int8Linear
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,12 +18,14 @@ from minirank import (
     SensitivityLoRA,
     ShapLoRA,
     export_peft,
+    linear_targets,
     load_adapter,
     lora_layers,
     merge,
     save_adapter,
     wrap,
 )
+from minirank.allocators.sensitivity import matrix_metrics, sensitivity_metrics
 from minirank.curvature import (
     empirical_fisher,
     exact_hessian_diagonal,
@@ -129,6 +132,15 @@ def _sure_ranks(allocator):
         (stability.max_moved, dict(stability.intervals), stability.same, stability.groups),
         (settled.max_moved, settled.batches, dict(settled.allocation.ranks)),
     )
+
+
+def theta_by_slices(batches):
+    """One layer's diagonal at a time: only its three metrics are kept."""
+    curvature, metrics = pooled(empirical_fisher), []
+    for name in linear_targets(model := small_model()):
+        diagonal = curvature(model, cross_entropy, shard(batches), [name])
+        metrics.append(matrix_metrics(diagonal.values()))
+    return sensitivity_metrics(torch.cat(metrics, 1)).theta
 
 
 # ---- ShapLoRA -----------------------------------------------------------------------------------
@@ -348,6 +360,27 @@ def sharded_model():
 
 def sharded_estimate(name, batches):
     return _described(pooled(DETERMINISTIC[name])(sharded_model(), cross_entropy, shard(batches)))
+
+
+def packed_model():
+    """Two int8 layers around a plain one. Their biases stay plain."""
+    model = small_model()
+    model[0], model[4] = Int8Linear(model[0]), Int8Linear(model[4])
+    return model
+
+
+def packed_moments(batches):
+    return dict(input_second_moment(packed_model(), cross_entropy, batches))
+
+
+def sharded_packed_moments(batches):
+    model = packed_model()
+    model.requires_grad_(False)  # integers have no gradient, and FSDP2 averages none then
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in (model[0], model[2], model[4]):
+        fully_shard(layer, mesh=mesh)
+    assert type(model[0].weight).__name__ == "DTensor"
+    return dict(pooled(input_second_moment)(model, cross_entropy, shard(batches)))
 
 
 def train_with_fsdp2(folder):
