@@ -161,7 +161,7 @@ def fully_sharded(model):
 @every_estimator
 def test_scores_of_fsdp2_are_right_or_refused(name):
     model = fully_sharded(plain())
-    if name in ("proxy", "Gauss-Newton", "Gauss-Newton, sampled"):
+    if name in ("proxy", "Gauss-Newton", "Gauss-Newton, sampled", "empirical Fisher"):
         assert_same_estimates(name, model)
     else:
         with pytest.raises(ValueError, match="FSDP2 frees weights that second derivatives need"):

@@ -51,7 +51,7 @@ def _observe(optimizer: Optimizer, args: object, kwargs: object) -> None:
     observed = _observed[optimizer]
     layer = None if observed is None else observed.layer()
     up = None if layer is None else _moving_part(layer)
-    if observed is None or up is None:
+    if observed is None or up is None or up.grad is None or not up.grad.any():
         return
     if not torch.equal(up.detach(), observed.value):
         _observed[optimizer] = None  # another optimizer trains it

@@ -75,6 +75,17 @@ def test_two_optimizers_of_which_the_later_trains_the_adapters_say_nothing():
     train(model, [early, sgd(model, trained=True)])
 
 
+def test_gradients_of_zero_move_nothing_and_say_nothing():
+    model = small_model()
+    early = sgd(model)
+    wrap(model, {"0": 2})
+    late = sgd(model, trained=True)
+    for _ in range(6):
+        (0.0 * model(torch.ones(1, 6)).sum()).backward()
+        early.step()
+        late.step()
+
+
 def test_a_group_added_after_wrap_is_enough():
     model = small_model()
     optimizer = sgd(model)
