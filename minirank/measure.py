@@ -72,14 +72,16 @@ def _not_compiled() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def called_without_gradient(modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
-    """Collect, inside the block, the names of the modules that are called while gradients are
-    off."""
+def called(
+    modules: Mapping[str, nn.Module], *, without_gradient: bool = False
+) -> Iterator[set[str]]:
+    """Collect, inside the block, the names of the modules that are called; or of those alone that
+    are called while gradients are off."""
     names: set[str] = set()
 
     def hook_of(name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            if not torch.is_grad_enabled():
+            if not (without_gradient and torch.is_grad_enabled()):
                 names.add(name)
 
         return hook

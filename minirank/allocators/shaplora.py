@@ -65,7 +65,7 @@ from ..layers.lora import LoRALinear
 from ..measure import (
     LossFn,
     batch_length,
-    called_without_gradient,
+    called,
     finite_loss,
     measuring,
     repeatable,
@@ -252,7 +252,7 @@ class ShapLoRA(RankScoreAllocator):
             measuring(self.model),
             torch.inference_mode(False),
             gradients_for_adapters_only(self.model, layers),
-            called_without_gradient(layers) as cut_off,
+            called(layers, without_gradient=True) as cut_off,
         ):
             batches = repeatable(self.model, loss_fn, self.batches)
             if self.group is None:

@@ -12,7 +12,7 @@ Estimators record the calls of a layer. A layer without any recorded input is on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import quoted_names, warn_caller
-from ..measure import LossFn, scalar_loss
+from ..measure import LossFn, called, scalar_loss
 
 
 class IdleLayerWarning(UserWarning):
@@ -95,9 +95,9 @@ def read_without_call(
     ['read']
     """
     with _restored_buffers(model):
-        with _called(layers) as called:
+        with called(layers) as reached:
             loss = scalar_loss(model, loss_fn, batch).detach()
-        silent = {name: layer for name, layer in layers.items() if name not in called}
+        silent = {name: layer for name, layer in layers.items() if name not in reached}
 
         def depends_on(some: Mapping[str, nn.Module]) -> bool:
             with _nan_inside(some.values()):
@@ -115,22 +115,6 @@ def _same_loss(model: nn.Module, loss_fn: LossFn, batch: Any, loss: Tensor) -> b
     except Exception:  # user code, of any kind, that does not stand NaN
         return False
     return torch.allclose(other, loss, rtol=torch.finfo(loss.dtype).eps ** 0.5)  # NaN: False
-
-
-@contextmanager
-def _called(layers: Mapping[str, nn.Module]) -> Iterator[set[str]]:
-    """Collect, inside the block, the names of the layers that are called."""
-    names: set[str] = set()
-
-    def hook_of(name: str) -> Callable[..., None]:
-        return lambda *_: names.add(name)
-
-    handles = [layer.register_forward_pre_hook(hook_of(name)) for name, layer in layers.items()]
-    try:
-        yield names
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -233,16 +233,20 @@ def train_alone():
     return result_of(model, l1ra)
 
 
+def train_on_own_parts(model, optimizer, l1ra, average=sync_gradients):
+    for batch in training_batches():
+        cross_entropy(model, own_part(batch)).backward()
+        average(model)
+        optimizer.step()
+        l1ra.step()
+        optimizer.zero_grad()
+
+
 def train_with_sync_gradients():
     model = gated_model()
     optimizer = torch.optim.AdamW(trained_parameters(model), lr=1e-2)
     l1ra = L1RA(model, optimizer, **OPTIONS, group=dist.group.WORLD)
-    for batch in training_batches():
-        cross_entropy(model, own_part(batch)).backward()
-        sync_gradients(model)
-        optimizer.step()
-        l1ra.step()
-        optimizer.zero_grad()
+    train_on_own_parts(model, optimizer, l1ra)
     return result_of(model, l1ra)
 
 
@@ -272,23 +276,14 @@ def train_on_own_rows():
     model = gated_model()
     optimizer = torch.optim.AdamW(trained_parameters(model), lr=1e-2)
     l1ra = L1RA(model, optimizer, **OPTIONS, group=dist.group.WORLD, generator=dist.get_rank())
-    for batch in training_batches():
-        cross_entropy(model, own_part(batch)).backward()
-        sync_gradients(model)
-        optimizer.step()
-        l1ra.step()
-        optimizer.zero_grad()
+    train_on_own_parts(model, optimizer, l1ra)
 
 
 def train_without_averages():
     model = gated_model()
     optimizer = torch.optim.AdamW(trained_parameters(model), lr=1e-2)
     l1ra = L1RA(model, optimizer, **OPTIONS, group=dist.group.WORLD)
-    for batch in training_batches():
-        cross_entropy(model, own_part(batch)).backward()
-        optimizer.step()
-        l1ra.step()
-        optimizer.zero_grad()
+    train_on_own_parts(model, optimizer, l1ra, average=lambda model: None)
 
 
 def gradients_on_some():
@@ -389,12 +384,7 @@ def train_with_fsdp2(folder):
     wrap(model, {"0": 3, "2": 3, "4": 2}, gate=1.0)
     optimizer = torch.optim.AdamW(trained_parameters(model), lr=1e-2)
     l1ra = L1RA(model, optimizer, **OPTIONS, group=dist.group.WORLD)
-    for batch in training_batches():
-        cross_entropy(model, own_part(batch)).backward()
-        sync_gradients(model)
-        optimizer.step()
-        l1ra.step()
-        optimizer.zero_grad()
+    train_on_own_parts(model, optimizer, l1ra)
     path = f"{folder}/adapter.safetensors"
     save_adapter(model, path, group=dist.group.WORLD)
     again = sharded_model()
