@@ -54,7 +54,9 @@ def train(accelerator, model, optimizer, scheduler, l1ra, steps):
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            l1ra.step()  # does nothing while gradients accumulate
+            # Does nothing while gradients accumulate. On several processes `model` is a DDP, and
+            # this line reads: if l1ra.step(): minirank.distributed.refresh(model)
+            l1ra.step()
             scheduler.step()
             optimizer.zero_grad()
 

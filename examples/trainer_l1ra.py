@@ -7,7 +7,8 @@ Copy `L1RATrainer` and `MoveRanks`. The model is a small BERT with random weight
 downloaded; yours comes from from_pretrained. It learns to tag each word by its number modulo 5.
 The first training runs to its end. The second one starts from a checkpoint of the first in new
 objects, as a new process would, and ends at the same weights. `load_best_model_at_end=True` works
-too: loading a checkpoint brings its ranks.
+too: loading a checkpoint brings its ranks. On several processes, give TrainingArguments
+`ddp_find_unused_parameters=False` too.
 """
 
 import copy
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     BertConfig,
     BertForTokenClassification,
@@ -27,6 +29,7 @@ from transformers import (
 )
 
 from minirank import L1RA, merge, unwrap, wrap
+from minirank.distributed import refresh
 
 
 class MoveRanks(TrainerCallback):
@@ -34,12 +37,18 @@ class MoveRanks(TrainerCallback):
 
     l1ra = None  # `create_optimizer` below makes it
 
+    def __init__(self, trainer):
+        self.trainer = trainer
+
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:  # a training that goes on: everything else has been loaded by now
             self.l1ra.load_state_dict(torch.load(self.path(args, state)))
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.l1ra.step()  # shrinks the gates; at every interval it also moves ranks
+        update = self.l1ra.step()  # shrinks the gates; at every interval it also moves ranks
+        # Under torchrun, Trainer trains a DistributedDataParallel, which has to hear of new ranks.
+        if update and isinstance(self.trainer.model_wrapped, DistributedDataParallel):
+            refresh(self.trainer.model_wrapped)
 
     def on_save(self, args, state, control, **kwargs):
         torch.save(self.l1ra.state_dict(), self.path(args, state))
@@ -51,7 +60,7 @@ class MoveRanks(TrainerCallback):
 class L1RATrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.move_ranks = MoveRanks()
+        self.move_ranks = MoveRanks(self)
         self.add_callback(self.move_ranks)
 
     def create_optimizer(self, *args, **kwargs):

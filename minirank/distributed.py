@@ -12,6 +12,13 @@ a `group` or a `pooled` curvature.
     does every process have the same model?    check_same(model); L1RA(…, group=dist.group.WORLD)
     one allocation for all                     from_first(allocation)
 
+Recipes. DDP: make it after `wrap`, without find_unused_parameters, and with init_sync=False if all
+processes have loaded the same base. A DDP that does not know a layer's present parameters is
+refused at the next forward pass. FSDP2: fully_shard(model, …) first, then wrap(model, …), so that
+whole adapters lie beside a sharded base; then `sync_gradients`, and `group=` for save_adapter and
+load_adapter. Accelerate's loaders repeat samples by default, which a mean counts twice:
+even_batches=False.
+
 A LoRA model hardly needs DDP: its base is frozen, and `sync_gradients` sends what DDP would send.
 L1RA needs no communication of its own, since equal gradients give equal gates, equal ranks and
 equal fresh rows.
