@@ -281,7 +281,7 @@ class _Kept:
 
 def call_as_it_is(module: nn.Module, x: Tensor) -> Any:
     """module(x), which does not repack a 4-bit layer of bitsandbytes for inference on the CPU."""
-    if not vars(module).get(REPACKS, False):
+    if not getattr(module, REPACKS, False):
         return module(x)
     setattr(module, REPACKS, False)
     try:

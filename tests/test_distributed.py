@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed.fsdp
 from helpers import distributed_cases as cases
 from helpers.processes import Failed, Processes
 
 from minirank import SensitivityLoRA, ShapLoRA, import_peft, load_adapter
 from minirank.curvature import empirical_fisher, input_second_moment
-from minirank.distributed import pooled
+from minirank.distributed import TESTED_DDP, pooled
+
+needs_fsdp2 = pytest.mark.skipif(
+    not hasattr(torch.distributed.fsdp, "fully_shard"), reason="from torch 2.6"
+)
+needs_refresh = pytest.mark.skipif(
+    not torch.__version__.startswith(TESTED_DDP), reason="refresh() refuses other versions of torch"
+)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +104,13 @@ def test_shapley_scores_are_those_of_one_process_bit_for_bit(two, three, coaliti
         assert bits(shared) == bits(expected)
 
 
-@pytest.mark.parametrize("train", [cases.train_with_sync_gradients, cases.train_with_ddp])
+@pytest.mark.parametrize(
+    "train",
+    [
+        cases.train_with_sync_gradients,
+        pytest.param(cases.train_with_ddp, marks=needs_refresh),
+    ],
+)
 def test_l1ra_trains_as_on_one_process(two, train):
     ranks, parameters, given = cases.train_alone()
     assert any(given), "no rank moves in this training, which would show nothing"
@@ -106,6 +120,7 @@ def test_l1ra_trains_as_on_one_process(two, train):
         torch.testing.assert_close(other_parameters[name], parameter, rtol=0, atol=1e-9)
 
 
+@needs_refresh
 @pytest.mark.parametrize("train", ["train_with_trainer", "train_with_accelerate"])
 def test_l1ra_trains_in_other_peoples_loops_as_on_one_process(two, train):
     trainers = pytest.importorskip("helpers.distributed_trainers")
@@ -216,6 +231,7 @@ def test_a_loader_of_shards_is_noticed_where_nothing_combines_them():
 # ---- FSDP2 --------------------------------------------------------------------------------------
 
 
+@needs_fsdp2
 @pytest.mark.parametrize("name", ["input_second_moment", "gauss_newton", "empirical_fisher"])
 def test_a_sharded_model_is_scored_like_a_whole_one(two, name):
     batches = cases.batches_of([4, 7, 2, 5])  # as many for both: each pass gathers the shards
@@ -225,6 +241,7 @@ def test_a_sharded_model_is_scored_like_a_whole_one(two, name):
         torch.testing.assert_close(pooled_diagonals[layer], diagonal, rtol=1e-12, atol=0)
 
 
+@needs_fsdp2
 def test_a_packed_and_sharded_model_is_scored_by_its_inputs(two):
     batches = cases.batches_of([4, 7, 2, 5])
     moments = cases.packed_moments(batches)
@@ -234,6 +251,7 @@ def test_a_packed_and_sharded_model_is_scored_by_its_inputs(two):
         torch.testing.assert_close(pooled_moments[layer], moment, rtol=1e-6, atol=0)
 
 
+@needs_fsdp2
 def test_adapters_beside_a_sharded_base_train_move_and_are_saved(two, tmp_path):
     ranks, parameters, given = cases.train_alone()
     result, outputs, refusals = same_on_all(two(cases.train_with_fsdp2, str(tmp_path)))
@@ -260,11 +278,13 @@ def test_adapters_beside_a_sharded_base_train_move_and_are_saved(two, tmp_path):
     torch.testing.assert_close(imported(x), outputs[0], rtol=1e-5, atol=1e-5)
 
 
+@needs_fsdp2
 def test_another_sharded_base_is_refused_on_all(two, tmp_path):
     for message in messages(two(cases.another_base, str(tmp_path))):
         assert "not the base weights that the adapter was trained beside" in message
 
 
+@needs_fsdp2
 def test_shapley_scores_beside_a_sharded_base(two):
     batches = cases.batches_of([4, 6])
     expected = cases.shapley_scores(batches, 18)[0]

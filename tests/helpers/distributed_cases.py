@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from helpers.packed import Int8Linear
 from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from minirank import (
@@ -348,8 +348,8 @@ def sharded_model():
     model = small_model()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in (model[0], model[2], model[4]):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fsdp.fully_shard(layer, mesh=mesh)
+    fsdp.fully_shard(model, mesh=mesh)
     return model
 
 
@@ -373,7 +373,7 @@ def sharded_packed_moments(batches):
     model.requires_grad_(False)  # integers have no gradient, and FSDP2 averages none then
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in (model[0], model[2], model[4]):
-        fully_shard(layer, mesh=mesh)
+        fsdp.fully_shard(layer, mesh=mesh)
     assert type(model[0].weight).__name__ == "DTensor"
     return dict(pooled(input_second_moment)(model, cross_entropy, shard(batches)))
 
@@ -426,7 +426,7 @@ def another_base(folder):
     other = small_model()
     other[0].weight.data.add_(1.0)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    fully_shard(other[0], mesh=mesh)
+    fsdp.fully_shard(other[0], mesh=mesh)
     load_adapter(other, path, group=dist.group.WORLD)
 
 

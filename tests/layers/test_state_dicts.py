@@ -66,7 +66,9 @@ def test_a_state_brings_its_ranks(gate, strict, assign, swap):
     file.seek(0)
     torch.__future__.set_swap_module_params_on_conversion(swap)
     try:
-        result = model.load_state_dict(torch.load(file), strict=strict, assign=assign)
+        result = model.load_state_dict(
+            torch.load(file, weights_only=True), strict=strict, assign=assign
+        )
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     assert not result.missing_keys
