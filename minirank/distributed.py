@@ -29,12 +29,15 @@ or that waits elsewhere, is noticed when the group's timeout ends.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -46,10 +49,11 @@ from .curvature.estimate import Estimate
 from .curvature.unreached import IdleLayerWarning, warn_of_idle_layers
 from .layers.targets import Targets
 from .measure import LossFn
-from .placement import is_sharded
+from .placement import is_distributed, is_sharded
 from .tensor_bytes import checksum
 
 Value = TypeVar("Value")
+DISPATCHER = "DataLoaderDispatcher"  # of accelerate: process 0 reads, all get a part
 TESTED_DDP = ("2.13.",)  # `refresh` uses DDP's insides: the versions of torch that tests ran on
 
 
@@ -133,8 +137,9 @@ def pooled(
 
     Raises, on all processes:
         RuntimeError: another process raised an error, or has other targets, shapes or types; two
-            processes draw from generators in the same state; with `groups=`, unequal numbers of
-            batches.
+            processes draw from generators in the same state; with `groups=` or a sharded model,
+            unequal numbers of batches.
+        ValueError: `tolerance=` with a sharded model.
 
     >>> from minirank import SensitivityLoRA
     >>> from minirank.curvature import gauss_newton
@@ -146,9 +151,14 @@ def pooled(
 def number_of_shards(batches: object) -> int:
     """Over how many processes a loader spreads its data; 1 for anything else.
 
-    Known are torch's DistributedSampler and accelerate's BatchSamplerShard.
+    Known are torch's DistributedSampler, and what accelerate makes of loaders.
     """
-    samplers = getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)
+    batch_sampler = getattr(batches, "batch_sampler", None)
+    samplers = (
+        *(getattr(batches, name, None) for name in ("sampler", "dataset")),
+        *(batch_sampler, getattr(batch_sampler, "sampler", None)),
+        getattr(batches, "state", None) if type(batches).__name__ == DISPATCHER else None,
+    )
     counts = [
         getattr(sampler, attribute, 1)
         for sampler in samplers
@@ -171,7 +181,8 @@ class Pooled:
     ) -> Estimate:
         self._require_unlike_generators()
         own = on_all(lambda: self._measured(model, loss_fn, batches, targets), self.group)
-        layers = {name: (tuple(own[name].shape), str(own[name].dtype)) for name in sorted(own)}
+        # In the model's order, in which equal scores are rounded.
+        layers = [(name, tuple(h.shape), str(h.dtype)) for name, h in own.items()]
         require_same("what was measured", (own.over, layers), "Give all one model.", self.group)
         shares = gathered(_without_diagonals(own), self.group)
         weights = {name: sum(share.weights[name] for share in shares) for name in own}
@@ -196,7 +207,13 @@ class Pooled:
         self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], targets: Targets
     ) -> Estimate:
         """The curvature of this process's batches. What is no Estimate weighs as many batches."""
-        counted = _Counted(batches)
+        in_step = is_distributed(model)
+        if in_step and "tolerance" in getattr(self.curvature, "keywords", {}):
+            raise ValueError(
+                "the model is sharded over processes, which have to take as many batches, and with "
+                "tolerance= each of them would stop by itself: leave it out"
+            )
+        counted = _Counted(batches, self._require_another if in_step else None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", IdleLayerWarning)  # _idle_on_all() asks all processes
             diagonals = self.curvature(model, loss_fn, counted, targets)
@@ -210,10 +227,16 @@ class Pooled:
             weights=dict.fromkeys(diagonals, float(counted.count)),
         )
 
+    def _require_another(self, another: bool) -> None:
+        """The passes of a sharded model wait for each other."""
+        advice = "The model is sharded, so that every process needs the same number of batches."
+        require_same("whether there is another batch", another, advice, self.group)
+
     def _mean(self, own: Estimate, name: str, weight: float) -> Tensor:
         """Σ over processes of weight · diagonal, over the sum of their weights."""
         share = own.weights[name] / weight if weight else 0.0
-        mean = own[name] * share
+        # all_reduce adds memory to memory, and layouts may differ between processes.
+        mean = (own[name].detach() * share).contiguous()
         dist.all_reduce(mean, group=self.group)
         return mean
 
@@ -226,14 +249,7 @@ class Pooled:
     def _require_unlike_generators(self) -> None:
         """Equal random vectors on all processes would make the standard errors too small by the
         square root of their number."""
-        arguments: list[object] = []
-        if isinstance(self.curvature, functools.partial):
-            arguments = [*self.curvature.args, *self.curvature.keywords.values()]
-        states = [
-            checksum({"": argument.get_state()})
-            for argument in arguments
-            if isinstance(argument, torch.Generator)
-        ]
+        states = [checksum({"": generator.get_state()}) for generator in generators(self.curvature)]
         every_state = gathered(states, self.group)
         for process, other in enumerate(every_state):
             for earlier in range(process):
@@ -245,17 +261,44 @@ class Pooled:
 
 
 class _Counted:
-    """Batches that count how many were taken."""
+    """Batches that count how many were taken. `ask` is told before each whether there is one."""
 
-    def __init__(self, batches: Iterable[Any]) -> None:
+    def __init__(self, batches: Iterable[Any], ask: Callable[[bool], None] | None) -> None:
         self.batches = batches
+        self.ask = ask or (lambda another: None)
         self.count = 0
 
     def __iter__(self) -> Iterator[Any]:
         self.count = 0
         for batch in self.batches:
+            self.ask(True)
             self.count += 1
             yield batch
+        self.ask(False)
+
+
+def generators(value: object, depth: int = 3) -> list[torch.Generator]:
+    """The random generators that a function holds: as an argument of functools.partial, as a
+    variable or a default, or as an attribute of its object.
+
+    >>> generator = torch.Generator()
+    >>> generators(lambda: generator) == [generator]
+    True
+    """
+    if isinstance(value, torch.Generator):
+        return [value]
+    if depth == 0 or not callable(value) or isinstance(value, (type, nn.Module)):
+        return []
+    held = [getattr(value, "__self__", None), *getattr(value, "__dict__", {}).values()]
+    if isinstance(value, functools.partial):
+        held += [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, FunctionType):
+        held += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        with contextlib.suppress(ValueError):  # a variable that has no value yet
+            variables = inspect.getclosurevars(value)
+            held += [*variables.nonlocals.values(), *variables.globals.values()]
+    found = [generator for one in held for generator in generators(one, depth - 1)]
+    return list({id(generator): generator for generator in found}.values())
 
 
 def _without_diagonals(estimate: Estimate) -> Estimate:
@@ -295,16 +338,19 @@ def sync_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
     Call it after the last backward pass of a step, and before clipping. It takes the place of DDP:
     one all-reduce for each dtype. A parameter that has a gradient on some processes only counts as
     zero on the others; one that has none anywhere keeps none. DTensors are left alone, since FSDP2
-    averages them.
+    averages them. Parameters belong together by their names, in whatever order a model has them.
 
     Raises, on all processes:
         RuntimeError: the processes train other parameters or shapes.
     """
-    trained = [p for p in model.parameters() if p.requires_grad and not is_sharded(p)]
+    named = sorted(
+        (name, p) for name, p in model.named_parameters() if p.requires_grad and not is_sharded(p)
+    )
+    trained = [p for _, p in named]
     if not trained:
         return
     device = trained[0].device
-    _require_same_shapes(trained, device, group)
+    _require_same_shapes(named, device, group)
     has_gradient = torch.tensor([p.grad is not None for p in trained], device=device).int()
     dist.all_reduce(has_gradient, dist.ReduceOp.MAX, group=group)
     kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
@@ -316,11 +362,11 @@ def sync_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
 
 
 def _require_same_shapes(
-    trained: list[nn.Parameter], device: torch.device, group: dist.ProcessGroup | None
+    trained: list[tuple[str, nn.Parameter]], device: torch.device, group: dist.ProcessGroup | None
 ) -> None:
-    """Raise RuntimeError on all processes unless all train the same shapes, by their number and a
-    digest: two numbers, so that it costs next to nothing at every step."""
-    shapes = str([(tuple(p.shape), p.dtype) for p in trained]).encode()
+    """Raise RuntimeError on all processes unless all train the same parameters, by their number
+    and a digest of names and shapes: two numbers, which cost next to nothing at every step."""
+    shapes = str([(name, tuple(p.shape), p.dtype) for name, p in trained]).encode()
     digest = int.from_bytes(hashlib.sha256(shapes).digest()[:7], "big")
     own = torch.tensor([len(trained), digest], device=device)
     every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
@@ -329,8 +375,8 @@ def _require_same_shapes(
         if not torch.equal(other, every[0]):
             raise RuntimeError(
                 f"process {process} trains {int(other[0])} parameters, and process 0 "
-                f"{int(every[0][0])}, or their shapes or types differ: the processes have drifted "
-                "apart (check_same(model) names where)"
+                f"{int(every[0][0])}, or their names, shapes or types differ: the processes have "
+                "drifted apart (check_same(model) names where)"
             )
 
 

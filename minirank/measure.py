@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 
 from .packed import HALF, float32_outside, left_as_they_are, own_tensors, packed_modules
 from .placement import require_unsharded, require_values, working_devices
@@ -27,15 +28,21 @@ def measuring(model: nn.Module) -> Iterator[None]:
     """A block in eval mode, after which the model is unchanged.
 
     Inside the block, dropout is off and BatchNorm is fixed; parameters have no gradient; compiled
-    code runs as it was written; and nn.Transformer's layers call their linear layers instead of a
-    fused kernel. (Neither compiled code nor fused kernels run hooks.) After the block, also after
-    an exception, the following are as before: every module's own mode, every parameter's gradient,
-    the state of the random generators, the choice of kernels, and quantised layers, which change
-    themselves when they are called (`left_as_they_are`).
+    code runs as it was written; DistributedDataParallel sends no buffers, for which it would wait;
+    and nn.Transformer's layers call their linear layers instead of a fused kernel. (Neither
+    compiled code nor fused kernels run hooks.) After the block, also after an exception, the
+    following are as before: every module's own mode, every parameter's gradient, the state of the
+    random generators, the choice of kernels, and quantised layers, which change themselves when
+    they are called (`left_as_they_are`).
     """
     require_unsharded(model)
     require_values(model)
     modes = [(module, module.training) for module in model.modules()]
+    broadcasts = [
+        (module, module.modules_buffers, module.require_forward_param_sync)
+        for module in model.modules()
+        if isinstance(module, DistributedDataParallel)
+    ]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     devices = {device.index or 0 for device in working_devices(model) if device.type == "cuda"}
     fused = torch.backends.mha.get_fastpath_enabled()
@@ -51,6 +58,8 @@ def measuring(model: nn.Module) -> Iterator[None]:
                 module.training = False
             for parameter, _ in gradients:
                 parameter.grad = None
+            for ddp, *_ in broadcasts:
+                ddp.modules_buffers = []
             # Inside an autocast block of the caller, older versions of torch keep the casts of
             # parameters that were made under no_grad(). These have no graph, and torch would use
             # them where gradients are on.
@@ -60,6 +69,8 @@ def measuring(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fused)
             for module, training in modes:
                 module.training = training
+            for ddp, buffers, sync in broadcasts:
+                ddp.modules_buffers, ddp.require_forward_param_sync = buffers, sync
             for parameter, gradient in gradients:
                 parameter.grad = gradient
 

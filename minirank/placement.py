@@ -49,6 +49,29 @@ def is_sharded(tensor: Tensor) -> bool:
     )
 
 
+def fsdp2_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that `fully_shard` manages. Their parameters are whole for a time, and then parts
+    again, from which what was written meanwhile is lost.
+
+    >>> fsdp2_modules(nn.Linear(2, 2))
+    []
+    """
+    return [
+        module
+        for module in model.modules()
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+    ]
+
+
+def is_distributed(model: nn.Module) -> bool:
+    """Whether processes hold parts of the model, so that its passes communicate.
+
+    >>> is_distributed(nn.Linear(2, 2))
+    False
+    """
+    return bool(fsdp2_modules(model)) or any(map(is_sharded, model.parameters()))
+
+
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate keeps the module's own tensors on the CPU or the disk between its calls.
 

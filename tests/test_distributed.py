@@ -70,6 +70,22 @@ def test_a_pooled_curvature_is_that_of_all_batches(two, three, name):
         assert pooled[3] == samples
 
 
+def test_the_layout_of_a_diagonal_in_memory_does_not_count(two):
+    pooled = same_on_all(two(cases.pooled_of_other_layout))
+    assert pooled.tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+
+
+def test_gradients_belong_together_by_name(two):
+    a, b = same_on_all(two(cases.gradients_in_other_order))
+    assert a.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert not b.any()
+
+
+def test_one_process_scores_a_ddp_alone(two):
+    scores = same_on_all(two(cases.score_on_one_process, cases.batches_of([4, 5])))
+    assert list(scores) == ["0"]
+
+
 @pytest.mark.parametrize("name", cases.SAMPLED)
 def test_a_pooled_sample_has_an_honest_error(two, name):
     batches = cases.batches_of(UNEQUAL)
@@ -168,6 +184,7 @@ def messages(results):
         ("other targets", "what was measured differs", "what was measured differs"),
         ("unequal groups", "the same number of batches", "the same number of batches"),
         ("equal seeds", "generators in the same state", "generators in the same state"),
+        ("equal seeds in a closure", "in the same state", "in the same state"),
         ("broken loader", "the disk is gone", "process 1 of 2 raised OSError"),
     ],
 )
@@ -176,6 +193,21 @@ def test_a_fault_of_one_process_is_an_error_on_all(two, fault, own_error, others
     other, own = messages(two(cases.score_with_a_fault, fault, batches))
     assert own_error in own
     assert others_error in other
+
+
+def test_models_in_another_order_are_refused(two):
+    for message in messages(two(cases.score_in_other_order)):
+        assert "what was measured differs" in message
+
+
+def test_coalitions_of_other_seeds_are_refused(two):
+    for message in messages(two(cases.shapley_scores_of_own_coalitions)):
+        assert "the same coalitions= and generator=" in message
+
+
+def test_frozen_layers_in_a_ddp_are_not_refused(two):
+    for message in messages(two(cases.frozen_layers_in_a_ddp_that_was_kept)):
+        assert "refresh(ddp) after the change" in message  # at the layer whose B trains
 
 
 @pytest.mark.parametrize("find_unused", [False, True])
@@ -224,6 +256,10 @@ def test_a_loader_of_shards_is_noticed_where_nothing_combines_them():
     SensitivityLoRA(
         model, cases.cross_entropy, sharded_loader(), curvature=pooled(input_second_moment)
     )
+    batches = torch.utils.data.BatchSampler(sharded_loader().sampler, 2, drop_last=False)
+    nested = torch.utils.data.DataLoader(torch.zeros(8, 6), batch_sampler=batches)
+    with pytest.warns(UserWarning, match="pooled"):
+        SensitivityLoRA(model, cases.cross_entropy, nested)
     with pytest.warns(UserWarning, match="all of the validation data"):
         ShapLoRA(cases.trained_trial(), cases.cross_entropy, sharded_loader())
 
@@ -276,6 +312,30 @@ def test_adapters_beside_a_sharded_base_train_move_and_are_saved(two, tmp_path):
     imported = cases.small_model()
     import_peft(imported, tmp_path / "peft1")
     torch.testing.assert_close(imported(x), outputs[0], rtol=1e-5, atol=1e-5)
+
+
+@needs_fsdp2
+def test_unequal_numbers_of_batches_of_a_sharded_model_are_refused(two):
+    batches = cases.batches_of([4] * 5)
+    for message in messages(two(cases.sharded_estimate_of_unequal_numbers, batches)):
+        assert "every process needs the same number of batches" in message
+    for message in messages(two(cases.sharded_estimate_within_tolerance, batches)):
+        assert "each of them would stop by itself" in message
+
+
+@needs_fsdp2
+def test_merge_refuses_a_base_that_fsdp2_has_gathered_for_a_time(two):
+    for message in messages(two(cases.merge_what_is_whole_for_now)):
+        assert "is managed by FSDP2" in message
+
+
+def test_a_fault_of_one_process_is_an_error_of_save_and_load_on_all(two, tmp_path):
+    other, own = messages(two(cases.save_what_is_not_finite, str(tmp_path)))
+    assert "0.lora_A is not finite" in own
+    assert "process 1 of 2 raised ValueError: 0.lora_A is not finite" in other
+    other, own = messages(two(cases.load_beside_another_base, str(tmp_path)))
+    assert "not the base weights" in own
+    assert "process 1 of 2 raised ValueError: '0': not the base weights" in other
 
 
 @needs_fsdp2

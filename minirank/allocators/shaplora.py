@@ -72,6 +72,7 @@ from ..measure import (
     with_hint_at_one_batch,
 )
 from ..shapley import coalition_masks, standard_error
+from ..tensor_bytes import checksum
 from .allocator import RankScoreAllocator
 from .masked_gates import (
     Adapter,
@@ -259,6 +260,8 @@ class ShapLoRA(RankScoreAllocator):
                 data = weighted_batches(batches, self.batch_weight)
                 return self._sensitivities_of(masks, layers, data, cut_off)
             check_same(self.model, self.group)
+            advice = "Give ShapLoRA the same coalitions= and generator= on all processes."
+            require_same("what coalitions are drawn", checksum({"": masks}), advice, self.group)
             data = on_all(lambda: weighted_batches(batches, self.batch_weight), self.group)
             self._require_same_data(data, self.group)
             return shared_out(

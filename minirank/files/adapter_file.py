@@ -12,12 +12,12 @@ The folder's docstring has the format, and what is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,7 @@ from .other_tensors import (
 from .safetensors_file import read_safetensors, safetensors_bytes, write_files
 from .saved_layer import SavedLayer, find_modules, savable_layers, warn_of_losses
 
+T = TypeVar("T")
 FORMAT = 2  # of the metadata; a reader refuses a higher one. 1: minirank 0.1, without "trainable"
 LAYER_FIELDS = {  # key of a layer's record: attribute of SavedLayer
     "rank": "rank",
@@ -193,8 +194,7 @@ def save_adapter(
         name: SavedLayer.from_layer(layer, _fingerprint(layer.base, group))
         for name, layer in layers.items()
     }
-    for name, layer in saved.items():
-        layer.check(name)
+    _on_all(lambda: _check(saved), group)
     if allocation is not None:
         _check_allocation(model, saved, allocation)
     warn_of_losses(
@@ -220,11 +220,18 @@ def save_adapter(
     )
     metadata = {"minirank": record, "checksum": checksum(tensors, record)}
     content = safetensors_bytes(tensors, metadata)
-    if group is None:
-        write_files({Path(path): content})
-    else:
-        writes = dist.get_rank(group) == 0
-        on_all(lambda: write_files({Path(path): content} if writes else {}), group)
+    writes = group is None or dist.get_rank(group) == 0
+    _on_all(lambda: write_files({Path(path): content} if writes else {}), group)
+
+
+def _check(layers: Mapping[str, SavedLayer]) -> None:
+    for name, layer in layers.items():
+        layer.check(name)
+
+
+def _on_all(work: Callable[[], T], group: ProcessGroup | None) -> T:
+    """work(); with a group, by all of its processes, and an error of one is raised on all."""
+    return work() if group is None else on_all(work, group)
 
 
 def _fingerprint(base: nn.Module, group: ProcessGroup | None) -> dict[str, dict[str, Any]] | None:
@@ -338,9 +345,10 @@ def load_adapter(
     >>> [name for name, parameter in again.named_parameters() if parameter.requires_grad]
     ['0.lora_A', '0.lora_B', '1.weight', '1.bias']
     """
-    read = read_adapter(path) if group is None else on_all(lambda: read_adapter(path), group)
+    read = _on_all(lambda: read_adapter(path), group)
     adapter = _with_names_of(model, read)
-    names = find_modules(model, {name: layer.shape for name, layer in adapter.layers.items()})
+    shapes = {name: layer.shape for name, layer in adapter.layers.items()}
+    names = _on_all(lambda: find_modules(model, shapes), group)
     if not other_base:
         _check_base(model, adapter.layers, group)
     values = converted_values(model, adapter.other_tensors, adapter.tied)
@@ -403,6 +411,10 @@ def _check_base(
         if layer.base_fingerprint is not None
         and not same_base(modules[name], layer.base_fingerprint)
     ]
+    _on_all(lambda: _require_nothing_changed(changed), group)
+
+
+def _require_nothing_changed(changed: Sequence[str]) -> None:
     if changed:
         raise ValueError(
             f"{quoted_names(changed)}: not the base weights that the adapter was trained beside. "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,10 +17,14 @@ _known_ids: WeakKeyDictionary[nn.Module, tuple[list[nn.Parameter], set[int]]] = 
 
 
 def require_averaged(parameter: nn.Parameter) -> None:
-    """Raise RuntimeError if a DDP is running the model now, and does not know this parameter."""
+    """Raise RuntimeError if a DDP is running the model now, and does not know this parameter,
+    which trains."""
     ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
     listed = getattr(ddp, "_module_parameters", None)
     if ddp is None or listed is None or ddp.parameters_to_ignore:  # the user averages some alone
+        return
+    # no_grad() does not exempt: checkpointing may take the gradient later.
+    if not parameter.requires_grad or torch.is_inference_mode_enabled():
         return
     known = _known_ids.get(ddp)
     if known is None or known[0] is not listed:

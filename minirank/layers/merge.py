@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..packed import dequantized_weight, dequantizes_itself
-from ..placement import require_here, require_unsharded
+from ..placement import fsdp2_modules, require_here, require_unsharded
 from .linear import applies_weight, is_packed, linear_shape
 from .names import each_once, joined, named_modules
 
@@ -116,6 +116,7 @@ def merge(model: nn.Module, *, untie: bool = False) -> list[str]:
     require_unsharded(model)
     for name, layer in layers.items():
         require_here(name, dict(layer.named_parameters()), "merge")
+    _require_no_fsdp2(model, layers)
     owners = {} if untie else _owners_of_storages(model)
     weights = {}
     for name, layer in layers.items():
@@ -156,6 +157,17 @@ def unmerge(model: nn.Module) -> list[str]:
 def _layers(model: nn.Module) -> dict[str, Mergeable]:
     modules = each_once(named_modules(model))
     return {name: module for name, module in modules.items() if isinstance(module, Mergeable)}
+
+
+def _require_no_fsdp2(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    managed = {part for module in fsdp2_modules(model) for part in module.modules()}
+    for name, layer in layers.items():
+        if not managed.isdisjoint(layer.modules()):
+            raise ValueError(
+                f"the weight of {name!r} is managed by FSDP2, which would put its shards back in "
+                "the place of W + ΔW: save the adapter (export_peft), load it into an unsharded "
+                "copy of the model, and merge there"
+            )
 
 
 def _require_plain_weight(name: str, base: nn.Module) -> None:

@@ -22,6 +22,7 @@ from minirank import (
     load_adapter,
     lora_layers,
     merge,
+    resize,
     save_adapter,
     wrap,
 )
@@ -34,7 +35,7 @@ from minirank.curvature import (
     hutchinson_weights,
     input_second_moment,
 )
-from minirank.distributed import check_same, pooled, refresh, sync_gradients
+from minirank.distributed import check_same, from_first, pooled, refresh, sync_gradients
 
 DETERMINISTIC = {
     "input_second_moment": input_second_moment,
@@ -143,6 +144,63 @@ def theta_by_slices(batches):
     return sensitivity_metrics(torch.cat(metrics, 1)).theta
 
 
+def pooled_of_other_layout():
+    """A curvature of the user's own, whose memory on process 0 is in another order."""
+
+    def rising(model, loss_fn, batches, targets):
+        assert list(batches)
+        h = torch.arange(6.0).view(2, 3)
+        return {"only": h if dist.get_rank() else h.t().contiguous().t()}
+
+    return pooled(rising)(small_model(), cross_entropy, batches_of([2]))["only"]
+
+
+class InOrder(nn.Module):
+    """Layers of one shape, which the process's model has in the order of their names or not."""
+
+    def __init__(self, names):
+        super().__init__()
+        for name in names:
+            setattr(self, name, nn.Linear(2, 2, bias=False))
+
+    def forward(self, x):
+        return self.a(x) + self.b(x)
+
+
+def in_other_order():
+    return InOrder("ba" if dist.get_rank() else "ab")
+
+
+def score_in_other_order():
+    return pooled(input_second_moment)(
+        in_other_order(), lambda m, x: m(x).sum(), [torch.ones(1, 2)]
+    )
+
+
+def gradients_in_other_order():
+    model = in_other_order()
+    model.a.weight.grad, model.b.weight.grad = torch.ones(2, 2), torch.zeros(2, 2)
+    sync_gradients(model)
+    return model.a.weight.grad, model.b.weight.grad
+
+
+def ddp_with_buffers():
+    torch.manual_seed(0)
+    return DistributedDataParallel(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)))
+
+
+def score_on_one_process(batches):
+    """With a DDP, which sends its buffers at every pass."""
+    ddp = ddp_with_buffers()
+    scores = None
+    if dist.get_rank() == 0:
+        batches = [(x.float(), y) for x, y in batches]
+        scores = SensitivityLoRA(ddp, cross_entropy, batches, progress=False).score()
+    dist.barrier()
+    ddp(torch.ones(2, 6)).sum().backward()  # the DDP works as before
+    return from_first(scores)
+
+
 # ---- ShapLoRA -----------------------------------------------------------------------------------
 
 
@@ -178,6 +236,15 @@ def unlike_shapley_scores():
     generator = torch.Generator().manual_seed(dist.get_rank())
     x = torch.randn(4, 6, generator=generator, dtype=torch.double)
     return shapley_scores([(x, torch.tensor([0, 1, 2, 0]))], 18, dist.group.WORLD)
+
+
+def shapley_scores_of_own_coalitions():
+    model = trained_trial()
+    batches = batches_of([4])
+    seed, group = dist.get_rank(), dist.group.WORLD
+    ShapLoRA(
+        model, cross_entropy, batches, coalitions=18, generator=seed, group=group, progress=False
+    ).score()
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -271,6 +338,28 @@ def wrap_inside_ddp():
     ddp(training_batches()[0][0])
 
 
+def frozen_layers_in_a_ddp_that_was_kept():
+    """A layer that trains, one that was frozen, and a frozen teacher that is not the DDP's own."""
+    teacher = gated_model().requires_grad_(False)
+
+    class Student(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = gated_model()
+
+        def forward(self, x):
+            return self.model(x) - teacher(x)
+
+    ddp = DistributedDataParallel(Student())
+    x = training_batches()[0][0]
+    ddp(x)
+    resize(ddp.module.model, {"0": 2, "2": 3, "4": 2})
+    ddp.module.model[0].requires_grad_(False)
+    ddp(x)
+    ddp.module.model[0].lora_B.requires_grad_(True)  # as where A is frozen for good
+    ddp(x)
+
+
 def train_on_own_rows():
     """A generator of another seed on each process, for the A of fresh ranks."""
     model = gated_model()
@@ -326,6 +415,12 @@ def score_with_a_fault(fault, batches):
     if fault == "equal seeds":
         generator = torch.Generator().manual_seed(0)
         curvature = functools.partial(hutchinson_outputs, samples=10, generator=generator)
+    if fault == "equal seeds in a closure":
+        generator = torch.Generator().manual_seed(0)
+
+        def curvature(*args):
+            return hutchinson_outputs(*args, samples=10, generator=generator)
+
     if fault == "broken loader" and last:
         groups, own = 4, broken_after_two(own)
     elif fault == "broken loader":
@@ -376,6 +471,42 @@ def sharded_packed_moments(batches):
         fsdp.fully_shard(layer, mesh=mesh)
     assert type(model[0].weight).__name__ == "DTensor"
     return dict(pooled(input_second_moment)(model, cross_entropy, shard(batches)))
+
+
+def sharded_estimate_of_unequal_numbers(batches):
+    pooled(input_second_moment)(sharded_model(), cross_entropy, shard(batches))
+
+
+def sharded_estimate_within_tolerance(batches):
+    curvature = functools.partial(input_second_moment, tolerance=0.1)
+    pooled(curvature)(sharded_model(), cross_entropy, shard(batches))
+
+
+def merge_what_is_whole_for_now():
+    """The root of FSDP2 keeps its parameters whole after a forward pass, until the backward."""
+    model = small_model()
+    fsdp.fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    wrap(model, {"0": 2})
+    model(training_batches()[0][0])
+    merge(model)
+
+
+def save_what_is_not_finite(folder):
+    """On the last process."""
+    model = gated_model()
+    if dist.get_rank():
+        model[0].lora_A.data[0, 0] = torch.nan
+    save_adapter(model, f"{folder}/adapter.safetensors", group=dist.group.WORLD)
+
+
+def load_beside_another_base(folder):
+    """On the last process."""
+    path = f"{folder}/adapter.safetensors"
+    save_adapter(gated_model(), path, group=dist.group.WORLD)
+    model = small_model()
+    if dist.get_rank():
+        model[0].weight.data.add_(1.0)
+    load_adapter(model, path, group=dist.group.WORLD)
 
 
 def train_with_fsdp2(folder):
