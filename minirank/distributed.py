@@ -16,8 +16,8 @@ Recipes. DDP: make it after `wrap`, without find_unused_parameters, and with ini
 processes have loaded the same base. A DDP that does not know a layer's present parameters is
 refused at the next forward pass. FSDP2: fully_shard(model, …) first, then wrap(model, …), so that
 whole adapters lie beside a sharded base; then `sync_gradients`, and `group=` for save_adapter and
-load_adapter. Accelerate's loaders repeat samples by default, which a mean counts twice:
-even_batches=False.
+load_adapter. Loaders repeat samples to give all processes as many, which a mean counts twice:
+drop_last=True for DistributedSampler, even_batches=False for accelerate.
 
 A LoRA model hardly needs DDP: its base is frozen, and `sync_gradients` sends what DDP would send.
 L1RA needs no communication of its own, since equal gradients give equal gates, equal ranks and
@@ -341,7 +341,7 @@ def sync_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
     averages them. Parameters belong together by their names, in whatever order a model has them.
 
     Raises, on all processes:
-        RuntimeError: the processes train other parameters or shapes.
+        RuntimeError: the processes train other parameters or shapes, or a gradient is sparse.
     """
     named = sorted(
         (name, p) for name, p in model.named_parameters() if p.requires_grad and not is_sharded(p)
@@ -351,8 +351,12 @@ def sync_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
         return
     device = trained[0].device
     _require_same_shapes(named, device, group)
-    has_gradient = torch.tensor([p.grad is not None for p in trained], device=device).int()
+    kinds_here = [0 if p.grad is None else 2 if p.grad.is_sparse else 1 for p in trained]
+    has_gradient = torch.tensor(kinds_here, device=device)
     dist.all_reduce(has_gradient, dist.ReduceOp.MAX, group=group)
+    if has_gradient.max() == 2:
+        name = named[int(has_gradient.argmax())][0]
+        raise RuntimeError(f"the gradient of {name!r} is sparse: make its embedding sparse=False")
     kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
     for parameter, has in zip(trained, has_gradient.tolist(), strict=True):
         if has:
@@ -435,6 +439,9 @@ def refresh(ddp: DistributedDataParallel) -> None:
     Call it on every process after an update that moved ranks, or after `wrap` or `resize`. The same
     object goes on, so that accelerate and Trainer keep it. The base is not broadcast, as making
     DDP anew would: all processes have resized alike, and `check_same` tells whether they have.
+
+    DDP waits for a gradient of every parameter, and a layer of rank 0 gives none: keep min_rank at
+    1, the default of L1RA.
 
     Raises:
         TypeError: `ddp` is no DistributedDataParallel.

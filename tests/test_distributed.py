@@ -231,6 +231,11 @@ def test_processes_that_do_not_average_are_refused_at_the_next_update(two):
         assert "'0.lora_A' is not the same on process 0" in message
 
 
+def test_sparse_gradients_are_refused_on_all(two):
+    for message in messages(two(cases.sparse_gradients)):
+        assert "the gradient of 'weight' is sparse" in message
+
+
 def test_gradients_of_other_shapes_are_refused(two):
     for message in messages(two(cases.unequal_ranks)):
         assert "have drifted apart" in message

@@ -124,7 +124,8 @@ class L1RA(RankScoreAllocator):
             same seed on all.
         group: the processes that train this model together. Before every update they check that
             their trained parameters and generators are equal, bit for bit (see
-            `minirank.distributed.check_same`). None: no communication.
+            `minirank.distributed.check_same`). None: no communication. (A group cannot be copied or
+            pickled: set `l1ra.group = None` before that.)
 
     Copies and pickles of (model, optimizer, l1ra) taken together go on as the originals would.
 

@@ -385,6 +385,14 @@ def gradients_on_some():
     return model["some"].weight.grad, model["some"].bias.grad, model["none"].weight.grad
 
 
+def sparse_gradients():
+    rank, _ = rank_and_count()
+    model = nn.Embedding(4, 2, sparse=True)
+    if rank == 0:
+        model(torch.tensor([1])).sum().backward()
+    sync_gradients(model)
+
+
 def unequal_ranks():
     model = small_model()
     wrap(model, {"0": 1 + dist.get_rank()})
