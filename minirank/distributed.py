@@ -286,7 +286,7 @@ def sync_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
     averages them.
 
     Raises, on all processes:
-        RuntimeError: the processes train other parameters or shapes.
+        RuntimeError: the processes train different parameters, or parameters of unequal shapes.
     """
     trained = [p for p in model.parameters() if p.requires_grad and not is_sharded(p)]
     if not trained:
