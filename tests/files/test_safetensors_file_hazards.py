@@ -15,12 +15,11 @@ from torch import nn
 from minirank import export_peft, read_adapter, save_adapter, wrap
 from minirank.files import safetensors_file as files_module
 from minirank.files.safetensors_file import (
-    checksum,
     read_safetensors,
     safetensors_bytes,
-    tensor_bytes,
     write_files,
 )
+from minirank.tensor_bytes import checksum, tensor_bytes
 
 
 @pytest.fixture
