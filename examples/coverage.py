@@ -196,13 +196,16 @@ def lines(names: Collection[str]) -> list[str]:
         reached = percent(part.reached, part.total) + ("*" if warned else " ")
         result.append(f"{name:<23}{reached:>8} {first}")
         result += [f"{'':<32}{group}" for group in further]
-    return [*result, "* with a warning"]
+    return [*result, "* linear_targets warns that this is little"]
 
 
 def main() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other libraries, about these small sizes
-        print("Matrix entries that the default targets reach, and those left out\n")
+        print(
+            "What the default targets reach, and what they leave out, in shares of the entries of"
+        )
+        print("all matrices that multiply activations (no embeddings, biases or norms)\n")
         print("\n".join(lines(FAMILIES)))
 
 

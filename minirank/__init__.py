@@ -5,6 +5,7 @@ layers/        the LoRA layer, and surgery on any nn.Module
 curvature/     diagonals of the loss's Hessian, and their stand-ins
 allocators/    the methods: score() and allocate(budget)
 files/         adapter files, and PEFT's folders both ways
+distributed.py several processes: pooled scores, averaged gradients, one allocation for all
 testing/       checks for an implementation of your own
 """
 

@@ -341,7 +341,8 @@ def sync_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
     averages them. Parameters belong together by their names, in whatever order a model has them.
 
     Raises, on all processes:
-        RuntimeError: the processes train other parameters or shapes, or a gradient is sparse.
+        RuntimeError: the processes train different parameters, or parameters of unequal shapes; or
+            a gradient is sparse.
     """
     named = sorted(
         (name, p) for name, p in model.named_parameters() if p.requires_grad and not is_sharded(p)

@@ -103,7 +103,7 @@ class Allocator(ABC):
                 unit="parameters", trainable parameters Σ r · (d_out + d_in): these are not
                 exceeded, and no further rank fits into what is left.
             min_rank, max_rank: one bound for all modules, or {module: bound} for some of them; the
-                others have the bounds 0 and none. No rank exceeds min(d_out, d_in).
+                others have 0 and no upper bound. No rank exceeds min(d_out, d_in).
 
         Raises:
             RuntimeError: `score` has not run, or the scores are stale because the ranks or modules
@@ -113,7 +113,7 @@ class Allocator(ABC):
 
         Warns:
             UserWarning: a module takes more than a quarter of the budget and more than three times
-                an even share. It names the `max_rank` to give. See dominance.py.
+                an even share. The warning names a `max_rank` to give. See dominance.py.
         """
         if self._scores is None:
             raise RuntimeError(f"{type(self).__name__}.allocate needs scores: call score() first")

@@ -122,11 +122,14 @@ def _message(
     even = even_ranks(constraints)
     average = max(1, round(sum(even.values()) / len(even)))
     several = len(dominant) > 1
+    others = (
+        f"{without} of {len(ranks)} modules get no rank" if without else "every module gets a rank"
+    )
     parts = [
         f"{quoted_names(dominant)} {'take' if several else 'takes'} "
         f"{spent / constraints.budget:.0%} of the budget: "
         f"{', '.join(str(ranks[name]) for name in dominant[:3])} ranks, where an even share is "
-        f"{average}; {without} of {len(ranks)} modules get none."
+        f"{average}; {others}."
     ]
     features = [name for name in dominant if name in massive]
     if features:

@@ -100,10 +100,10 @@ class L1RA(RankScoreAllocator):
 
     Args:
         model: with LoRA layers whose gates start from 1: wrap(model, ranks, gate=1.0).
-        optimizer: holds the gates; or a list of all that train the adapters, in any of which gates
-            may lie. Steps are counted by a hook, so a step that a GradScaler skips or that gradient
-            accumulation puts off shrinks nothing. A wrapper that has the optimizer as its
-            `optimizer`, such as accelerate's, is as good.
+        optimizer: the one that holds the gates; or a list of all that train the adapters, if the
+            gates lie in several. Steps are counted by a hook, so a step that a GradScaler skips or
+            that gradient accumulation puts off shrinks nothing. A wrapper that has the optimizer as
+            its `optimizer`, such as accelerate's, will do too.
         l1: λ, the weight of the penalty. The default is the paper's value, which moves no rank in
             trainings of some hundred steps: start with 0.3. 0 shrinks nothing.
         gate_lr: η_c, the gates' own learning rate.
@@ -507,7 +507,8 @@ def _warn_of_unknown_steps(name: str) -> None:
         f"{name!r} had been trained, with its gates, when this L1RA was made, and no state has "
         "been loaded into it. So it counts its steps from 0, and moves ranks at other times than "
         "the training before would have. To go on with that training, load the state that was "
-        "saved: l1ra.load_state_dict(state), before the first step. For a new start, all is well"
+        "saved: l1ra.load_state_dict(state), before the first step. If this is a new start, "
+        "nothing is wrong"
     )
 
 

@@ -226,7 +226,7 @@ class SensitivityLoRA(ShareAllocator):
             the paper's input second moment, which runs forward passes only. Bind options with
             functools.partial. The function can iterate over the batches, but cannot call len() or
             index, since it gets them behind the progress bar. In Llama-like decoders take uniform
-            ranks, or bound the ranks by `allocate(…, max_rank=)`, twice the average rank: on
+            ranks, or bound the ranks: `allocate(…, max_rank=n)`, n twice the average rank. On
             SmolLM2-135M nothing here was better than uniform ranks, and the default without a bound
             was much worse (examples/results/README.md).
         topk_fraction: k/N in Eq 9 (the paper: 1/2; it also tried 1/3).

@@ -133,7 +133,7 @@ class ShapLoRA(RankScoreAllocator):
         progress: show a bar over the coalitions, in a terminal or a notebook. No bar is written to
             a file or a pipe. False: never.
         group: processes that share out the coalitions. Each holds the same model and **all** of the
-            validation data, which they check; each gets the scores of one process, bit for bit.
+            validation data, which is checked; each gets what one process would get, bit for bit.
             None: no communication.
 
     Cost: a forward and a backward pass over the data for every coalition, with gradients for the

@@ -50,10 +50,10 @@ def input_second_moment(
 
     Llama-like decoders: a few tokens have massive inputs there, and so a few layers have nearly all
     of the moment. In SmolLM2-135M one token of each sequence has a mean square up to 265,000 times
-    the median token's, in one layer. With `outlier_factor=100` such tokens are left out; MiniLM, an
-    encoder, has no token above 7, so nothing changes there. That does not suffice: the budget goes
-    to the last layer instead, whose ordinary inputs are large as well. So give `allocate` a
-    `max_rank` too, or take uniform ranks.
+    the median token's, in one layer. `outlier_factor=100` leaves such tokens out, but that alone
+    does not suffice: the budget then goes to the last layer, whose ordinary inputs are large as
+    well. So give `allocate` a `max_rank`, or take uniform ranks. (MiniLM, an encoder, has no token
+    above 7 times the median, and `outlier_factor=100` changes nothing there.)
 
     Args:
         model: any nn.Module; it is measured in eval mode and left unchanged.
@@ -270,6 +270,6 @@ def _warn_of_unnamed_mask(batch: Any) -> bool:
         f"{type(batch).__name__} has no names: padding tokens are counted like all others. To "
         f"leave them out, pass mask=lambda batch: batch[{entry}] (to SensitivityLoRA: "
         f"curvature=functools.partial(input_second_moment, mask=lambda batch: batch[{entry}])); "
-        "mask=None counts every token without a word"
+        "mask=None counts every token, without this warning"
     )
     return True

@@ -155,7 +155,7 @@ def save_adapter(
             an adapter whose parameters nobody froze. `read_adapter` prints how much it is.
             Names or globs: these modules, whole, whether they train or not. (): the adapters alone.
         group: the processes that hold shards of the base (FSDP2). All of them call this; they
-            gather what tells the base from another one, and the first process writes the file.
+            gather the base's fingerprints, and the first process writes the file.
             None: no communication.
 
     A frozen module can change too: a BatchNorm in training mode updates its buffers. Name it in
@@ -169,7 +169,7 @@ def save_adapter(
 
     Raises:
         ValueError: there is no LoRA layer, or one that is merged or not finite; the ranks are not
-            those of the allocation; a name matches nothing; a lazy module that belongs into the
+            those of the allocation; a name matches nothing; a lazy module that belongs in the
             file has no values yet. The old file is left as it was.
         TypeError: `modules` holds anything but names.
         OSError: from the file system. The old file is left as it was.
@@ -319,7 +319,7 @@ def load_adapter(
             when saved; and unless it is None, those of earlier calls too.
         group: the processes that hold shards of the base (FSDP2). All of them call this, and gather
             the base to compare it. None: no communication; then a sharded base needs
-            other_base=True, unless the file knows none.
+            other_base=True, unless the file has no fingerprint of it.
 
     Returns: the layers by name.
 

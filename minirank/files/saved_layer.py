@@ -132,8 +132,9 @@ def savable_layers(model: nn.Module) -> dict[str, LoRALinear]:
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(
-            f"{quoted_names(merged)} merged, where the file needs A, B and the base's own weight: "
-            "unmerge() first, or unwrap() and save the plain model with ΔW in its weights"
+            f"{quoted_names(merged)} cannot be saved while merged: the file needs A, B and the "
+            "base's own weight. unmerge() first, or unwrap() and save the plain model, with ΔW in "
+            "its weights"
         )
     on_meta = [name for name, layer in layers.items() if any(p.is_meta for p in layer.parameters())]
     if on_meta:

@@ -27,14 +27,14 @@ TABLE_WIDTH = 100
 
 # {kind of weight: why it is left out}, in the order of the table
 REASONS = {
-    "attention in_proj": "a parameter, no layer",
+    "attention in_proj": "a parameter, not a layer",
     "attention out_proj": "read by its parent, never called",
-    "stack of experts": "a 3-D parameter, no layers",
-    "bare matrix": "a parameter, no layer",
+    "stack of experts": "a 3-D parameter, not layers",
+    "bare matrix": "a parameter, not a layer",
     "convolution": "not linear",
     "recurrent weight": "not linear",
     "packed layer": "quantised",
-    "tied head": "an embedding's weight; its name selects it",
+    "tied head": "an embedding's weight; adapted if named",
     "lazy layer": "no shape yet; run the model once",
     "linear layer": "not among the targets",
 }
@@ -82,7 +82,8 @@ class Coverage(NamedTuple):
 
     def _line(self, group: LeftOut) -> str:
         share = f"{percent(group.entries, self.total):>5}"
-        start = f"  {share}  {group.number:,} × {group.kind} ({group.reason}): "
+        names = ":" if group.number == 1 else ", such as"
+        start = f"  {share}  {group.number:,} × {group.kind} ({group.reason}){names} "
         return start + shortened(group.example, TABLE_WIDTH - len(start))
 
 

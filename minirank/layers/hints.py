@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
 
+from ..checks import quoted_names
+
 SHOWN = 4  # names in one hint
 
 
@@ -32,7 +34,7 @@ def did_you_mean(name: str, known: Collection[str], *, globs: bool = False) -> s
     if _is_glob(name):
         kinds = list(dict.fromkeys(_parts(known_name)[-1] for known_name in known))
         return f"names end in {', '.join(map(repr, kinds[: 2 * SHOWN]))}"
-    return f"known names start {list(known)[:3]}"
+    return f"the names that there are: {quoted_names([k for k in known if k])}"
 
 
 def _close_names(name: str, known: Collection[str]) -> list[str]:

@@ -25,8 +25,8 @@ def linear_targets(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mo
     LoRA layers and what is inside them are not listed. A module with several names is listed once,
     under its first name. The out_proj of an nn.MultiheadAttention is listed only if its exact name
     is given, since nothing can be measured there. A tied head (a linear layer whose weight is an
-    embedding's) is not listed by None or a type: an adapter on it makes two modules of what is one
-    weight in files.
+    embedding's) is listed if a name, glob or function selects it, but not by None or a type: an
+    adapter there makes two weights out of the one in files.
 
     Args:
         model: any module; `linear_shape` says what counts as linear-like. The wrappers of
@@ -134,7 +134,7 @@ def _explain_no_target(model: nn.Module, linear: Mapping[str, nn.Module], target
     hint = f". To adapt the tied head, give its name: {quoted_names(sorted(tied))}" if tied else ""
     return (
         f"expected at least one linear layer to give ranks to, but targets={targets!r} selects "
-        f"none in {type(model).__name__}: it has {len(linear)} linear-like modules and "
+        f"none in {type(model).__name__}: it has {len(linear)} linear layers and "
         f"{wrapped} with an adapter{hint}"
     )
 
@@ -297,7 +297,10 @@ def explain_no_match(model: nn.Module, pattern: str, *, globs: bool = False) -> 
     modules, linear = modules_by_name(model), _linear_modules(model)
     module = modules.get(plain_name(pattern, modules))
     if isinstance(module, LoRALinear):
-        return f"{pattern!r} already has an adapter: use resize(), or unwrap() the model first"
+        return (
+            f"{pattern!r} already has an adapter: unwrap() the model first, or change the rank by "
+            "resize()"
+        )
     if module is not None:
         what = f"{pattern!r} is of type {type(module).__name__}, not a linear layer"
         if any(name.startswith(f"{pattern}.") for name in linear):

@@ -79,8 +79,8 @@ def wrap(
     what shall go on training.
 
     Make the optimizer after this call. One made before holds the weights that are frozen now and no
-    adapter, so nothing would train. `L1RA` and `resize` notice it. A plain training loop shows no
-    sign that a layer could see: gradients that pile up look like gradient accumulation.
+    adapter, so nothing would train. `L1RA` and `resize` refuse such an optimizer. In a plain
+    training loop a warning says so after some of its steps.
 
     Args:
         model: any module. Its layers are replaced in place.

@@ -301,7 +301,7 @@ def test_a_layer_that_no_batch_reaches_is_named():
 
 
 def test_a_model_without_linear_layers_and_one_on_the_meta_device():
-    with pytest.raises(ValueError, match="has 0 linear-like modules"):
+    with pytest.raises(ValueError, match="has 0 linear layers"):
         input_second_moment(nn.Sequential(nn.ReLU()), mlp_loss, [torch.ones(2, 4)])
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 3))

@@ -367,7 +367,7 @@ def on_meta():
 REFUSED = {
     "no LoRA layer to save": without_layers,
     "itself is a LoRALinear": a_bare_layer,
-    r"'.*', '.*', '.*' and 2 more merged.*unmerge\(\) first": merged,
+    r"'.*', '.*', '.*' and 2 more cannot be saved while merged.*unmerge\(\) first": merged,
     "like.lora_B is not finite": not_finite,
     "meta device": on_meta,
 }

@@ -38,7 +38,7 @@ def test_merged_and_disabled_layers_are_refused(tmp_path):
     refused(model, tmp_path, "'xfc' is disabled.*enable it, or resize it to 0")
     lora_layers(model)["xfc"].enabled = True
     merge(model)
-    refused(model, tmp_path, r"'fc', 'xfc' merged.*unmerge\(\)")
+    refused(model, tmp_path, r"'fc', 'xfc' cannot be saved while merged.*unmerge\(\)")
 
 
 @pytest.mark.parametrize("portable", [False, True])

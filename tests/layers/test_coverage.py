@@ -159,7 +159,7 @@ def test_an_allocation_tells_what_is_left_out():
     assert allocation.coverage.share == 0.5
     assert str(allocation).splitlines()[-3:] == [
         "The targets reach 50 % of the model's matrix entries. Left out:",
-        "   38 %  1 × attention in_proj (a parameter, no layer): self_attn",
+        "   38 %  1 × attention in_proj (a parameter, not a layer): self_attn",
         "   12 %  1 × attention out_proj (read by its parent, never called): self_attn.out_proj",
     ]
     twin = Allocation(allocation.ranks, allocation.costs, 4, method="uniform")

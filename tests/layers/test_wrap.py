@@ -313,7 +313,7 @@ BAD = {
     "no mapping": (["body.up"], {}, "non-empty"),
     "two ranks for one module": ({"alias": 1, "blocks.0.0": 2}, {}, "are one module"),
     "meta device": ({"body.up": 1, "meta": 1}, {}, "meta device"),
-    "already adapted": ({"body.up": 1, "done": 1}, {}, r"use resize\(\)"),
+    "already adapted": ({"body.up": 1, "done": 1}, {}, r"by resize\(\)"),
     "one inside another": ({"body.up": 1, "box.inner": 1, "box": 1}, {}, r"contains 'box\.inner'"),
     "one inside another, adapted before": (
         {"body.up": 1, "full": 1},
