@@ -138,6 +138,7 @@ def _message(
             f"{features[0]!r}: a few tokens with massive activations can decide its score, which "
             "more data does not change."
         )
-    bound = max(ADVISED_FACTOR * average, *constraints.lower.values())
+    # With no module below its even rank, a bound leaves room for the whole budget.
+    bound = max(ADVISED_FACTOR * average, *even.values(), *constraints.lower.values())
     parts.append(f"Bound the ranks, as in allocate(…, max_rank={bound}), or take uniform ranks")
     return " ".join(parts)

@@ -81,7 +81,8 @@ def read_without_call(
 ) -> list[str]:
     """The names of the layers on which the loss of this batch depends, and which are not called.
 
-    Without any, this takes two forward passes. Otherwise it takes one more for each layer.
+    Without any, this takes two forward passes. Otherwise it takes one more for each layer, and one
+    more for each that changes the loss to another number. The loss may be random.
 
     >>> class Reader(nn.Module):
     ...     def __init__(self):
@@ -99,21 +100,38 @@ def read_without_call(
             loss = scalar_loss(model, loss_fn, batch).detach()
         silent = {name: layer for name, layer in layers.items() if name not in reached}
 
-        def depends_on(some: Mapping[str, nn.Module]) -> bool:
-            with _nan_inside(some.values()):
-                return not _same_loss(model, loss_fn, batch, loss)
+        def depends_on(layer: nn.Module) -> bool:
+            with called({"": layer}) as by_chance, _nan_inside([layer]):
+                other = _loss_or_none(model, loss_fn, batch)
+            if by_chance:  # of a model that routes at random
+                return False
+            if other is None or not other.isfinite():
+                return True
+            return not _close(other, loss) and is_steady()
+
+        def is_steady() -> bool:
+            """Whether the loss is the same at another time, as no random one is."""
+            again = _loss_or_none(model, loss_fn, batch)
+            return again is not None and _close(again, loss)
 
         # A loss that is NaN already says nothing.
-        if not silent or not loss.isfinite() or not depends_on(silent):
+        if not silent or not loss.isfinite():
             return []
-        return [name for name, layer in silent.items() if depends_on({name: layer})]
+        with _nan_inside(silent.values()):
+            other = _loss_or_none(model, loss_fn, batch)
+        if other is not None and _close(other, loss):
+            return []
+        return [name for name, layer in silent.items() if depends_on(layer)]
 
 
-def _same_loss(model: nn.Module, loss_fn: LossFn, batch: Any, loss: Tensor) -> bool:
+def _loss_or_none(model: nn.Module, loss_fn: LossFn, batch: Any) -> Tensor | None:
     try:
-        other = scalar_loss(model, loss_fn, batch).detach()
+        return scalar_loss(model, loss_fn, batch).detach()
     except Exception:  # user code, of any kind, that does not stand NaN
-        return False
+        return None
+
+
+def _close(other: Tensor, loss: Tensor) -> bool:
     return torch.allclose(other, loss, rtol=torch.finfo(loss.dtype).eps ** 0.5)  # NaN: False
 
 

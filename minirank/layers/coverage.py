@@ -19,6 +19,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from ..checks import is_integer, shortened
+from ..packed import holds_packed_data, own_tensors
 from .linear import linear_shape
 from .lora import LoRALinear
 from .names import each_once, named_modules
@@ -220,7 +221,7 @@ def _single_matrix(module: nn.Module) -> tuple[str, int] | None:
 
 
 def _packed_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(d_out, d_in) of a module that declares them, and has no linear layer inside it."""
+    """(d_out, d_in) of a module that declares them, and holds packed data for so many weights."""
     declared: tuple[Any, Any] = (
         getattr(module, "out_features", None),
         getattr(module, "in_features", None),
@@ -228,7 +229,15 @@ def _packed_shape(module: nn.Module) -> tuple[int, int] | None:
     if not all(is_integer(size, 1) for size in declared):
         return None
     inner = [child for child in module.modules() if child is not module]
-    return None if any(linear_shape(child) is not None for child in inner) else declared
+    if any(linear_shape(child) is not None for child in inner):
+        return None
+    if type(module).__module__.startswith("torch.ao.nn."):  # which hides the data from Python
+        return declared
+    # Not in a float kernel of an activation or a spline, say, nor in indices and counters.
+    tensors = [tensor for part in [module, *inner] for tensor in own_tensors(part)]
+    codes = [t for t in tensors if holds_packed_data(t) and t.dtype.itemsize <= 4]
+    bits = sum(8 * tensor.numel() * tensor.dtype.itemsize for tensor in codes)
+    return declared if bits >= declared[0] * declared[1] else None
 
 
 def _kind_of_parameter(module: nn.Module, key: str, parameter: nn.Parameter) -> str | None:

@@ -22,7 +22,7 @@ from .data_parallel import require_averaged
 from .linear import is_transposed, linear_shape, weight_place
 from .merge import Mergeable
 from .pretrained import calling_save_pretrained, untied, warn_that_from_pretrained_cannot_read_it
-from .replaced import note_replaced
+from .replaced import note_replaced, successor
 
 RANK_DIM = {"lora_A": 0, "lora_B": 1, "gate": 0}  # the axis of each parameter that counts ranks
 
@@ -315,9 +315,15 @@ class LoRALinear(Mergeable):
 
 @torch.inference_mode(False)  # parameters made in inference mode could not train
 def _with_rank(parameter: nn.Parameter, axis: int, rank: int) -> nn.Parameter:
-    """A parameter like `parameter`, without values yet, for so many ranks along `axis`."""
+    """A parameter like `parameter`, without values yet, for so many ranks along `axis`.
+
+    If the parameter is another layer's too, which has replaced it by such a one, it is that one.
+    """
     shape = list(parameter.shape)
     shape[axis] = rank
+    shared = successor(parameter)
+    if shared is not None and list(shared.shape) == shape:
+        return shared
     return nn.Parameter(parameter.new_empty(shape), requires_grad=parameter.requires_grad)
 
 

@@ -34,6 +34,18 @@ def note_replaced(layer: nn.Module, name: str, old: nn.Parameter) -> None:
         _watching.append(register_optimizer_step_pre_hook(_require_present_parameters))
 
 
+def successor(old: nn.Parameter) -> nn.Parameter | None:
+    """What a layer has in place of `old` now, if a replacement was noted.
+
+    >>> successor(nn.Parameter())
+    """
+    if id(old) not in _replaced:
+        return None
+    _, layer_reference, name = _replaced[id(old)]
+    layer = layer_reference()
+    return None if layer is None else layer._parameters.get(name)
+
+
 def _require_present_parameters(optimizer: Optimizer, args: object, kwargs: object) -> None:
     """Raise RuntimeError if the optimizer holds a parameter whose successor should train."""
     if not _replaced:
@@ -45,9 +57,7 @@ def _require_present_parameters(optimizer: Optimizer, args: object, kwargs: obje
 
 
 def _require_no_successor(parameter: nn.Parameter) -> None:
-    _, layer_reference, name = _replaced[id(parameter)]
-    layer = layer_reference()
-    new = None if layer is None else layer._parameters.get(name)
+    name, new = _replaced[id(parameter)][2], successor(parameter)
     if new is None or new is parameter or not new.requires_grad or new.numel() == 0:
         return
     raise RuntimeError(

@@ -3,7 +3,8 @@
 Such an optimizer holds the weights that `wrap` has frozen, and nothing of the adapters. Its steps
 change nothing, and torch says nothing. So every wrapped layer is noted here, and an optimizer that
 holds the weight of one, but not its adapter, is looked at for a few steps: another optimizer may
-hold the adapter. If it has not moved by then, a warning says so, once.
+hold the adapter. If it has not moved by then, a warning says so, once. A layer is noted no more as
+soon as an optimizer steps that holds its adapter, and when it is taken out.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Observed(NamedTuple):
     steps: int  # since then, with gradients
 
 
-# No weak references to parameters: torch could not swap them any more when it loads a state.
+# The layers that no optimizer is known to train. No weak references to parameters: torch could not
+# swap them any more when it loads a state.
 _wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # {optimizer: what is observed; None: nothing is wrong, or it was said}
 _observed: weakref.WeakKeyDictionary[Optimizer, Observed | None] = weakref.WeakKeyDictionary()
@@ -43,6 +45,11 @@ def note_wrapped(layer: nn.Module) -> None:
         _watching.append(register_optimizer_step_pre_hook(_observe))
 
 
+def forget_wrapped(layer: nn.Module) -> None:
+    """Nothing is wrong if this layer does not move any more: it is taken out of its model."""
+    _wrapped.discard(layer)
+
+
 def _observe(optimizer: Optimizer, args: object, kwargs: object) -> None:
     """Warn if an adapter whose weight this optimizer holds has not moved for a few steps."""
     if optimizer not in _observed:
@@ -50,7 +57,7 @@ def _observe(optimizer: Optimizer, args: object, kwargs: object) -> None:
         return
     observed = _observed[optimizer]
     layer = None if observed is None else observed.layer()
-    up = None if layer is None else _moving_part(layer)
+    up = None if layer is None or layer not in _wrapped else _moving_part(layer)
     if observed is None or up is None or up.grad is None or not up.grad.any():
         return
     if not torch.equal(up.detach(), observed.value):
@@ -67,22 +74,27 @@ def _observe(optimizer: Optimizer, args: object, kwargs: object) -> None:
 
 
 def _begin(optimizer: Optimizer) -> None:
-    """Note what the optimizer holds of the first layer that trains with it."""
+    """Note what the optimizer holds of the layers that train with it."""
+    layers = list(_wrapped)
+    if not layers:
+        return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for layer in list(_wrapped):
+    trained = [layer for layer in layers if id(layer._parameters.get("lora_B")) in held]
+    for layer in trained:
+        _wrapped.discard(layer)
+    if trained:
+        _observed[optimizer] = None
+        return
+    for layer in layers:
         up = _moving_part(layer)
-        if up is None:
-            continue
-        if id(up) in held:
-            _observed[optimizer] = None
-            return
-        weights = dict(layer.named_parameters()).values()
-        if any(id(weight) in held for weight in weights):
+        if up is not None and any(id(weight) in held for weight in layer.parameters()):
             _observed[optimizer] = Observed(weakref.ref(layer), up.detach().clone(), 1)
             return
 
 
 def _moving_part(layer: nn.Module) -> nn.Parameter | None:
-    """The layer's lora_B, if it has got a gradient."""
+    """The layer's lora_B, if it is to train and has got a gradient."""
     up = layer._parameters.get("lora_B")
-    return None if up is None or up.grad is None or up.numel() == 0 else up
+    if up is None or not up.requires_grad or up.grad is None or up.numel() == 0:
+        return None
+    return up

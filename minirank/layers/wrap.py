@@ -26,7 +26,7 @@ from .targets import (
     modules_by_name,
     refuse_peft,
 )
-from .unmoved import note_wrapped
+from .unmoved import forget_wrapped, note_wrapped
 
 
 class AllocationLike(Protocol):
@@ -433,6 +433,7 @@ def unwrap(model: nn.Module) -> list[str]:
     for layer in layers.values():
         _restore_requires_grad(layer)
         layer.weight_set_aside = None
+        forget_wrapped(layer)
     _replace(model, {id(layer): layer.base for layer in layers.values()})
     return list(layers)
 

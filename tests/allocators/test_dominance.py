@@ -117,6 +117,18 @@ def test_the_advised_bound_respects_a_min_rank():
     allocator.allocate(60, min_rank={"7": 8}, max_rank=8)
 
 
+def test_the_advised_bound_leaves_room_for_the_budget_where_most_modules_are_narrow():
+    narrow = [nn.Linear(1, 8) for _ in range(15)]
+    allocator = Given(nn.Sequential(*narrow, *linear_stack(5, 200)), 19 * [1.0] + [100.0])
+    allocator.score()
+    with pytest.warns(UserWarning, match="of the budget") as caught:
+        allocator.allocate(115)  # five times 20 if even, and one for each narrow module
+    (bound,) = re.findall(r"max_rank=(\d+)", str(caught[0].message))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert allocator.allocate(115, max_rank=int(bound)).total_rank == 115
+
+
 def test_massive_inputs_are_judged_together():
     names = [str(i) for i in range(20)]
     ranks = {**dict.fromkeys(names, 1), "3": 8, "5": 8}

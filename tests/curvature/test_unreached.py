@@ -150,6 +150,35 @@ def test_evidence_comes_from_the_weight_and_changes_nothing():
     assert read_without_call(model, strict, batches()[0], layers) == ["qkv"]
 
 
+def test_an_expert_is_idle_under_a_random_loss_too():
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(model, x):  # as in training a diffusion model
+        return loss_fn(model, x + 0.01 * torch.randn(x.shape, generator=generator, dtype=x.dtype))
+
+    model, x = made(Experts), torch.ones(2, 3, 4).double()
+    with pytest.warns(IdleLayerWarning, match=r"'experts\.0', 'experts\.2'"):
+        estimate = input_second_moment(model, noisy, [x])
+    assert not estimate["experts.0"].any()
+    assert estimate["experts.1"].any()
+    reader = made(Reader)
+    layers = {"qkv": reader.qkv, "idle": reader.idle}
+    assert read_without_call(reader, noisy, x, layers) == ["qkv"]
+
+
+def test_random_routing_to_an_expert_is_no_reading():
+    class Lottery(Experts):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.head(self.experts[self.calls % 3](x).tanh())
+
+    model = made(Lottery)
+    layers = {f"experts.{i}": expert for i, expert in enumerate(model.experts)}
+    assert read_without_call(model, loss_fn, torch.ones(2, 3, 4).double(), layers) == []
+
+
 def test_a_loss_that_is_not_finite_is_no_evidence():
     model = made(Reader)
     layers = {"qkv": model.qkv}

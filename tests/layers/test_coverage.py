@@ -25,6 +25,25 @@ class Packed(nn.Module):
         self.register_buffer("packed", torch.zeros(d_out * d_in // 2, dtype=torch.uint8))
 
 
+class Spline(nn.Module):
+    """Several numbers for each pair of an input and an output, as in a KAN. They are not packed."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__()
+        self.in_features, self.out_features = d_in, d_out
+        self.kernel = nn.Parameter(torch.zeros(d_out, d_in, 3))
+        self.norm = nn.BatchNorm1d(d_out)  # has a counter of integers
+
+
+class Slopes(nn.Module):
+    """An activation that knows its sizes."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__()
+        self.in_features, self.out_features = d_in, d_out
+        self.slope = nn.Parameter(torch.ones(d_in))
+
+
 class Experts(nn.Module):
     """Matrices of four experts, with biases, and a router, all in bare parameters."""
 
@@ -100,6 +119,12 @@ CASES = {  # model, names, reached, {kind: (weights, entries, first module)}
         ["1"],
         4,
         {"packed layer": (1, 24, "0")},
+    ),
+    "sizes without packed data": (
+        lambda: nn.Sequential(Spline(4, 6), Slopes(4, 4), nn.Linear(2, 2)),
+        ["2"],
+        4,
+        {"stack of experts": (1, 4 * 6 * 3, "0")},
     ),
     "tied head": (tied, ["up"], 24, {"tied head": (1, 36, "head")}),
     "tied head, named": (tied, ["up", "head"], 60, {}),

@@ -277,3 +277,18 @@ def test_scores_are_stale_after_other_ranks_are_adopted():
     model.load_state_dict(trained({"0": 3, "2": 1}).state_dict())
     with pytest.raises(RuntimeError, match="stale: '0' was resized"):
         allocator.allocate(2)
+
+
+def test_layers_that_share_a_parameter_share_it_after_loading_other_ranks():
+    def shared(rank):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        first, second = wrap(model, {"0": rank, "1": rank}).values()
+        second.lora_A = first.lora_A
+        return model
+
+    model = shared(1)
+    state = shared(3).state_dict()
+    model.load_state_dict(state)
+    assert [layer.rank for layer in model] == [3, 3]
+    assert model[1].lora_A is model[0].lora_A
+    torch.testing.assert_close(model[1].lora_A.detach(), state["1.lora_A"], rtol=0, atol=0)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from minirank import load_adapter, save_adapter, wrap
+from minirank import load_adapter, merge, save_adapter, unwrap, wrap
+from minirank.layers import unmoved
 
 
 def small_model():
@@ -109,3 +110,50 @@ def test_evaluation_and_another_model_say_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(other, [sgd(other)])
+
+
+def test_layers_that_were_taken_out_and_are_kept_say_nothing():
+    model = small_model()
+    layers = [*wrap(model, {"0": 2, "2": 1}).values()]
+    train(model, [sgd(model, trained=True)])  # which leaves gradients
+    merge(model)
+    unwrap(model)
+    model.requires_grad_(True)
+    train(model, [sgd(model)])  # all of it, without adapters
+    layers += wrap(model, {"0": 1, "2": 2}).values()  # as in a second stage
+    train(model, [sgd(model)])
+    assert layers
+
+
+def test_layers_taken_out_before_an_optimizer_was_made_say_nothing():
+    model = small_model()
+    layers = wrap(model, {"0": 2})
+    model(torch.ones(2, 6)).sum().backward()
+    unwrap(model)
+    train(model, [sgd(model)])
+    assert layers
+
+
+def test_adapters_frozen_after_their_training_say_nothing():
+    model = small_model()
+    wrap(model, {"0": 2}, trainable=["2"])
+    train(model, [sgd(model, trained=True)])
+    rest = torch.optim.SGD([p for n, p in model.named_parameters() if "lora_" not in n], lr=0.1)
+    for parameter in adapters(model):
+        parameter.requires_grad_(False)
+    train(model, [rest])
+
+
+def test_a_learning_rate_that_starts_at_zero_says_nothing():
+    model = small_model()
+    wrap(model, {"0": 2}, trainable=None)
+    rest = torch.optim.SGD([p for n, p in model.named_parameters() if "lora_" not in n], lr=0.1)
+    train(model, [rest, torch.optim.SGD(adapters(model), lr=0.0)])
+
+
+def test_layers_that_an_optimizer_trains_cost_other_optimizers_nothing():
+    model = small_model()
+    layers = wrap(model, {"0": 2, "2": 1})
+    assert all(layer in unmoved._wrapped for layer in layers.values())
+    train(model, [sgd(model, trained=True)], steps=1)
+    assert not any(layer in unmoved._wrapped for layer in layers.values())
