@@ -106,15 +106,29 @@ def _holds_weight(module: nn.Module, entries: int) -> bool:
     """Whether the module holds packed data for so many weights, and too little else for them."""
     if is_dynamically_quantized(module):
         return True
-    packed = plain = 0
-    for tensor in own_tensors(module):
+    tensors = own_tensors(module)
+    plain = sum(
+        tensor.numel()
+        for tensor in tensors
+        if tensor.is_floating_point() and not holds_packed_data(tensor)
+    )
+    return most_packed_weights(tensors) >= entries > plain
+
+
+def most_packed_weights(tensors: Iterable[Tensor]) -> int:
+    """How many weights the packed data among these tensors can stand for: at one bit for each, or
+    as many as a tensor that dequantises itself says.
+
+    >>> most_packed_weights([torch.zeros(3, dtype=torch.int8), torch.zeros(9)])
+    24
+    """
+    count = 0
+    for tensor in tensors:
         if dequantizes_itself(tensor):
-            packed += tensor.numel()
-        elif tensor.is_floating_point() and tensor.dtype.itemsize > 1:
-            plain += tensor.numel()
+            count += tensor.numel()
         elif holds_packed_data(tensor) and tensor.dtype.itemsize <= 4:  # not indices and counters
-            packed += 8 * tensor.numel() * tensor.dtype.itemsize  # at one bit for each weight
-    return packed >= entries > plain
+            count += 8 * tensor.numel() * tensor.dtype.itemsize
+    return count
 
 
 def is_dynamically_quantized(module: nn.Module) -> bool:

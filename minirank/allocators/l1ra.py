@@ -68,7 +68,7 @@ from torch.optim import Optimizer
 from ..checks import as_generator, is_integer, quoted_names, require, warn_caller
 from ..distributed import check_same, require_same
 from ..layers.lora import LoRALinear
-from ..layers.optimizers import Optimizers, as_optimizers, parameter_slots, set_learning_rate
+from ..layers.optimizers import Optimizers, Slot, as_optimizers, parameter_slots, set_learning_rate
 from ..layers.resize import Resized, resize, separate_layers
 from ..tensor_bytes import checksum
 from .allocation import Allocation, Unit
@@ -295,7 +295,7 @@ class L1RA(RankScoreAllocator):
         """
         if not any(self._pending):
             return None
-        self._require_held_parameters()
+        slots = self._checked_slots()
         if self._trained_before is not None:
             _warn_of_unknown_steps(self._trained_before)
             self._trained_before = None
@@ -304,30 +304,34 @@ class L1RA(RankScoreAllocator):
             taken, self._pending[i] = self._pending[i], 0
             left = taken if self.stop is None else max(0, min(taken, self.stop - self._seen[i]))
             self._seen[i] += taken
-            self._shrink(optimizer, left)
+            self._shrink(slots, optimizer, left)
         return self._update() if self._has_update_between(before, self.steps) else None
 
-    def _require_held_parameters(self) -> None:
-        held = parameter_slots(self._optimizers)
+    def _checked_slots(self) -> dict[int, Slot]:
+        """The places of all parameters in the optimizers.
+
+        Raises RuntimeError if a parameter that trains has none.
+        """
+        slots = parameter_slots(self._optimizers)
         for name, layer in self._layers.items():
             for key, parameter in layer._parameters.items():
-                if parameter is not None and id(parameter) not in held and parameter.requires_grad:
+                if parameter is not None and id(parameter) not in slots and parameter.requires_grad:
                     raise RuntimeError(
                         f"the optimizer does not hold {name}.{key}, so this does not train: "
                         "after load_state_dict() with other ranks, or resize() without the "
                         "optimizer, make the optimizer, L1RA and the scheduler anew. Or call "
                         "resize(model, ranks, optimizer) before load_state_dict()"
                     )
+        return slots
 
-    def _shrink(self, optimizer: Optimizer, times: int) -> None:
+    def _shrink(self, slots: Mapping[int, Slot], optimizer: Optimizer, times: int) -> None:
         """Shrink the gates that this optimizer trains."""
         if times == 0:
             return
-        slots = parameter_slots([optimizer])
         trained = {  # the user may freeze layers for a time
             gate: slots[id(gate)]
             for gate in self.gates.values()
-            if gate.requires_grad and id(gate) in slots
+            if gate.requires_grad and slots[id(gate)].optimizer is optimizer
         }
         shrink_in_optimizer(trained, times * self.gate_lr * self.l1, self.shrinkage)
 
@@ -421,7 +425,7 @@ class L1RA(RankScoreAllocator):
             RuntimeError: the optimizer does not hold a parameter of a layer.
         """
         self._check_state(state)
-        self._require_held_parameters()
+        self._checked_slots()
         history = History.from_state_dict(state["history"])
         # Generators take their state from the CPU, and torch.load(map_location="cuda") moves it.
         self.generator.set_state(state["generator"].cpu())

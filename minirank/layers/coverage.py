@@ -19,7 +19,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from ..checks import is_integer, shortened
-from ..packed import holds_packed_data, own_tensors
+from ..packed import most_packed_weights, own_tensors, stored_weight
 from .linear import linear_shape
 from .lora import LoRALinear
 from .names import each_once, named_modules
@@ -161,12 +161,12 @@ def tied_heads(modules: Mapping[str, nn.Module]) -> set[str]:
     >>> tied_heads({"words": words, "head": head})
     {'head'}
     """
-    embedded = {id(_weight(module)) for module in modules.values() if is_embedding(module)}
+    embedded = {id(stored_weight(module)) for module in modules.values() if is_embedding(module)}
     embedded -= {id(None)}
     return {
         name
         for name, module in modules.items()
-        if id(_weight(module)) in embedded and not is_embedding(module)
+        if id(stored_weight(module)) in embedded and not is_embedding(module)
     }
 
 
@@ -179,11 +179,6 @@ def is_embedding(module: nn.Module) -> bool:
     return hasattr(module, "num_embeddings") and hasattr(module, "embedding_dim")
 
 
-def _weight(module: nn.Module) -> nn.Parameter | None:
-    parameters = module._parameters  # a scripted module's has no get()
-    return parameters["weight"] if "weight" in parameters else None  # noqa: SIM401
-
-
 # ---- the matrices of one module -----------------------------------------------------------------
 
 
@@ -194,7 +189,7 @@ def _matrices(module: nn.Module, single: tuple[str, int] | None) -> Iterator[tup
         single: its `_single_matrix`.
     """
     if single is not None:
-        weight = _weight(module.base if isinstance(module, LoRALinear) else module)
+        weight = stored_weight(module.base if isinstance(module, LoRALinear) else module)
         yield single[0], id(module if weight is None else weight), single[1]
     elif not is_embedding(module):
         for key, parameter in module._parameters.items():
@@ -235,9 +230,7 @@ def _packed_shape(module: nn.Module) -> tuple[int, int] | None:
         return declared
     # Not in a float kernel of an activation or a spline, say, nor in indices and counters.
     tensors = [tensor for part in [module, *inner] for tensor in own_tensors(part)]
-    codes = [t for t in tensors if holds_packed_data(t) and t.dtype.itemsize <= 4]
-    bits = sum(8 * tensor.numel() * tensor.dtype.itemsize for tensor in codes)
-    return declared if bits >= declared[0] * declared[1] else None
+    return declared if most_packed_weights(tensors) >= declared[0] * declared[1] else None
 
 
 def _kind_of_parameter(module: nn.Module, key: str, parameter: nn.Parameter) -> str | None:

@@ -242,8 +242,7 @@ class LoRALinear(Mergeable):
         if self.rank == 0 or self.merged or not self.enabled:
             return y
         if self.training and not torch.compiler.is_compiling():
-            for parameter in (self.lora_A, self.lora_B):
-                require_averaged(parameter)
+            require_averaged(self.lora_A, self.lora_B)
         if x.dtype != self.lora_A.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.dtype)
         if self.dropout:
