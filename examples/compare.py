@@ -5,20 +5,29 @@
     # a table of the results page:
     python examples/compare.py --methods uniform sensitivity --seeds 0 1 2 3 4
 
+    # with PEFT's methods, which run only if they are named:
+    python examples/compare.py --methods uniform eva adalora adalora-as-is
+
 The protocol:
 
 - Task: that of tagging.py. MiniLM learns part-of-speech tags of the Brown corpus. The 36 linear
   layers of the encoder get ranks; the new head trains as well.
 - Splits: training on the training split. Methods that need calibration or validation data get the
-  development split: Sensitivity-LoRA all of it, ShapLoRA `--sentences` of it. The test split is
-  used for the final figures alone.
+  development split: Sensitivity-LoRA and EVA all of it, ShapLoRA `--sentences` of it. The test
+  split is used for the final figures alone.
 - Seeds: one training per method and seed (0 to 2 by default, 0 to 4 in the tables of the results
   page). A seed fixes the head, the adapters' start, the order of the data, and ShapLoRA's
-  coalitions.
+  coalitions. ShapLoRA and `adalora` train once more before, with the same seed and as many steps.
 - Training (tagging.train): AdamW without weight decay, learning rates 3e-3 for adapters and 5e-3
   for the head, which rise over 20 steps and then fall to 0; 250 steps of 24 sentences on average;
   gradients clipped to norm 1; every adapter has a scaling of 2.
 - Settings of L1RA and ShapLoRA: chosen on the development split with seed 100, which no table uses.
+- PEFT's methods (peft_ranks.py): both take an average rank, so they get the whole number nearest to
+  the budget. `eva` is EVA with the other settings at PEFT's defaults. `adalora` takes the ranks
+  that AdaLoRA ends with, from 1.5 times the average rank (AdaLoRA's paper) at the start. The ranks
+  of both are fitted to the budget, then plain LoRA is trained as by the other methods.
+  `adalora-as-is` is the model that PEFT trained, with its own ranks, not fitted to the budget; a
+  rank of it has one parameter more.
 - Figures: mean ± standard error over seeds. Differences from the first method are paired by seed.
 """
 
@@ -31,14 +40,17 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
+from peft_ranks import adalora as train_by_adalora
+from peft_ranks import eva_ranks, fit_to_budget, load_peft
 from tagging import (
+    Batch,
     Data,
     Tagger,
     batches,
@@ -51,6 +63,7 @@ from tagging import (
     train,
     words,
 )
+from torch import nn
 
 from minirank import (
     L1RA,
@@ -66,6 +79,7 @@ from minirank.allocators.allocation import Unit
 from minirank.allocators.history import History
 from minirank.allocators.plot import fill_heat_map, whole_ticks
 from minirank.allocators.sensitivity import Curvature
+from minirank.allocators.shaplora import Importance
 from minirank.allocators.table import arrange
 
 SCALING = 2.0  # of every LoRA layer, whatever its rank
@@ -89,10 +103,12 @@ class Options:
     gate_lr: float
     interval: int  # optimizer steps between L1RA's updates
     stop: int  # the optimizer step after which L1RA moves no rank
-    coalitions: int  # that ShapLoRA scores
+    coalitions: int  # that ShapLoRA scores; 0: none, all ranks are on
+    importance: Importance  # of ShapLoRA
     sentences: int  # of the development split, on which ShapLoRA scores
     curvature: str  # of Sensitivity-LoRA
     first_gate_lr: float  # of the gates in ShapLoRA's first training
+    first_rank: int | None  # of every layer in ShapLoRA's first training; None: twice the budget
 
 
 @dataclass
@@ -117,6 +133,7 @@ class Trained(NamedTuple):
     scoring_seconds: float  # to find the ranks before the training, a first training included
     result: dict[str, float]  # what train() returned
     history: History | None = None  # of the ranks, if they moved during the training
+    model: nn.Module | None = None  # the trained model, where it is not the one that was given
 
 
 Method = Callable[[Tagger, Data, Options, int], Trained]
@@ -127,8 +144,8 @@ CURVATURES: dict[str, Curvature] = {
 }
 
 
-# A method allocates ranks for the plain model, wraps it, and trains it in place. To add a method,
-# write such a function and name it in METHODS.
+# A method allocates ranks for the plain model, wraps it, and trains it in place (or returns another
+# model). To add a method, write such a function and name it in METHODS.
 
 
 def uniform(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
@@ -188,7 +205,16 @@ def shaplora(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
     trial = copy.deepcopy(model)
     uniform_ranks = UniformRanks(trial, options.targets)
     uniform_ranks.score()
-    ranks = uniform_ranks.allocate(2 * options.budget, unit=options.unit)
+    if options.first_rank is None:
+        ranks = uniform_ranks.allocate(2 * options.budget, unit=options.unit)
+    else:
+        ranks = uniform_ranks.allocate(options.first_rank * len(uniform_ranks.targets))
+    available = ranks.total_rank if options.unit == "ranks" else ranks.parameters
+    if available < options.budget:
+        raise SystemExit(
+            f"--first-rank {options.first_rank} gives ShapLoRA {available:,} {options.unit} to "
+            f"choose from, fewer than the budget of {options.budget:,}: raise it"
+        )
     wrap(trial, ranks, scaling=SCALING, gate=0.0, trainable=["head"], generator=seed)
     optimizer = make_optimizer(trial, gate_lr=options.first_gate_lr)
     train(trial, data.train, steps=options.steps, seed=seed, optimizer=optimizer)
@@ -198,6 +224,7 @@ def shaplora(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
         loss_fn,
         validation,
         coalitions=options.coalitions,
+        importance=options.importance,
         batch_weight=words,
         generator=seed,
     )
@@ -212,12 +239,75 @@ def shaplora(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
     return trained._replace(scoring_seconds=first_stage + trained.scoring_seconds)
 
 
-METHODS: dict[str, Method] = {
+def eva(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
+    start = time.perf_counter()
+    plan, rank = uniform_plan(model, options)
+    calibration = list(batches(data.dev, 24, device=options.device))
+    ranks = eva_ranks(model, list(plan.ranks), calibration, logits, rank=rank, max_rank=2 * rank)
+    allocation = fitted(plan, ranks, model, "EVA")
+    return train_plain(allocation, time.perf_counter() - start, model, data, options, seed)
+
+
+def adalora(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
+    start = time.perf_counter()
+    as_is = adalora_as_is(model, data, options, seed)
+    allocation = fitted(uniform_plan(model, options)[0], as_is.allocation.ranks, model, "AdaLoRA")
+    return train_plain(allocation, time.perf_counter() - start, model, data, options, seed)
+
+
+def adalora_as_is(model: Tagger, data: Data, options: Options, seed: int) -> Trained:
+    plan, rank = uniform_plan(model, options)
+    result: dict[str, float] = {}
+
+    def train_the_copy(student: nn.Module, on_step: Callable[[int], None]) -> None:
+        trained = train(student, data.train, steps=options.steps, seed=seed, on_step=on_step)
+        result.update(trained)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # PEFT draws the adapters' start from the global generator
+        student, ranks = train_by_adalora(
+            model,
+            list(plan.ranks),
+            rank=rank,
+            start_rank=max(rank + 1, round(1.5 * rank)),
+            steps=options.steps,
+            scaling=SCALING,
+            train=train_the_copy,
+            trainable=["head"],
+        )
+    costs = {name: cost + 1 for name, cost in plan.costs.items()}  # an entry of E besides A and B
+    allocation = replace(plan, ranks=ranks, costs=costs, method="AdaLoRA as is")
+    return Trained(allocation, 0.0, result, model=student)
+
+
+BY_DEFAULT: dict[str, Method] = {
     "uniform": uniform,
     "sensitivity": sensitivity,
     "l1ra": l1ra,
     "shaplora": shaplora,
 }
+BY_PEFT: dict[str, Method] = {"eva": eva, "adalora": adalora, "adalora-as-is": adalora_as_is}
+METHODS = BY_DEFAULT | BY_PEFT
+
+
+def uniform_plan(model: Tagger, options: Options) -> tuple[Allocation, int]:
+    """(the uniform ranks at the budget, the average rank nearest to them)."""
+    allocator = UniformRanks(model, options.targets)
+    allocator.score()
+    plan = allocator.allocate(options.budget, unit=options.unit)
+    return plan, max(1, round(plan.total_rank / len(plan.ranks)))
+
+
+def logits(model: nn.Module, batch: Batch) -> object:
+    return model(batch["input_ids"], batch["attention_mask"])
+
+
+def fitted(plan: Allocation, ranks: Mapping[str, int], model: Tagger, method: str) -> Allocation:
+    """The ranks in their proportions at the budget of `plan`."""
+    costs = plan.costs if plan.unit == "parameters" else None
+    weights = dict(model.named_parameters())
+    upper = {name: min(weights[f"{name}.weight"].shape) for name in ranks}
+    return replace(plan, ranks=fit_to_budget(ranks, plan.budget, costs, upper), method=method)
 
 
 def allocate_then_train(
@@ -226,15 +316,22 @@ def allocate_then_train(
     start = time.perf_counter()
     allocator.score()
     allocation = allocator.allocate(options.budget, unit=options.unit)
-    seconds = time.perf_counter() - start
+    return train_plain(allocation, time.perf_counter() - start, model, data, options, seed)
+
+
+def train_plain(
+    allocation: Allocation, seconds: float, model: Tagger, data: Data, options: Options, seed: int
+) -> Trained:
+    """Train plain LoRA of these ranks, which took so many seconds to find."""
     wrap(model, allocation, scaling=SCALING, trainable=["head"], generator=seed)
     return Trained(allocation, seconds, train(model, data.train, steps=options.steps, seed=seed))
 
 
 def run(name: str, data: Data, options: Options, seed: int) -> Run:
     model = build_model(seed, len(data.tags), options.device)
-    allocation, seconds, result, history = METHODS[name](model, data, options, seed)
-    dev, test = evaluate(model, data.dev), evaluate(model, data.test)
+    allocation, seconds, result, history, other = METHODS[name](model, data, options, seed)
+    trained = model if other is None else other
+    dev, test = evaluate(trained, data.dev), evaluate(trained, data.test)
     return Run(
         name, seed, allocation, seconds, result["seconds"], result["loss"], dev, test, history
     )
@@ -385,6 +482,19 @@ def save_plot(path: str, runs: list[Run], methods: list[str]) -> None:
     figure.savefig(path, dpi=130)
 
 
+def positive(text: str) -> int:
+    """The type of an option that counts something from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value
+
+
+def given(value: int | None, default: int) -> int:
+    """The value of an option, or its default where the option is absent. 0 is a value."""
+    return default if value is None else value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -394,9 +504,10 @@ def main() -> None:
         "--methods",
         nargs="+",
         choices=list(METHODS),
-        default=list(METHODS),
+        default=list(BY_DEFAULT),
         metavar="METHOD",
-        help=f"some of {', '.join(METHODS)}; the others are compared with the first",
+        help=f"some of {', '.join(METHODS)} (default: {', '.join(BY_DEFAULT)}); "
+        "the others are compared with the first",
     )
     parser.add_argument(
         "--budget", type=int, default=72, help="total over all targets (default 72: 36 layers at 2)"
@@ -407,7 +518,9 @@ def main() -> None:
     parser.add_argument(
         "--targets", nargs="+", default=["encoder.*"], help="names or globs of linear layers"
     )
-    parser.add_argument("--steps", type=int, help="training steps of 24 sentences (default 250)")
+    parser.add_argument(
+        "--steps", type=positive, help="training steps of 24 sentences (default 250; quick: 40)"
+    )
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="one training per method and seed (default 0 1 2)"
     )
@@ -426,7 +539,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--interval",
-        type=int,
+        type=positive,
         help="steps between L1RA's updates (default: 5 %% of the training)",
     )
     parser.add_argument(
@@ -438,11 +551,18 @@ def main() -> None:
     parser.add_argument(
         "--coalitions",
         type=int,
-        help="that ShapLoRA scores, a multiple of 18 (default 90; quick: 18)",
+        help="that ShapLoRA scores, a multiple of 18 (default 90; quick: 18); 0: none, all ranks "
+        "are on",
+    )
+    parser.add_argument(
+        "--importance",
+        choices=get_args(Importance),
+        default="sensitivity",
+        help="of ShapLoRA; magnitude needs neither coalitions nor sentences",
     )
     parser.add_argument(
         "--sentences",
-        type=int,
+        type=positive,
         help="development sentences that ShapLoRA scores (default 120; quick: 16)",
     )
     parser.add_argument(
@@ -452,8 +572,13 @@ def main() -> None:
         help=f"learning rate of the gates in ShapLoRA's first training (default {FIRST_GATE_LR})",
     )
     parser.add_argument(
+        "--first-rank",
+        type=positive,
+        help="of every layer in ShapLoRA's first training (default: twice the budget)",
+    )
+    parser.add_argument(
         "--limit",
-        type=int,
+        type=positive,
         help="use only so many sentences of each split, to see that the script runs",
     )
     parser.add_argument("--device", default="cpu")
@@ -463,7 +588,11 @@ def main() -> None:
         "--history-plot", help="write L1RA's ranks over time, of the first seed, to this image file"
     )
     arguments = parser.parse_args()
-    steps = arguments.steps or (40 if arguments.quick else 250)
+    if BY_PEFT.keys() & set(arguments.methods):
+        load_peft()  # raises at once where it is not installed
+    if arguments.coalitions is not None and (arguments.coalitions < 0 or arguments.coalitions % 18):
+        parser.error(f"--coalitions: expected 0 or a multiple of 18, got {arguments.coalitions}")
+    steps = given(arguments.steps, 40 if arguments.quick else 250)
     seeds = arguments.seeds or ([0, 1] if arguments.quick else [0, 1, 2])
     options = Options(
         budget=arguments.budget,
@@ -473,16 +602,18 @@ def main() -> None:
         device=arguments.device,
         l1=arguments.l1,
         gate_lr=arguments.gate_lr,
-        interval=arguments.interval or max(1, steps // 20),
+        interval=given(arguments.interval, max(1, steps // 20)),
         stop=round(arguments.stop * steps),
-        coalitions=arguments.coalitions or (18 if arguments.quick else 90),
-        sentences=arguments.sentences or (16 if arguments.quick else 120),
+        coalitions=given(arguments.coalitions, 18 if arguments.quick else 90),
+        importance=arguments.importance,
+        sentences=given(arguments.sentences, 16 if arguments.quick else 120),
         curvature=arguments.curvature,
         first_gate_lr=arguments.first_gate_lr,
+        first_rank=arguments.first_rank,
     )
 
     data = load_data()
-    if arguments.limit:
+    if arguments.limit is not None:
         n = arguments.limit
         data = data._replace(train=data.train[:n], dev=data.dev[:n], test=data.test[:n])
     sizes = (

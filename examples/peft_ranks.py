@@ -74,7 +74,7 @@ def eva_ranks(
 
     Source: EVA (arXiv 2410.07170), `peft.tuners.lora.eva.get_eva_state_dict`.
     """
-    peft = _peft()
+    peft = load_peft()
     modules = _modules(model, targets)
     if not 1 <= rank <= max_rank:
         raise ValueError(f"expected 1 ≤ rank ≤ max_rank, got {rank} and {max_rank}")
@@ -229,7 +229,7 @@ def adalora(
 
     Source: AdaLoRA (arXiv 2303.10512), `peft.AdaLoraModel`.
     """
-    peft = _peft()
+    peft = load_peft()
     modules = _modules(model, targets)
     last = max(1, round(0.3 * steps))  # steps at the end, at the final ranks
     first = round(0.1 * steps)  # steps at the start, at the start rank
@@ -360,7 +360,7 @@ def fit_to_budget(
     return proportional_ranks(ranks, budget, costs=costs, upper=upper)
 
 
-def _peft() -> Any:
+def load_peft() -> Any:
     """The module peft, imported where it is needed, so that others can import this file."""
     try:
         import peft

