@@ -15,6 +15,7 @@ from .allocators.allocator import Allocator, RankScoreAllocator, ShareAllocator
 from .allocators.l1ra import L1RA
 from .allocators.sensitivity import SensitivityLoRA
 from .allocators.shaplora import ShapLoRA
+from .allocators.singular_values import SingularValues
 from .allocators.uniform import UniformRanks
 from .files.adapter_file import load_adapter, read_adapter, save_adapter
 from .files.peft_export import export_peft
@@ -36,6 +37,7 @@ __all__ = [
     "SensitivityLoRA",
     "ShapLoRA",
     "ShareAllocator",
+    "SingularValues",
     "UniformRanks",
     "budget",
     "curvature",

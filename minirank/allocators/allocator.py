@@ -245,7 +245,7 @@ class RankScoreAllocator(Allocator):
 
     def ranks_from_scores(
         self, scores: Mapping[str, Tensor], constraints: Constraints
-    ) -> tuple[Ranks, KeepMasks]:
+    ) -> tuple[Ranks, KeepMasks | None]:
         keep = best_ranks(
             {name: score.tolist() for name, score in scores.items()},
             constraints.budget,

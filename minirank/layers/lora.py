@@ -258,7 +258,7 @@ class LoRALinear(Mergeable):
 
     def delta_weight(self) -> Tensor:
         """ΔW = s · B diag(gate) A, (d_out, d_in): float32 or better, differentiable."""
-        sB, A = self._factors()
+        sB, A = self.factors()
         return sB @ A
 
     @property
@@ -286,7 +286,7 @@ class LoRALinear(Mergeable):
         The sum is computed in float32 or better and rounded once.
         """
         W = self.base_weight
-        sB, A = self._factors(W.dtype)
+        sB, A = self.factors(W.dtype)
         left, right = (A.t(), sB.t()) if is_transposed(self.base) else (sB, A)
         return torch.addmm(W.to(A.dtype), left, right).to(W.dtype)
 
@@ -295,11 +295,11 @@ class LoRALinear(Mergeable):
 
         Every rank's part of ΔW has rank one, so its norm is that of its column times its row.
         """
-        sB, A = self._factors()
+        sB, A = self.factors()
         norms: Tensor = sB.detach().norm(dim=0) * A.detach().norm(dim=1)
         return norms
 
-    def _factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """s · B diag(gate) and A, in the widest of `dtype`, the adapter's dtype and float32."""
         work = torch.promote_types(torch.promote_types(self.lora_A.dtype, dtype), torch.float32)
         sB = self.lora_B.to(work) * self.scaling
