@@ -15,7 +15,7 @@ ranks are found in the training itself. `study.py` has the protocol.
     eva, adalora             PEFT's own: ranks that EVA finds, trained here; AdaLoRA's last ranks,
                              trained anew ("retrained"); and AdaLoRA as it is
 
-First trainings run at the middle of the grid of learning rates.
+First trainings run at `Task.first_rate`.
 """
 
 from __future__ import annotations

@@ -55,6 +55,7 @@ class Task(ABC):
         rank: the average rank, by which `budget` is counted unless a task counts another way.
         max_rank: no module gets more ranks, in any arm.
         rates: the grid of learning rates.
+        first_rate: the learning rate of first trainings.
         steps: of one training.
         seeds, tuning_seeds: see the protocol. The tuning seeds come first.
         scaling: of every adapter.
@@ -67,6 +68,7 @@ class Task(ABC):
     rank: int
     max_rank: int
     rates: tuple[float, ...]
+    first_rate: float
     steps: int
     seeds: tuple[int, ...]
     tuning_seeds: tuple[int, ...]
@@ -161,11 +163,6 @@ class Task(ABC):
 
     # ---- what follows from these ----------------------------------------------------------------
 
-    @property
-    def first_rate(self) -> float:
-        """The learning rate of first trainings: the middle of the grid."""
-        return self.rates[len(self.rates) // 2]
-
     def names(self, model: nn.Module) -> list[str]:
         return list(linear_targets(model, self.targets))
 
@@ -219,12 +216,14 @@ class Results:
             unfinished.replace(self.path)
 
     def find(self, table: str, **keys: Any) -> dict[str, Any] | None:
+        """The first record of "ranks", "runs" or another table that has these values."""
         records: list[dict[str, Any]] = self.content[table]
         return next((r for r in records if all(r[k] == v for k, v in keys.items())), None)
 
-    def add(self, table: str, record: dict[str, Any]) -> None:
+    def add(self, table: str, record: dict[str, Any], *, save: bool = True) -> None:
         self.content[table].append(record)
-        self.save()
+        if save:
+            self.save()
 
     def tried(self, arm: str, seeds: Sequence[int]) -> dict[float, float]:
         """{learning rate: mean development loss} over the seeds, of rates that all of them had."""
@@ -498,7 +497,7 @@ def table(task: Task, arms: Sequence[str], results: Results, seeds: Sequence[int
 
     base, best = of(UNIFORM), of(KNOWN)
     width = max(len(name) for name in arms)
-    rates = ", ".join(f"{rate:g}" for rate in task.rates)
+    rates = ", ".join(f"{rate:g}" for rate in results.tried(UNIFORM, task.tuning_seeds))
     lines = [
         f"{task.name}: {task.steps} steps, at most {task.max_rank} ranks a layer, "
         f"seeds {', '.join(map(str, seeds))}; learning rates {rates}",
@@ -569,7 +568,7 @@ def run_study(
     """Run a task with the arms of arms.py, and print its table.
 
     Args:
-        settings: what the runs depend on, besides the task's steps, rates and largest rank.
+        settings: what the runs depend on, besides the task's steps, first rate and largest rank.
         arms: by default. None: all.
         halves: report on the tuning seeds and on the others apart.
     """
@@ -595,8 +594,7 @@ def run_study(
             **settings,
             "steps": task.steps,
             "max_rank": task.max_rank,
-            "rates": list(task.rates),
-            "tuning_seeds": list(task.tuning_seeds),
+            "first_rate": task.first_rate,
             "torch": torch.__version__,
         },
     )

@@ -37,7 +37,7 @@ def singular_values(layer: LoRALinear) -> Tensor:
     >>> singular_values(layer)  # two ranks, and one direction
     tensor([10.,  0.], dtype=torch.float64)
     """
-    left, right = (factor.detach().cpu().double() for factor in layer.factors())
+    left, right = (factor.detach().cpu() for factor in layer.factors(torch.float64))
     # ΔW = left · right is (d_out, d_in). R of a QR decomposition has the same singular values, and
     # is no larger than (r, r).
     core = torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T
@@ -101,10 +101,14 @@ class SingularValues(RankScoreAllocator):
         Raises:
             ValueError: they are all zero, as before any training, or one is not finite.
         """
-        scores = {name: singular_values(layer) for name, layer in self._layers().items()}
-        for name, values in scores.items():
-            if not values.isfinite().all():
-                raise ValueError(f"ΔW of {name!r} is not finite: did the training diverge?")
+        layers = self._layers()
+        for name, layer in layers.items():
+            # Looked for here, since LAPACK may return finite numbers for a matrix with a NaN.
+            if not all(factor.isfinite().all() for factor in layer.factors()):
+                raise ValueError(
+                    f"the adapter of {name!r} is not finite: did the training diverge?"
+                )
+        scores = {name: singular_values(layer) for name, layer in layers.items()}
         if not any(values.any() for values in scores.values()):
             raise ValueError(
                 "every ΔW is zero, as wrap(model, ranks) leaves it: train the model first"
