@@ -85,6 +85,10 @@ class Task(ABC):
     def loss_fn(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean loss of a batch."""
 
+    def training_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss to train by. Default: `loss_fn`."""
+        return self.loss_fn(model, batch)
+
     def batch_weight(self, batch: Any) -> float:
         """What the loss of the batch is a mean over. Default: its number of samples."""
         return len(batch[0])
@@ -151,7 +155,7 @@ class Task(ABC):
         data = self.training_batches(seed)
         model.train()
         for step in range(steps):
-            loss = self.loss_fn(model, next(data))
+            loss = self.training_loss(model, next(data))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -384,7 +388,8 @@ def run_arm(
     if arm.train is not None:
         context.shared_seconds = 0.0
         model, ranks = arm.train(context, lr)
-        results.add("ranks", _ranks_record(name, context, ranks, 0.0) | {"lr": lr})
+        # Written together with the run below, so that an interruption loses both or none.
+        results.add("ranks", _ranks_record(name, context, ranks, 0.0) | {"lr": lr}, save=False)
     else:
         assert arm.ranks is not None
         record = results.find("ranks", arm=name, seed=seed)
