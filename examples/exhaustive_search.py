@@ -230,7 +230,7 @@ def search(task: Small, results: Results, arms: list[str]) -> None:
                 uniform = dict.fromkeys(context.names, task.rank)
                 figures = task.evaluate(context.train(uniform, rate), seed)
                 results.add("runs", {"arm": UNIFORM, "seed": seed, "lr": rate, **figures})
-    rate = results.best_rate(UNIFORM, task.seeds)
+    rate = results.best_rate(UNIFORM)
     context = Context(task, task.seeds[0])
     every = divisions(context.costs, context.budget, task.max_rank)
     progress = Progress(len(task.seeds) * len(every))
@@ -252,7 +252,16 @@ def search(task: Small, results: Results, arms: list[str]) -> None:
                     chosen = arm.train(context, rate).ranks
                 if chosen is not None:
                     results.add("ranks", {"arm": name, "seed": seed, "ranks": label(chosen)})
+                    look_up(results, name, seed, rate, label(chosen))
     results.save()
+
+
+def look_up(results: Results, arm: str, seed: int, rate: float, ranks: str) -> None:
+    """The figures of a division are those of the arm that chose it."""
+    division = results.find("divisions", ranks=ranks, seed=seed)
+    if division is not None and results.find("runs", arm=arm, seed=seed, lr=rate) is None:
+        figures = {"dev": division["dev"], "test": division["test"]}
+        results.add("runs", {"arm": arm, "seed": seed, "lr": rate, **figures})
 
 
 def regret_table(task: Small, results: Results, arms: list[str]) -> str:
@@ -262,7 +271,7 @@ def regret_table(task: Small, results: Results, arms: list[str]) -> str:
         losses.setdefault(record["seed"], {})[record["ranks"]] = record["test"]
     best = {seed: min(values.values()) for seed, values in losses.items()}
     middle = statistics.fmean(statistics.median(values.values()) for values in losses.values())
-    rate = results.best_rate(UNIFORM, task.seeds)
+    rate = results.best_rate(UNIFORM)
     lines = [
         f"{task.name}: {len(next(iter(losses.values())))} divisions, {task.steps} steps at "
         f"learning rate {rate:g}, seeds {', '.join(map(str, losses))}",
@@ -306,7 +315,7 @@ def run(kind: Literal["teacher", "digits"], options: Namespace) -> None:
         task.seeds = tuple(options.seeds)
     task.tuning_seeds = task.seeds
     settings = {"task": kind, "steps": task.steps, "torch": torch.__version__}
-    results = Results(options.out, settings)
+    results = Results(options.out, task, settings)
     results.content.setdefault("divisions", [])
     search(task, results, arms)
     print(f"\n{regret_table(task, results, arms)}")

@@ -199,19 +199,26 @@ class Results:
 
     Args:
         path: None keeps them in memory.
+        task: whose they are. None reads a file as it is.
         settings: what the runs depend on. A file with other settings is refused.
     """
 
-    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path | None, task: Task | None = None, settings: Mapping[str, Any] | None = None
+    ) -> None:
         self.path = path
-        self.content: dict[str, Any] = {"settings": dict(settings), "ranks": [], "runs": []}
+        self.content: dict[str, Any] = {"settings": dict(settings or {}), "ranks": [], "runs": []}
         if path is not None and path.exists():
             self.content = json.loads(path.read_text())
-            if self.content["settings"] != json.loads(json.dumps(dict(settings))):
+            present = self.content["settings"]
+            if settings is not None and present != json.loads(json.dumps(dict(settings))):
                 raise SystemExit(
-                    f"{path} holds runs with {self.content['settings']}, not {dict(settings)}: "
-                    "give another --out"
+                    f"{path} holds runs with {present}, not {dict(settings)}: give another --out"
                 )
+        if task is not None:
+            self.content["name"] = task.name
+            self.content["seeds"] = list(task.seeds)
+            self.content["tuning_seeds"] = list(task.tuning_seeds)
 
     def save(self) -> None:
         if self.path is not None:
@@ -229,29 +236,31 @@ class Results:
         if save:
             self.save()
 
-    def tried(self, arm: str, seeds: Sequence[int]) -> dict[float, float]:
-        """{learning rate: mean development loss} over the seeds, of rates that all of them had."""
+    def tried(self, arm: str) -> dict[float, float]:
+        """{learning rate: mean development loss} of the rates that every tuning seed had."""
+        tuning = self.content["tuning_seeds"]
         by_rate: dict[float, dict[int, float]] = {}
         for run in self.content["runs"]:
-            if run["arm"] == arm and run["seed"] in seeds:
+            if run["arm"] == arm and run["seed"] in tuning:
                 by_rate.setdefault(run["lr"], {})[run["seed"]] = run["dev"]
         return {
             rate: statistics.fmean(losses.values())
             for rate, losses in sorted(by_rate.items())
-            if len(losses) == len(seeds)
+            if len(losses) == len(tuning)
         }
 
-    def best_rate(self, arm: str, seeds: Sequence[int]) -> float:
-        tried = self.tried(arm, seeds)
+    def best_rate(self, arm: str) -> float:
+        tried = self.tried(arm)
         return min(tried, key=lambda rate: tried[rate])
 
-    def losses(self, arm: str, task: Task, figure: str = "test") -> dict[int, float]:
-        """{seed: loss at the arm's learning rate}"""
-        if not self.tried(arm, task.tuning_seeds):
+    def losses(self, arm: str, seeds: Sequence[int] | None = None) -> dict[int, float]:
+        """{seed: test loss at the arm's learning rate}, of these seeds or of all."""
+        if not self.tried(arm):
             return {}
-        rate = self.best_rate(arm, task.tuning_seeds)
-        runs = (self.find("runs", arm=arm, seed=seed, lr=rate) for seed in task.seeds)
-        return {run["seed"]: run[figure] for run in runs if run is not None}
+        rate = self.best_rate(arm)
+        some = self.content["seeds"] if seeds is None else seeds
+        runs = (self.find("runs", arm=arm, seed=seed, lr=rate) for seed in some)
+        return {run["seed"]: run["test"] for run in runs if run is not None}
 
 
 # ---- arms ----------------------------------------------------------------------------------------
@@ -426,7 +435,7 @@ def run(task: Task, arms: Mapping[str, Arm], results: Results, *, gate: bool = T
     first = [name for name in (UNIFORM, LARGEST) if name in arms]
     run_some(task, arms, first, results)
     if gate and LARGEST in arms:
-        mean, error = paired(results.losses(LARGEST, task), results.losses(UNIFORM, task))
+        mean, error = paired(results.losses(LARGEST), results.losses(UNIFORM))
         print(headroom_line(mean, error))
         if not has_headroom(mean, error):
             return False
@@ -445,8 +454,7 @@ def run_some(task: Task, arms: Mapping[str, Arm], names: Sequence[str], results:
                 rates: Sequence[float] = task.rates
             else:
                 # An arm without figures for the tuning seeds knows no ranks for this task.
-                known = results.tried(name, tuning)
-                rates = [results.best_rate(name, tuning)] if known else []
+                rates = [results.best_rate(name)] if results.tried(name) else []
             for lr in rates:
                 if results.find("runs", arm=name, seed=seed, lr=lr) is not None:
                     progress.skip()
@@ -496,13 +504,9 @@ def gap_closed(
 
 def table(task: Task, arms: Sequence[str], results: Results, seeds: Sequence[int]) -> str:
     """One row for each arm that has figures, over these seeds."""
-
-    def of(arm: str) -> dict[int, float]:
-        return {s: v for s, v in results.losses(arm, task).items() if s in seeds}
-
-    base, best = of(UNIFORM), of(KNOWN)
+    base, best = results.losses(UNIFORM, seeds), results.losses(KNOWN, seeds)
     width = max(len(name) for name in arms)
-    rates = ", ".join(f"{rate:g}" for rate in results.tried(UNIFORM, task.tuning_seeds))
+    rates = ", ".join(f"{rate:g}" for rate in results.tried(UNIFORM))
     lines = [
         f"{task.name}: {task.steps} steps, at most {task.max_rank} ranks a layer, "
         f"seeds {', '.join(map(str, seeds))}; learning rates {rates}",
@@ -510,10 +514,10 @@ def table(task: Task, arms: Sequence[str], results: Results, seeds: Sequence[int
         f"{'gap closed':>14} {'to find, s':>10}",
     ]
     for arm in arms:
-        losses = of(arm)
+        losses = results.losses(arm, seeds)
         if not losses:
             continue
-        rate = results.best_rate(arm, task.tuning_seeds)
+        rate = results.best_rate(arm)
         records = [
             r
             for r in results.content["ranks"]
@@ -595,6 +599,7 @@ def run_study(
     chosen = {name: arm for name, arm in ARMS.items() if name in {UNIFORM, *names}}
     results = Results(
         options.out,
+        task,
         {
             **settings,
             "steps": task.steps,
@@ -620,11 +625,11 @@ def save_plot(
     """One dot for each arm: the loss over that of uniform ranks, each seed in grey."""
     from matplotlib.figure import Figure
 
-    base = results.losses(UNIFORM, task)
+    base = results.losses(UNIFORM, seeds)
     ratios = {}
     for arm in arms:
-        losses = results.losses(arm, task)
-        values = [losses[s] / base[s] for s in seeds if s in losses and s in base]
+        losses = results.losses(arm, seeds)
+        values = [losses[s] / base[s] for s in losses if s in base]
         if values and arm != UNIFORM:
             ratios[arm] = values
     figure = Figure(figsize=(7, 0.8 + 0.28 * len(ratios)), layout="constrained")

@@ -101,15 +101,15 @@ def test_each_arm_has_its_best_rate_and_differences_are_paired(study, task):
         "uniform, largest": study.Arm(study.largest),
         "best known": study.Arm(study.best_known),
     }
-    results = study.Results(None, {})
+    results = study.Results(None, task)
     assert study.run(task, arms, results)
     # Every rate for the tuning seeds, the best one alone for the other.
     for arm in arms:
         runs = {(r["seed"], r["lr"]) for r in results.content["runs"] if r["arm"] == arm}
         assert runs == {(0, 0.5), (0, 0.25), (1, 0.5), (1, 0.25), (2, 0.25)}
-        assert results.best_rate(arm, task.tuning_seeds) == 0.25
-    assert results.losses("uniform", task) == {0: 3.5, 1: 4.5, 2: 5.5}
-    mean, error = study.paired(results.losses("best known", task), results.losses("uniform", task))
+        assert results.best_rate(arm) == 0.25
+    assert results.losses("uniform") == {0: 3.5, 1: 4.5, 2: 5.5}
+    mean, error = study.paired(results.losses("best known"), results.losses("uniform"))
     assert (mean, error) == (-1.0, 0.0)
     text = study.table(task, list(arms), results, task.seeds)
     row = next(line for line in text.splitlines() if line.startswith("uniform, largest"))
@@ -121,19 +121,19 @@ def test_each_arm_has_its_best_rate_and_differences_are_paired(study, task):
 def test_nothing_runs_twice_and_other_settings_are_refused(study, task, tmp_path):
     arms = {"uniform": study.Arm(study.uniform)}
     path = tmp_path / "runs.json"
-    study.run(task, arms, study.Results(path, {"steps": 2}))
+    study.run(task, arms, study.Results(path, task, {"steps": 2}))
     ran = type(task).trained
     assert ran == 5
     before = path.read_text()
-    study.run(task, arms, study.Results(path, {"steps": 2}))
+    study.run(task, arms, study.Results(path, task, {"steps": 2}))
     assert type(task).trained == ran
     # Another rate and arm: the rest is taken from the file.
     task.rates = (0.5, 0.25, 0.125)
-    study.run(task, arms, study.Results(path, {"steps": 2}))
+    study.run(task, arms, study.Results(path, task, {"steps": 2}))
     assert type(task).trained == ran + 3  # the new rate is best, so that the last seed has it too
     assert json.loads(path.read_text())["runs"][:5] == json.loads(before)["runs"]
     with pytest.raises(SystemExit, match="give another --out"):
-        study.Results(path, {"steps": 3})
+        study.Results(path, task, {"steps": 3})
 
 
 def test_the_gate_stops_a_study_without_headroom(study, task, capsys):
@@ -143,7 +143,7 @@ def test_the_gate_stops_a_study_without_headroom(study, task, capsys):
         "uniform, largest": study.Arm(study.largest),
         "best known": study.Arm(study.best_known),
     }
-    results = study.Results(None, {})
+    results = study.Results(None, task)
     assert not study.run(task, arms, results)
     assert "no headroom" in capsys.readouterr().out
     assert {r["arm"] for r in results.content["runs"]} == {"uniform", "uniform, largest"}
@@ -162,7 +162,7 @@ def test_an_arm_may_train_by_itself_and_may_know_nothing(study, task):
         "own": study.Arm(train=own_training),
         "unknown": study.Arm(lambda context: None),
     }
-    results = study.Results(None, {})
+    results = study.Results(None, task)
     study.run(task, arms, results)
     assert trained == [0.5, 0.25, 0.5, 0.25, 0.25]
     assert {tuple(r["ranks"].values()) for r in results.content["ranks"] if r["arm"] == "own"} == {
@@ -187,7 +187,7 @@ def test_a_shared_training_runs_once_and_every_arm_pays(study, task, monkeypatch
         clock[0] += 1.0
         return {"0": 1, "1": 1}
 
-    results = study.Results(None, {})
+    results = study.Results(None, task)
     arms = {"a": study.Arm(arm), "b": study.Arm(arm)}
     context = study.Context(task, 0)
     for name in arms:
@@ -310,14 +310,14 @@ def test_every_division_is_trained_and_regret_is_exact(study, monkeypatch, tmp_p
     assert {"a": 2, "b": 0, "c": 1} in found
 
     task = exhaustive_search.FallingTeacher()
-    results = study.Results(None, {})
+    task.seeds = task.tuning_seeds = (0, 1)
+    results = study.Results(None, task)
     losses = {0: {"2-2": 3.0, "1-3": 1.0, "3-1": 5.0}, 1: {"2-2": 4.0, "1-3": 6.0, "3-1": 5.0}}
     results.content["divisions"] = [
         {"ranks": ranks, "seed": seed, "test": loss}
         for seed, by_ranks in losses.items()
         for ranks, loss in by_ranks.items()
     ]
-    task.seeds = (0, 1)
     results.content["runs"] = [
         {"arm": "uniform", "seed": seed, "lr": 0.1, "dev": 1.0} for seed in (0, 1)
     ]
@@ -355,6 +355,10 @@ def test_the_exhaustive_search_runs(tmp_path):
     assert len(figures["divisions"]) == 127
     assert {r["arm"] for r in figures["ranks"]} == set(arms)
     assert "127 divisions" in text
+    for record in figures["ranks"]:  # an arm's figures are those of the division that it chose
+        run_of_arm = next(r for r in figures["runs"] if r["arm"] == record["arm"])
+        division = next(d for d in figures["divisions"] if d["ranks"] == record["ranks"])
+        assert run_of_arm["test"] == division["test"]
     assert plot.stat().st_size > 10_000
 
 
