@@ -10,7 +10,8 @@ ranks are found in the training itself. `study.py` has the protocol.
     … after warm-up          the same, on the model after a fifth of a uniform LoRA training
     shaplora, plain, …       ShapLoRA after a first training with twice the budget; "roomy": with
                              `max_rank` everywhere. "plain" leaves the coalitions out
-    singular values          of what a roomy first training has changed
+    singular values          of what a roomy first training has changed; "of outputs": with each
+                             input weighted by its mean square
     l1ra                     with the paper's settings, and with the best of a search
     eva, adalora             PEFT's own: ranks that EVA finds, trained here; AdaLoRA's last ranks,
                              trained anew ("retrained"); and AdaLoRA as it is
@@ -154,10 +155,17 @@ def shaplora(context: Context, size: str, **options: Any) -> Ranks:
     return context.allocate(allocator)
 
 
-def by_singular_values(context: Context, size: str, gate: float | None = None) -> Ranks:
-    key = ("first", size, "plain" if gate is None else "gated")
-    model = context.shared(key, lambda: first_training(context, size, gate))
-    allocator = SingularValues(model)
+def by_singular_values(context: Context, size: str, *, of_outputs: bool = False) -> Ranks:
+    task = context.task
+    model = context.shared(
+        ("first", size, "plain"), lambda: first_training(context, size, gate=None)
+    )
+    moments = None
+    if of_outputs:
+        moments = curvature.input_second_moment(
+            context.plain, task.loss_fn, task.calibration(context.seed), context.names
+        )
+    allocator = SingularValues(model, moments)
     allocator.score()
     return context.allocate(allocator)
 
@@ -293,5 +301,6 @@ ARMS: dict[str, Arm] = {
     "plain, roomy": Arm(partial(shaplora, size="roomy", coalitions=0)),
     "magnitude, roomy": Arm(partial(shaplora, size="roomy", importance="magnitude")),
     "singular values": Arm(partial(by_singular_values, size="roomy")),
+    "singular values of outputs": Arm(partial(by_singular_values, size="roomy", of_outputs=True)),
     "singular values, double": Arm(partial(by_singular_values, size="double")),
 }

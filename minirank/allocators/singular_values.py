@@ -27,8 +27,10 @@ from .allocator import Ranks, RankScoreAllocator
 from .constraints import Constraints
 
 
-def singular_values(layer: LoRALinear) -> Tensor:
+def singular_values(layer: LoRALinear, second_moment: Tensor | None = None) -> Tensor:
     """The singular values of the layer's ΔW, largest first: (r,), float64, on the CPU.
+
+    With the mean squares of the layer's inputs, (d_in,), they are those of ΔW · diag(√E[x²]).
 
     >>> from minirank import wrap
     >>> layer = wrap(nn.Sequential(nn.Linear(3, 2)), {"0": 2}, scaling=2.0)["0"]
@@ -38,6 +40,8 @@ def singular_values(layer: LoRALinear) -> Tensor:
     tensor([10.,  0.], dtype=torch.float64)
     """
     left, right = (factor.detach().cpu() for factor in layer.factors(torch.float64))
+    if second_moment is not None:
+        right = right * second_moment.detach().cpu().double().sqrt()
     # ΔW = left · right is (d_out, d_in). R of a QR decomposition has the same singular values, and
     # is no larger than (r, r).
     core = torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T
@@ -58,11 +62,16 @@ class SingularValues(RankScoreAllocator):
 
     Args:
         model: with LoRA layers, trained; of any form, with gates or without.
+        second_moments: {module: mean square of each input, (d_in,)} for every LoRA layer, as
+            `curvature.input_second_moment` gives them for the model before `wrap`. The singular
+            values are then those of ΔW · diag(√E[x²]): what the change does to the outputs, if
+            inputs do not correlate. None: those of ΔW itself.
 
     Cost: the first training. `score` runs no pass and takes no data.
 
     Raises:
-        ValueError: no LoRA layer, or two that share a parameter.
+        ValueError: no LoRA layer, or two that share a parameter; a second moment is missing, of
+            another shape than (d_in,), negative or not finite.
 
     Source: the best approximation of a given rank (Eckart and Young, 1936). No paper's method.
 
@@ -82,14 +91,20 @@ class SingularValues(RankScoreAllocator):
 
     method = "singular values"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, second_moments: Mapping[str, Tensor] | None = None
+    ) -> None:
         super().__init__(model)
+        self.second_moments = second_moments
         self._layers()
 
     def _layers(self) -> dict[str, LoRALinear]:
         layers = separate_layers(self.model)
         if not layers:
             raise ValueError("the model has no LoRA layer: wrap(model, ranks) and train it first")
+        if self.second_moments is not None:
+            for name, layer in layers.items():
+                _check_second_moment(name, layer, self.second_moments.get(name))
         return layers
 
     def score(self) -> dict[str, Tensor]:
@@ -108,7 +123,8 @@ class SingularValues(RankScoreAllocator):
                 raise ValueError(
                     f"the adapter of {name!r} is not finite: did the training diverge?"
                 )
-        scores = {name: singular_values(layer) for name, layer in layers.items()}
+        moments = self.second_moments or {}
+        scores = {n: singular_values(layer, moments.get(n)) for n, layer in layers.items()}
         if not any(values.any() for values in scores.values()):
             raise ValueError(
                 "every ΔW is zero, as wrap(model, ranks) leaves it: train the model first"
@@ -120,3 +136,20 @@ class SingularValues(RankScoreAllocator):
     ) -> tuple[Ranks, None]:
         ranks, _ = super().ranks_from_scores(scores, constraints)
         return ranks, None
+
+
+def _check_second_moment(name: str, layer: LoRALinear, moment: Tensor | None) -> None:
+    if moment is None:
+        raise ValueError(
+            f"second_moments has no entry for {name!r}: measure all LoRA layers, by "
+            "curvature.input_second_moment(model, loss_fn, batches) before wrap"
+        )
+    if moment.shape != (layer.in_features,):
+        raise ValueError(
+            f"the second moment of {name!r} has shape {tuple(moment.shape)}: expected one number "
+            f"for each input, ({layer.in_features},)"
+        )
+    if not moment.isfinite().all() or bool((moment < 0).any()):
+        raise ValueError(
+            f"expected mean squares, finite and at least 0, as second moment of {name!r}"
+        )

@@ -193,3 +193,36 @@ def test_adapters_that_peft_trained_can_be_scored(tmp_path):
     import_peft(plain, tmp_path)
     for name, values in SingularValues(plain).score().items():
         torch.testing.assert_close(values, expected[name], rtol=1e-6, atol=1e-8)
+
+
+def test_second_moments_weigh_the_inputs():
+    model = trained()
+    moments = {
+        name: torch.rand(layer.in_features, dtype=torch.float64) * 9
+        for name, layer in lora_layers(model).items()
+    }
+    scores = SingularValues(model, moments).score()
+    for name, layer in lora_layers(model).items():
+        weighted = layer.delta_weight().detach() @ moments[name].sqrt().diag()
+        expected = torch.linalg.svdvals(weighted)[: layer.rank]
+        torch.testing.assert_close(scores[name], expected, rtol=1e-12, atol=1e-13)
+    # With independent inputs of these mean squares, they are the change of the output: σ² sums to
+    # E‖ΔW x‖².
+    x = torch.randn(200_000, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    change = (x * moments["0"].sqrt()) @ lora_layers(model)["0"].delta_weight().detach().T
+    total = float(scores["0"].square().sum())
+    assert float(change.square().sum(1).mean()) == pytest.approx(total, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("moments", "message"),
+    [
+        ({"0": torch.ones(5), "1": torch.ones(7)}, "no entry for '2'"),
+        ({"0": torch.ones(5), "1": torch.ones(7), "2": torch.ones(6)}, "expected one number"),
+        ({"0": torch.ones(5), "1": torch.ones(7), "2": -torch.ones(4)}, "at least 0"),
+        ({"0": torch.ones(5), "1": torch.ones(7), "2": torch.full((4,), torch.nan)}, "finite"),
+    ],
+)
+def test_wrong_second_moments_are_refused(moments, message):
+    with pytest.raises(ValueError, match=message):
+        SingularValues(trained(), moments)
