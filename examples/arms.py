@@ -26,18 +26,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from study import (
-    KNOWN,
-    LARGEST,
-    UNIFORM,
-    Arm,
-    Context,
-    Ranks,
-    Trained,
-    best_known,
-    largest,
-    uniform,
-)
+from study import Arm, Context, Ranks, Trained, best_known, largest, uniform
+from study_results import KNOWN, LARGEST, UNIFORM
 from torch import nn
 
 from minirank import (

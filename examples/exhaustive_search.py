@@ -36,7 +36,8 @@ import torch
 import torch.nn.functional as F
 from arms import ARMS
 from compare import mean_and_error, plus_minus
-from study import UNIFORM, Context, Progress, Ranks, Results, Task, study_parser
+from study import Context, Progress, Ranks, Task, study_parser
+from study_results import UNIFORM, Results
 from torch import Tensor, nn
 
 from minirank import linear_targets
@@ -315,7 +316,7 @@ def run(kind: Literal["teacher", "digits"], options: Namespace) -> None:
         task.seeds = tuple(options.seeds)
     task.tuning_seeds = task.seeds
     settings = {"task": kind, "steps": task.steps, "torch": torch.__version__}
-    results = Results(options.out, task, settings)
+    results = Results(options.out, task.about(), settings)
     results.content.setdefault("divisions", [])
     search(task, results, arms)
     print(f"\n{regret_table(task, results, arms)}")

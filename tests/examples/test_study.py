@@ -35,6 +35,13 @@ def study(monkeypatch):
     return study
 
 
+def results_of(task, path=None, settings=None):
+    """An empty record of the task's figures, or that of the file."""
+    from study_results import Results
+
+    return Results(path, task.about(), settings or {"steps": 2, "max_rank": 3})
+
+
 @pytest.fixture
 def task(study):
     """Two layers; only the second one's change matters, and the loss is known by its ranks."""
@@ -80,28 +87,34 @@ def task(study):
 
 
 def test_the_share_of_the_gap_is_taken_per_seed(study):
+    import study_results
+
     uniform, best = {0: 1.0, 1: 3.0, 2: 9.0}, {0: 0.0, 1: 1.0}
-    mean, error = study.gap_closed({0: 0.5, 1: 1.0, 2: 1.0}, uniform, best)
+    mean, error = study_results.gap_closed({0: 0.5, 1: 1.0, 2: 1.0}, uniform, best)
     assert mean == pytest.approx(0.75)  # of 0.5 and 1; seed 2 has no best
     assert error == pytest.approx(0.25)
-    assert study.gap_closed(uniform, uniform, best)[0] == 0
-    assert study.gap_closed({0: 2.0}, uniform, best) == (-1.0, None)
+    assert study_results.gap_closed(uniform, uniform, best)[0] == 0
+    assert study_results.gap_closed({0: 2.0}, uniform, best) == (-1.0, None)
 
 
 def test_the_gate_wants_two_standard_errors(study):
-    assert study.has_headroom(-2.1, 1.0)
-    assert not study.has_headroom(-1.9, 1.0)
-    assert not study.has_headroom(2.1, 1.0)
-    assert not study.has_headroom(-2.1, None)  # one seed knows no error
+    import study_results
+
+    assert study_results.has_headroom(-2.1, 1.0)
+    assert not study_results.has_headroom(-1.9, 1.0)
+    assert not study_results.has_headroom(2.1, 1.0)
+    assert not study_results.has_headroom(-2.1, None)  # one seed knows no error
 
 
 def test_each_arm_has_its_best_rate_and_differences_are_paired(study, task):
+    import study_results
+
     arms = {
         "uniform": study.Arm(study.uniform),
         "uniform, largest": study.Arm(study.largest),
         "best known": study.Arm(study.best_known),
     }
-    results = study.Results(None, task)
+    results = results_of(task)
     assert study.run(task, arms, results)
     # Every rate for the tuning seeds, the best one alone for the other.
     for arm in arms:
@@ -109,9 +122,9 @@ def test_each_arm_has_its_best_rate_and_differences_are_paired(study, task):
         assert runs == {(0, 0.5), (0, 0.25), (1, 0.5), (1, 0.25), (2, 0.25)}
         assert results.best_rate(arm) == 0.25
     assert results.losses("uniform") == {0: 3.5, 1: 4.5, 2: 5.5}
-    mean, error = study.paired(results.losses("best known"), results.losses("uniform"))
+    mean, error = study_results.paired(results.losses("best known"), results.losses("uniform"))
     assert (mean, error) == (-1.0, 0.0)
-    text = study.table(task, list(arms), results, task.seeds)
+    text = study_results.table(results, list(arms))
     row = next(line for line in text.splitlines() if line.startswith("uniform, largest"))
     assert "-2.0000 ± 0.0000" in row
     assert "+2.00 ± 0.00" in row  # of the gap
@@ -121,19 +134,19 @@ def test_each_arm_has_its_best_rate_and_differences_are_paired(study, task):
 def test_nothing_runs_twice_and_other_settings_are_refused(study, task, tmp_path):
     arms = {"uniform": study.Arm(study.uniform)}
     path = tmp_path / "runs.json"
-    study.run(task, arms, study.Results(path, task, {"steps": 2}))
+    study.run(task, arms, results_of(task, path, {"steps": 2}))
     ran = type(task).trained
     assert ran == 5
     before = path.read_text()
-    study.run(task, arms, study.Results(path, task, {"steps": 2}))
+    study.run(task, arms, results_of(task, path, {"steps": 2}))
     assert type(task).trained == ran
     # Another rate and arm: the rest is taken from the file.
     task.rates = (0.5, 0.25, 0.125)
-    study.run(task, arms, study.Results(path, task, {"steps": 2}))
+    study.run(task, arms, results_of(task, path, {"steps": 2}))
     assert type(task).trained == ran + 3  # the new rate is best, so that the last seed has it too
     assert json.loads(path.read_text())["runs"][:5] == json.loads(before)["runs"]
     with pytest.raises(SystemExit, match="give another --out"):
-        study.Results(path, task, {"steps": 3})
+        results_of(task, path, {"steps": 3})
 
 
 def test_the_gate_stops_a_study_without_headroom(study, task, capsys):
@@ -143,7 +156,7 @@ def test_the_gate_stops_a_study_without_headroom(study, task, capsys):
         "uniform, largest": study.Arm(study.largest),
         "best known": study.Arm(study.best_known),
     }
-    results = study.Results(None, task)
+    results = results_of(task)
     assert not study.run(task, arms, results)
     assert "no headroom" in capsys.readouterr().out
     assert {r["arm"] for r in results.content["runs"]} == {"uniform", "uniform, largest"}
@@ -151,6 +164,8 @@ def test_the_gate_stops_a_study_without_headroom(study, task, capsys):
 
 
 def test_an_arm_may_train_by_itself_and_may_know_nothing(study, task):
+    import study_results
+
     trained = []
 
     def own_training(context, lr):
@@ -162,14 +177,14 @@ def test_an_arm_may_train_by_itself_and_may_know_nothing(study, task):
         "own": study.Arm(train=own_training),
         "unknown": study.Arm(lambda context: None),
     }
-    results = study.Results(None, task)
+    results = results_of(task)
     study.run(task, arms, results)
     assert trained == [0.5, 0.25, 0.5, 0.25, 0.25]
     assert {tuple(r["ranks"].values()) for r in results.content["ranks"] if r["arm"] == "own"} == {
         (0, 2)
     }
     assert not any(r["arm"] == "unknown" for r in results.content["runs"])
-    assert "unknown" not in study.table(task, list(arms), results, task.seeds)
+    assert "unknown" not in study_results.table(results, list(arms))
 
 
 def test_a_shared_training_runs_once_and_every_arm_pays(study, task, monkeypatch):
@@ -187,7 +202,7 @@ def test_a_shared_training_runs_once_and_every_arm_pays(study, task, monkeypatch
         clock[0] += 1.0
         return {"0": 1, "1": 1}
 
-    results = study.Results(None, task)
+    results = results_of(task)
     arms = {"a": study.Arm(arm), "b": study.Arm(arm)}
     context = study.Context(task, 0)
     for name in arms:
@@ -311,7 +326,7 @@ def test_every_division_is_trained_and_regret_is_exact(study, monkeypatch, tmp_p
 
     task = exhaustive_search.FallingTeacher()
     task.seeds = task.tuning_seeds = (0, 1)
-    results = study.Results(None, task)
+    results = results_of(task)
     losses = {0: {"2-2": 3.0, "1-3": 1.0, "3-1": 5.0}, 1: {"2-2": 4.0, "1-3": 6.0, "3-1": 5.0}}
     results.content["divisions"] = [
         {"ranks": ranks, "seed": seed, "test": loss}
