@@ -21,6 +21,7 @@ First trainings run at `Task.first_rate`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -152,8 +153,11 @@ def by_singular_values(context: Context, size: str, *, of_outputs: bool = False)
     )
     moments = None
     if of_outputs:
+        merged = copy.deepcopy(model)
+        merge(merged)
+        unwrap(merged)
         moments = curvature.input_second_moment(
-            context.plain, task.loss_fn, task.calibration(context.seed), context.names
+            merged, task.loss_fn, task.calibration(context.seed), context.names
         )
     allocator = SingularValues(model, moments)
     allocator.score()

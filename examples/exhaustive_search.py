@@ -347,6 +347,8 @@ def save_plot(options: Namespace, task: Small, results: Results, arms: list[str]
     axes.set_yticks(range(len(rows)), rows)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("test loss over that of the best division (one dot for each seed)")
     axes.set_title(task.name, fontsize=10)
     figure.savefig(options.plot, dpi=130)

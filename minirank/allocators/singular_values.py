@@ -63,9 +63,9 @@ class SingularValues(RankScoreAllocator):
     Args:
         model: with LoRA layers, trained; of any form, with gates or without.
         second_moments: {module: mean square of each input, (d_in,)} for every LoRA layer, as
-            `curvature.input_second_moment` gives them for the model before `wrap`. The singular
-            values are then those of ΔW · diag(√E[x²]): what the change does to the outputs, if
-            inputs do not correlate. None: those of ΔW itself.
+            `curvature.input_second_moment` gives them for a merged and unwrapped copy of the model.
+            The singular values are then those of ΔW · diag(√E[x²]): what the change does to the
+            outputs, if inputs do not correlate. None: those of ΔW itself.
 
     Cost: the first training. `score` runs no pass and takes no data.
 
@@ -141,8 +141,8 @@ class SingularValues(RankScoreAllocator):
 def _check_second_moment(name: str, layer: LoRALinear, moment: Tensor | None) -> None:
     if moment is None:
         raise ValueError(
-            f"second_moments has no entry for {name!r}: measure all LoRA layers, by "
-            "curvature.input_second_moment(model, loss_fn, batches) before wrap"
+            f"second_moments has no entry for {name!r}: measure all LoRA layers, by merge(copy), "
+            "unwrap(copy), and curvature.input_second_moment(copy, loss_fn, batches, names)"
         )
     if moment.shape != (layer.in_features,):
         raise ValueError(
