@@ -21,7 +21,6 @@ First trainings run at `Task.first_rate`.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -151,15 +150,8 @@ def by_singular_values(context: Context, size: str, *, of_outputs: bool = False)
     model = context.shared(
         ("first", size, "plain"), lambda: first_training(context, size, gate=None)
     )
-    moments = None
-    if of_outputs:
-        merged = copy.deepcopy(model)
-        merge(merged)
-        unwrap(merged)
-        moments = curvature.input_second_moment(
-            merged, task.loss_fn, task.calibration(context.seed), context.names
-        )
-    allocator = SingularValues(model, moments)
+    data = (task.loss_fn, task.calibration(context.seed)) if of_outputs else ()
+    allocator = SingularValues(model, *data)
     allocator.score()
     return context.allocate(allocator)
 

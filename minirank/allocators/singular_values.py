@@ -16,13 +16,17 @@ training, and it is here since it found planted ranks best (examples/results/REA
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import require_batches, require_function
+from ..curvature.input_moment import DEFAULT_MASK, Mask, second_moment_of
 from ..layers.lora import LoRALinear
 from ..layers.resize import separate_layers
+from ..measure import LossFn
 from .allocator import Ranks, RankScoreAllocator
 from .constraints import Constraints
 
@@ -62,16 +66,18 @@ class SingularValues(RankScoreAllocator):
 
     Args:
         model: with LoRA layers, trained; of any form, with gates or without.
-        second_moments: {module: mean square of each input, (d_in,)} for every LoRA layer, as
-            `curvature.input_second_moment` gives them for a merged and unwrapped copy of the model.
-            The singular values are then those of ΔW · diag(√E[x²]): what the change does to the
-            outputs, if inputs do not correlate. None: those of ΔW itself.
+        loss_fn, batches: some data of the task, as for `curvature.input_second_moment`. Modules
+            differ in the size of their inputs, and with data the values are those of
+            ΔW · diag(√E[x²]): what the change does to the module's outputs, for inputs that do not
+            correlate. Without data they are those of ΔW.
+        mask: which tokens are real, as for `curvature.input_second_moment`.
 
-    Cost: the first training. `score` runs no pass and takes no data.
+    Cost: the first training; with data, a forward pass over the batches.
 
     Raises:
-        ValueError: no LoRA layer, or two that share a parameter; a second moment is missing, of
-            another shape than (d_in,), negative or not finite.
+        TypeError: `loss_fn` or `batches` is of the wrong kind.
+        ValueError: no LoRA layer, or two that share a parameter; one of `loss_fn` and `batches`
+            without the other.
 
     Source: the best approximation of a given rank (Eckart and Young, 1936). No paper's method.
 
@@ -82,39 +88,52 @@ class SingularValues(RankScoreAllocator):
     >>> for layer, ones in zip(layers.values(), (1, 2)):  # as if trained
     ...     layer.lora_A.data, layer.lora_B.data = torch.eye(2, 4), torch.eye(4, 2)
     ...     layer.lora_B.data[ones:] = 0.0
-    >>> singular_values = SingularValues(model)
-    >>> singular_values.score()
+    >>> allocator = SingularValues(model)
+    >>> allocator.score()
     {'0': tensor([1., 0.], dtype=torch.float64), '1': tensor([1., 1.], dtype=torch.float64)}
-    >>> singular_values.allocate(3).ranks
+    >>> allocator.allocate(3).ranks
     {'0': 1, '1': 2}
     """
 
     method = "singular values"
 
     def __init__(
-        self, model: nn.Module, second_moments: Mapping[str, Tensor] | None = None
+        self,
+        model: nn.Module,
+        loss_fn: LossFn | None = None,
+        batches: Iterable[Any] | None = None,
+        *,
+        mask: Mask = DEFAULT_MASK,
     ) -> None:
         super().__init__(model)
-        self.second_moments = second_moments
+        if (loss_fn is None) != (batches is None):
+            raise ValueError("give loss_fn and batches together, or neither: values of ΔW alone")
+        if batches is not None:
+            require_function("loss_fn", loss_fn)
+            require_batches(batches)
+        self.loss_fn = loss_fn
+        self.batches = batches
+        self.mask = mask
         self._layers()
 
     def _layers(self) -> dict[str, LoRALinear]:
         layers = separate_layers(self.model)
         if not layers:
             raise ValueError("the model has no LoRA layer: wrap(model, ranks) and train it first")
-        if self.second_moments is not None:
-            for name, layer in layers.items():
-                _check_second_moment(name, layer, self.second_moments.get(name))
         return layers
 
     def score(self) -> dict[str, Tensor]:
-        """The singular values of every module's ΔW, stored for `allocate`.
+        """The singular values of every module's change, stored for `allocate`.
 
         Returns:
             {name: singular values, largest first, (r,), float64}.
 
         Raises:
-            ValueError: they are all zero, as before any training, or one is not finite.
+            ValueError: they are all zero, as before any training, or one is not finite; or as for
+                `curvature.input_second_moment`.
+
+        Warns:
+            IdleLayerWarning: no token of the batches reaches some layers, whose values are then 0.
         """
         layers = self._layers()
         for name, layer in layers.items():
@@ -123,7 +142,9 @@ class SingularValues(RankScoreAllocator):
                 raise ValueError(
                     f"the adapter of {name!r} is not finite: did the training diverge?"
                 )
-        moments = self.second_moments or {}
+        moments: Mapping[str, Tensor] = {}
+        if self.loss_fn is not None and self.batches is not None:
+            moments = second_moment_of(layers, self.model, self.loss_fn, self.batches, self.mask)
         scores = {n: singular_values(layer, moments.get(n)) for n, layer in layers.items()}
         if not any(values.any() for values in scores.values()):
             raise ValueError(
@@ -136,20 +157,3 @@ class SingularValues(RankScoreAllocator):
     ) -> tuple[Ranks, None]:
         ranks, _ = super().ranks_from_scores(scores, constraints)
         return ranks, None
-
-
-def _check_second_moment(name: str, layer: LoRALinear, moment: Tensor | None) -> None:
-    if moment is None:
-        raise ValueError(
-            f"second_moments has no entry for {name!r}: measure all LoRA layers, by merge(copy), "
-            "unwrap(copy), and curvature.input_second_moment(copy, loss_fn, batches, names)"
-        )
-    if moment.shape != (layer.in_features,):
-        raise ValueError(
-            f"the second moment of {name!r} has shape {tuple(moment.shape)}: expected one number "
-            f"for each input, ({layer.in_features},)"
-        )
-    if not moment.isfinite().all() or bool((moment < 0).any()):
-        raise ValueError(
-            f"expected mean squares, finite and at least 0, as second moment of {name!r}"
-        )

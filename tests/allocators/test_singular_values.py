@@ -17,6 +17,10 @@ SIZES = {"0": (5, 7), "1": (7, 4), "2": (4, 6)}  # {name: (d_in, d_out)}
 RANKS = {"0": 4, "1": 2, "2": 3}
 
 
+def loss_fn(model, x):
+    return model(x).square().mean()
+
+
 def trained(gate=None, dtype=torch.float64):
     model = nn.Sequential(*(nn.Linear(d_in, d_out, dtype=dtype) for d_in, d_out in SIZES.values()))
     wrap(model, RANKS, gate=gate, scaling=1.5)
@@ -195,34 +199,60 @@ def test_adapters_that_peft_trained_can_be_scored(tmp_path):
         torch.testing.assert_close(values, expected[name], rtol=1e-6, atol=1e-8)
 
 
-def test_second_moments_weigh_the_inputs():
+def test_with_data_the_inputs_of_the_trained_model_are_weighed():
     model = trained()
-    moments = {
-        name: torch.rand(layer.in_features, dtype=torch.float64) * 9
-        for name, layer in lora_layers(model).items()
-    }
-    scores = SingularValues(model, moments).score()
+    x = torch.randn(64, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    scores = SingularValues(model, loss_fn, [x[:40], x[40:]]).score()
+    merged = copy.deepcopy(model)
+    merge(merged)
+    inputs = {"0": x, "1": merged[0](x), "2": merged[1](merged[0](x))}
     for name, layer in lora_layers(model).items():
-        weighted = layer.delta_weight().detach() @ moments[name].sqrt().diag()
-        expected = torch.linalg.svdvals(weighted)[: layer.rank]
-        torch.testing.assert_close(scores[name], expected, rtol=1e-12, atol=1e-13)
-    # With independent inputs of these mean squares, they are the change of the output: σ² sums to
-    # E‖ΔW x‖².
-    x = torch.randn(200_000, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    change = (x * moments["0"].sqrt()) @ lora_layers(model)["0"].delta_weight().detach().T
+        root = inputs[name].detach().square().mean(0).sqrt()
+        expected = torch.linalg.svdvals(layer.delta_weight().detach() @ root.diag())[: layer.rank]
+        torch.testing.assert_close(scores[name], expected, rtol=1e-10, atol=1e-12)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(layer._forward_pre_hooks for layer in lora_layers(model).values())
+
+
+def test_with_independent_inputs_they_sum_to_the_change_of_the_output():
+    model = trained()
+    scale = torch.tensor([1.0, 0.1, 3.0, 2.0, 0.0], dtype=torch.float64)
+    x = torch.randn(100_000, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores = SingularValues(model, loss_fn, [x * scale]).score()
+    change = (x * scale) @ lora_layers(model)["0"].delta_weight().detach().T
     total = float(scores["0"].square().sum())
     assert float(change.square().sum(1).mean()) == pytest.approx(total, rel=0.02)
 
 
-@pytest.mark.parametrize(
-    ("moments", "message"),
-    [
-        ({"0": torch.ones(5), "1": torch.ones(7)}, "no entry for '2'"),
-        ({"0": torch.ones(5), "1": torch.ones(7), "2": torch.ones(6)}, "expected one number"),
-        ({"0": torch.ones(5), "1": torch.ones(7), "2": -torch.ones(4)}, "at least 0"),
-        ({"0": torch.ones(5), "1": torch.ones(7), "2": torch.full((4,), torch.nan)}, "finite"),
-    ],
-)
-def test_wrong_second_moments_are_refused(moments, message):
-    with pytest.raises(ValueError, match=message):
-        SingularValues(trained(), moments)
+def test_padding_does_not_count():
+    model = nn.Sequential(nn.Linear(3, 3, dtype=torch.float64))
+    wrap(model, {"0": 2})
+    randomize(lora_layers(model), seed=0)
+    x = torch.randn(2, 4, 3, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+
+    def loss_of(model, batch):
+        return model(batch["x"]).square().mean()
+
+    garbage = torch.where(mask.bool()[..., None], x, 1e6)
+    real = SingularValues(model, lambda model, x: model(x).mean(), [x[mask.bool()]]).score()
+    masked = SingularValues(model, loss_of, [{"x": garbage, "attention_mask": mask}]).score()
+    torch.testing.assert_close(masked["0"], real["0"])
+    own = SingularValues(model, loss_of, [{"x": garbage, "real": mask}], mask="real").score()
+    torch.testing.assert_close(own["0"], real["0"])
+
+
+def test_a_loss_and_data_go_together():
+    model = trained()
+    with pytest.raises(ValueError, match="loss_fn and batches together"):
+        SingularValues(model, loss_fn)
+    with pytest.raises(ValueError, match="loss_fn and batches together"):
+        SingularValues(model, batches=[torch.ones(1, 5)])
+    with pytest.raises(TypeError, match="loss_fn"):
+        SingularValues(model, 3, [torch.ones(1, 5)])
+    with pytest.raises(TypeError, match="batches"):
+        SingularValues(model, loss_fn, {"x": torch.ones(1, 5)})
+    with pytest.raises(ValueError, match="batches is empty"):
+        SingularValues(model, loss_fn, []).score()
