@@ -49,7 +49,7 @@ from minirank import L1RA
 
 SEARCH_TEACHER, MECHANISM_TEACHER = 1, 0
 PROMOTED = {"budget": 2, "room": 4}  # settings that go on to all teachers of the first half
-BASE_RATES = (1.2e-2, 2.4e-2)  # of uniform and of the planted ranks
+BASE_RATES = {UNIFORM: (1.2e-2, 2.4e-2), KNOWN: (2.4e-2,)}
 SMALL_GATE, SMALL_VALUE = 0.1, 0.05
 MEASURED_AT = (10, 25, 50, 100, 150, 200, 300, 400, 500, 600)
 
@@ -312,7 +312,7 @@ class Study:
     def base_rate(self, arm: str, tuning: Sequence[int]) -> float:
         """The learning rate with the lowest mean development loss."""
         means = {}
-        for lr in BASE_RATES:
+        for lr in BASE_RATES[arm]:
             runs = [self.results.find("base", arm=arm, lr=lr, seed=seed) for seed in tuning]
             losses = [run["dev"] for run in runs if run is not None]
             if len(losses) == len(tuning):
@@ -455,7 +455,7 @@ def main() -> None:
     )
     for arm in (UNIFORM, KNOWN):
         for seed in tuning:
-            for lr in BASE_RATES:
+            for lr in BASE_RATES[arm]:
                 study.run_base(arm, lr, seed)
         for seed in others:
             study.run_base(arm, study.base_rate(arm, tuning), seed)
