@@ -70,9 +70,9 @@ So start with room, and let the first update prune down to the budget (`start`, 
                 start=steps // 2, stop=steps // 2, gate_lr=0.03, l1=2 / (0.03 * steps))
 
 The penalty alone then takes half of the training, and the ranks that are left train in the other
-half. It closed 0.92 ± 0.04 of the gap between uniform and planted ranks, on teachers that the search
-had not seen. Without a penalty (l1=0) the same closed 0.86 ± 0.06, and the best setting from the
-budget 0.15 ± 0.10. All of it is from one task, in trainings of 600 steps.
+half. It closed 0.92 ± 0.04 of the gap between uniform and planted ranks, on teachers that the
+search had not seen. Without a penalty (l1=0) the same closed 0.86 ± 0.06, and the best setting from
+the budget 0.15 ± 0.10. All of it is from one task, in trainings of 600 steps.
 """
 
 from __future__ import annotations
