@@ -167,46 +167,55 @@ def l1ra(
     gate_lr: float,
     weight_decay: float = 0.0,
     updates: int = 20,
+    start: float = 0.0,
     stop: float = 1.0,
+    roomy: bool = False,
+    min_rank: int = 1,
+    on_step: Callable[[L1RA], object] | None = None,
 ) -> Trained:
     """L1RA from uniform ranks.
 
     Args:
+        weight_decay: of A and B.
         updates: in the whole training.
-        stop: the share of the training in which ranks move.
+        start, stop: shares of the training, between which ranks move.
+        roomy: begin with `max_rank` everywhere. The first update then prunes down to the budget.
+        on_step: called with the allocator after each optimizer step, before the gates shrink.
     """
     task = context.task
     model = context.model()
     wrap(
         model,
-        uniform(context),
+        dict(context.upper) if roomy else uniform(context),
         scaling=task.scaling,
         gate=1.0,
         trainable=task.trainable,
         generator=context.seed,
     )
-    optimizer = task.optimizer(model, lr, gate_lr)
+    optimizer = task.optimizer(model, lr)  # L1RA takes the gates out, into a group without decay
     for group in optimizer.param_groups:
-        group["weight_decay"] = weight_decay  # L1RA sets that of the gates back to 0
+        group["weight_decay"] = weight_decay
     allocator = L1RA(
         model,
         optimizer,
         l1=l1,
         gate_lr=gate_lr,
         interval=max(1, task.steps // updates),
+        start=round(start * task.steps),
         stop=round(stop * task.steps),
         budget=context.budget,
         unit="parameters",
+        min_rank=min_rank,
         max_rank=task.max_rank,
         generator=context.seed,
     )
-    task.train(
-        model,
-        context.seed,
-        optimizer,
-        steps=task.steps,
-        on_step=lambda _: allocator.step(),
-    )
+
+    def after_step(_: int) -> None:
+        if on_step is not None:
+            on_step(allocator)
+        allocator.step()
+
+    task.train(model, context.seed, optimizer, steps=task.steps, on_step=after_step)
     return Trained(model, allocator.ranks)
 
 
