@@ -12,7 +12,8 @@ ranks are found in the training itself. `study.py` has the protocol.
                              `max_rank` everywhere. "plain" leaves the coalitions out
     singular values          of what a roomy first training has changed; "of outputs": with each
                              input weighted by its mean square
-    l1ra                     with the paper's settings, and with the best of a search
+    l1ra                     with the paper's settings; from the budget with compare.py's; and
+                             from room, pruned to the budget at half of the training
     eva, adalora             PEFT's own: ranks that EVA finds, trained here; AdaLoRA's last ranks,
                              trained anew ("retrained"); and AdaLoRA as it is
 
@@ -219,6 +220,22 @@ def l1ra(
     return Trained(model, allocator.ranks)
 
 
+def l1ra_from_room(context: Context, lr: float) -> Trained:
+    """The best setting of planted_teacher_l1ra.py: the penalty alone takes half of the training."""
+    l1 = 0.1
+    return l1ra(
+        context,
+        lr,
+        l1=l1,
+        gate_lr=2 / (l1 * context.task.steps),
+        weight_decay=0.1,
+        start=0.5,
+        stop=0.5,
+        roomy=True,
+        min_rank=0,
+    )
+
+
 # ---- PEFT's own ----------------------------------------------------------------------------------
 
 
@@ -288,7 +305,8 @@ ARMS: dict[str, Arm] = {
     "adalora retrained": Arm(adalora_retrained),
     "adalora": Arm(train=adalora_training),
     "l1ra, published": Arm(train=partial(l1ra, l1=5e-3, gate_lr=2e-2)),
-    "l1ra, searched": Arm(train=partial(l1ra, l1=0.3, gate_lr=0.05, stop=0.5)),
+    "l1ra, from the budget": Arm(train=partial(l1ra, l1=0.3, gate_lr=0.05, stop=0.5)),
+    "l1ra, from room": Arm(train=l1ra_from_room),
     "shaplora": Arm(partial(shaplora, size="double")),
     "plain": Arm(partial(shaplora, size="double", coalitions=0)),
     "magnitude": Arm(partial(shaplora, size="double", importance="magnitude")),

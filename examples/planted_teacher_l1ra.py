@@ -43,9 +43,10 @@ import torch
 from arms import l1ra
 from compare import mean_and_error, plus_minus
 from planted_teacher import PlantedTeacher
-from study import KNOWN, UNIFORM, Context, Progress, Results, gap_closed, uniform
+from study import Context, Progress, uniform
+from study_results import KNOWN, UNIFORM, Results, gap_closed
 
-from minirank import L1RA
+from minirank import L1RA, lora_layers
 
 SEARCH_TEACHER, MECHANISM_TEACHER = 1, 0
 PROMOTED = {"budget": 2, "room": 4}  # settings that go on to all teachers of the first half
@@ -134,12 +135,13 @@ def grid(steps: int, quick: bool = False) -> list[Setting]:
 
 
 def mechanism_settings() -> dict[str, Setting]:
-    fixed = {"l1": 0.1, "prune_in": 500 / 600, "start": 1.0, "stop": 1.0}
+    budget = Setting("budget", l1=0.1, prune_in=500 / 600, start=1.0, stop=1.0)
+    room = budget._replace(begin="room", min_rank=0)
     return {
-        "from the budget, no decay": Setting("budget", **fixed),
-        "from the budget, decay 1": Setting("budget", weight_decay=1.0, **fixed),
-        "from room, no decay": Setting("room", min_rank=0, **fixed),
-        "from room, decay 0.1": Setting("room", min_rank=0, weight_decay=0.1, **fixed),
+        "from the budget, no decay": budget,
+        "from the budget, decay 1": budget._replace(weight_decay=1.0),
+        "from room, no decay": room,
+        "from room, decay 0.1": room._replace(weight_decay=0.1),
     }
 
 
@@ -154,7 +156,8 @@ def pull(state: dict[str, torch.Tensor], betas: tuple[float, float]) -> torch.Te
     step = float(state["step"])
     mean = state["exp_avg"] / (1 - betas[0] ** step)
     square = state["exp_avg_sq"] / (1 - betas[1] ** step)
-    return -mean / square.sqrt().clamp_min(1e-30)
+    steadiness: torch.Tensor = -mean / square.sqrt().clamp_min(1e-30)
+    return steadiness
 
 
 class Probe:
@@ -185,8 +188,8 @@ class Probe:
             self.lines += [self.line(allocator, kind) for kind in self.kinds]
 
     def line(self, allocator: L1RA, kind: str) -> dict[str, Any]:
-        layers = [allocator.model.get_submodule(name) for name in self.kinds[kind]]
-        gates = torch.cat([layer.gate for layer in layers])
+        layers = [lora_layers(allocator.model)[name] for name in self.kinds[kind]]
+        gates = torch.cat([allocator.gates[name] for name in self.kinds[kind]])
         sizes = torch.cat([x.lora_B.norm(dim=0) * x.lora_A.norm(dim=1) for x in layers])
         values = torch.cat([torch.linalg.svdvals(x.delta_weight())[: x.rank] for x in layers])
         pulls, self.pulls[kind] = self.pulls[kind], []
@@ -384,9 +387,10 @@ def report_table(
     for name, setting in rows.items():
         row = report_row(study, setting, tuning, seeds)
         if row is not None:
+            loss, gap, distance = row["loss"], row["gap"], row["distance"]
             lines.append(
-                f"{name:<38} {plus_minus(*row['loss'], 5):>20} "
-                f"{plus_minus(*row['gap'], 3, '+'):>16} {plus_minus(*row['distance'], 1):>14}"
+                f"{name:<38} {plus_minus(*loss, 5):>20} "
+                f"{plus_minus(*gap, 3, '+'):>16} {plus_minus(*distance, 1):>14}"
             )
     return "\n".join(lines)
 
@@ -422,7 +426,7 @@ def main() -> None:
     options = parser.parse_args()
     task = PlantedTeacher(steps=4 if options.quick else options.steps)
     settings = {"steps": task.steps, "quick": options.quick, "torch": torch.__version__}
-    results = Results(options.out, settings)
+    results = Results(options.out, task.about(), settings)
     for name in ("mechanism", "base"):
         results.content.setdefault(name, [])
     study = Study(task, results)

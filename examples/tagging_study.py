@@ -201,7 +201,7 @@ ARMS = (
     "fisher after warm-up",
     "eva",
     "adalora",
-    "l1ra, searched",
+    "l1ra, from room",
     "plain, roomy",
     "magnitude, roomy",
     "singular values",

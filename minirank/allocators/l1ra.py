@@ -67,7 +67,7 @@ So start with room, and let the first update prune down to the budget (`start`, 
     wrap(model, dict.fromkeys(names, 4 * rank), gate=1.0, scaling=2.0)
     optimizer = torch.optim.AdamW(adapters, lr=lr, weight_decay=0.1)
     l1ra = L1RA(model, optimizer, budget=rank * len(names), min_rank=0, interval=steps // 20,
-                start=steps // 2, stop=steps // 2, gate_lr=0.03, l1=2 / (0.03 * steps))
+                start=steps // 2, stop=steps // 2, l1=0.1, gate_lr=20 / steps)
 
 The penalty alone then takes half of the training, and the ranks that are left train in the other
 half. It closed 0.92 ± 0.04 of the gap between uniform and planted ranks, on teachers that the
@@ -127,7 +127,7 @@ class L1RA(RankScoreAllocator):
             that gradient accumulation puts off shrinks nothing. A wrapper that has the optimizer as
             its `optimizer`, such as accelerate's, will do too.
         l1: λ, the weight of the penalty. The default is the paper's value, which moves no rank in
-            trainings of some hundred steps: start with 0.3. 0 shrinks nothing.
+            trainings of some hundred steps: see "How to choose λ" above. 0 shrinks nothing.
         gate_lr: η_c, the gates' own learning rate.
         interval: T, optimizer steps between updates; 5 to 10 % of the training in the paper.
         start: the first optimizer step that can be followed by an update.
@@ -384,8 +384,8 @@ class L1RA(RankScoreAllocator):
             warn_caller(
                 f"{IDLE_UPDATES} updates in a row pruned no rank, and every gate is still above "
                 f"{IDLE_GATE}. With l1={self.l1:g} and gate_lr={self.gate_lr:g}, the penalty alone "
-                f"takes {steps:,} steps from a gate of 1 to 0: take a larger l1 (start with 0.3), "
-                "or l1=0 if no rank is to move",
+                f"takes {steps:,} steps from a gate of 1 to 0: take a larger l1 (start with 0.3) "
+                "or gate_lr, or l1=0 if no rank is to move",
             )
         return update
 
