@@ -389,8 +389,8 @@ def report_table(
         if row is not None:
             loss, gap, distance = row["loss"], row["gap"], row["distance"]
             lines.append(
-                f"{name:<38} {plus_minus(*loss, 5):>20} "
-                f"{plus_minus(*gap, 3, '+'):>16} {plus_minus(*distance, 1):>14}"
+                f"{name:<38} {plus_minus(loss[0], loss[1], 5):>20} "
+                f"{plus_minus(gap[0], gap[1], 3, '+'):>16} {plus_minus(distance[0], distance[1], 1):>14}"
             )
     return "\n".join(lines)
 
