@@ -387,11 +387,10 @@ def report_table(
     for name, setting in rows.items():
         row = report_row(study, setting, tuning, seeds)
         if row is not None:
-            loss, gap, distance = row["loss"], row["gap"], row["distance"]
-            lines.append(
-                f"{name:<38} {plus_minus(loss[0], loss[1], 5):>20} "
-                f"{plus_minus(gap[0], gap[1], 3, '+'):>16} {plus_minus(distance[0], distance[1], 1):>14}"
-            )
+            loss = plus_minus(row["loss"][0], row["loss"][1], 5)
+            gap = plus_minus(row["gap"][0], row["gap"][1], 3, "+")
+            distance = plus_minus(row["distance"][0], row["distance"][1], 1)
+            lines.append(f"{name:<38} {loss:>20} {gap:>16} {distance:>14}")
     return "\n".join(lines)
 
 
