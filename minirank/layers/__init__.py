@@ -7,11 +7,13 @@
     pretrained.py       what save_pretrained writes of a wrapped model, and who can read it
     replaced.py         parameters that layers replaced, and optimizers that still hold them
     lora.py             the layer itself: LoRALinear
+    attention.py        attention that calls its linear layers q, k, v and out
     coverage.py         which part of a model's matrices targets reach, and what is left out
     hints.py            what a name or glob that matches nothing was meant to be
     targets.py          which modules get ranks: linear_targets
     unmoved.py          adapters that never move, since the optimizer was made before wrap
     wrap.py             layers go in and come out: wrap, unwrap, disabled, lora_layers
+    unpack.py           packed attention becomes linear layers, and back: unpack_attention
     optimizers.py       what counts as an optimizer, and what schedule-free ones keep
     optimizer_state.py  what an optimizer knows of each rank, slice by slice
     resize.py           other ranks in the middle of training: resize
