@@ -74,7 +74,7 @@ def test_dropout_draws_the_same_numbers():
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
         assert not torch.allclose(model[0](x, x, x, need_weights=need_weights)[0], expected)
         state = torch.get_rng_state()
-        model.eval()(x, x, x) if False else model.eval()[0](x, x, x)
+        model.eval()[0](x, x, x)
         assert torch.equal(torch.get_rng_state(), state)
 
 
