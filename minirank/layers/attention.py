@@ -127,7 +127,9 @@ class UnpackedAttention(nn.Module):
         weights = None
         if need_weights:
             scores = (Q * math.sqrt(1 / Q.shape[3])) @ K.transpose(2, 3)  # (N, heads, L, S)
-            weights = torch.softmax(scores if mask is None else scores + mask, 3)
+            if mask is not None:
+                scores = scores + mask.to(scores.dtype)  # under autocast it is a wider one
+            weights = torch.softmax(scores, 3)
             if dropout:
                 weights = F.dropout(weights, dropout)
             heads = weights @ V
