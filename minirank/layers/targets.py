@@ -289,15 +289,22 @@ def exact_key(name: str) -> str:
 # ---- words for errors ---------------------------------------------------------------------------
 
 
-def _attention_meant(modules: Mapping[str, nn.Module], pattern: str) -> str | None:
-    """The first packed attention that the pattern names, or what it has packed or unpacked."""
-    for name, module in modules.items():
+def unpacking_hint(model: nn.Module, pattern: str) -> str:
+    """What to do if a name or glob means parts of an nn.MultiheadAttention; else an empty string.
+
+    >>> unpacking_hint(nn.TransformerEncoderLayer(4, 2), "*.q")[:46]
+    "'self_attn' is an nn.MultiheadAttention, which"
+    """
+    for name, module in modules_by_name(model).items():
         if is_packed_attention(module):
             inside = [joined(name, key) for key in ("q", "k", "v", "out", *PACKED_NAMES)]
-            for variant in name_variants(pattern):
-                if any(fnmatchcase(meant, variant) for meant in [name, *inside]):
-                    return name
-    return None
+            meant = [name, *inside]
+            if any(fnmatchcase(part, v) for part in meant for v in name_variants(pattern)):
+                return (
+                    f"{name!r} is an nn.MultiheadAttention, which stacks its projections in one "
+                    "parameter. unpack_attention(model) gives it linear layers q, k, v and out"
+                )
+    return ""
 
 
 def explain_no_match(model: nn.Module, pattern: str, *, globs: bool = False) -> str:
@@ -311,13 +318,9 @@ def explain_no_match(model: nn.Module, pattern: str, *, globs: bool = False) -> 
     """
     modules, linear = modules_by_name(model), _linear_modules(model)
     module = modules.get(plain_name(pattern, modules))
-    attention = _attention_meant(modules, pattern)
-    if attention is not None and not any(fnmatchcase(name, pattern) for name in linear):
-        return (
-            f"{pattern!r} is no layer: {attention!r} is an nn.MultiheadAttention, which stacks its "
-            "projections in one parameter. unpack_attention(model) gives it linear layers q, k, v "
-            "and out"
-        )
+    packed = unpacking_hint(model, pattern)
+    if packed and not any(fnmatchcase(name, pattern) for name in linear):
+        return f"{pattern!r} is no layer: {packed}"
     if isinstance(module, LoRALinear):
         return (
             f"{pattern!r} already has an adapter: unwrap() the model first, or change the rank by "

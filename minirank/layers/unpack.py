@@ -10,6 +10,7 @@ separate weights of attention with other key and value sizes, bias_k and bias_v.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
@@ -37,6 +38,11 @@ from .wrap import lora_layers, replace_modules, take_out
 PARAMETERS = {*STACKED, "q_proj_weight", "k_proj_weight", "v_proj_weight"}
 LATER = "make the optimizer after that, from the parameters that require a gradient"
 LAYERS = ("q", "k", "v", "out")
+
+MOVED = (
+    "its forward has been replaced (by accelerate, which offloads it or moves its inputs?): load "
+    "the model onto one device"
+)
 
 # An attribute of an nn.TransformerEncoder that made nested tensors until it was unpacked.
 NESTED_BEFORE = "used_nested_tensor_before_unpacking"
@@ -213,11 +219,8 @@ def _why_not(packed: nn.MultiheadAttention, fixed: Collection[int]) -> str | Non
             "it has a wrapper of its own (torch.compile?), which goes on calling it: unpack the "
             "model first, then compile the attention or what holds it"
         )
-    if "forward" in vars(packed):
-        return (
-            "its forward has been replaced (by accelerate, which offloads it or moves its "
-            "inputs?): load the model onto one device, then unpack"
-        )
+    if any("forward" in vars(module) for module in packed.modules()):
+        return f"{MOVED}, then unpack"
     out = packed._modules.get("out_proj")
     if isinstance(out, LoRALinear):
         return (
@@ -293,6 +296,7 @@ def pack_attention(model: nn.Module) -> list[str]:
     ('MultiheadAttention', 'Parameter')
     """
     refuse_peft(model)
+    require_unsharded(model)
     _require_a_parent(model, UnpackedAttention)
     modules = modules_by_name(model)
     attentions = {
@@ -315,10 +319,10 @@ def pack_attention(model: nn.Module) -> list[str]:
     stacked = {name: _stacked(attention) for name, attention in attentions.items()}
     take_out(model, layers.values())
     replace_modules(model, {id(a): a.packed[0] for a in attentions.values()})
-    elsewhere = {id(parameter) for parameter in model.parameters()}
-    elsewhere -= {id(p) for a in attentions.values() for p in a.packed[0].parameters()}
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    shared = {key for key, count in holders.items() if count > 1}
     for name, attention in attentions.items():
-        _give_back(attention, stacked[name], elsewhere)
+        _give_back(attention, stacked[name], shared)
     _switch_nested_tensors(model)
     return list(attentions)
 
@@ -337,6 +341,8 @@ def _require_packable(name: str, attention: UnpackedAttention, fixed: Collection
                 f"expected {joined(name, key)!r} to be a plain nn.Linear, got a "
                 f"{type(layer).__name__}: its weight cannot be packed"
             )
+    if any("forward" in vars(module) for module in attention.modules()):
+        raise ValueError(f"{name!r} cannot be packed: {MOVED}, then pack")
     for key, parts in _parts(attention).items():
         held = [layer._parameters[part] for layer, part in parts]
         tensors = [tensor for tensor in held if tensor is not None]
@@ -368,11 +374,11 @@ def _stacked(attention: UnpackedAttention) -> dict[str, tuple[Tensor, Tensor | N
 def _give_back(
     attention: UnpackedAttention,
     stacked: Mapping[str, tuple[Tensor, Tensor | None]],
-    elsewhere: Collection[int],
+    shared: Collection[int],
 ) -> None:
     """Put all that the attention has now into its packed module.
 
-    stacked: of `_stacked`. elsewhere: the ids of parameters that other modules hold.
+    stacked: of `_stacked`. shared: the ids of parameters that several modules hold.
     """
     (packed,) = attention.packed
     copy_settings(attention, packed)
@@ -400,7 +406,7 @@ def _give_back(
         before = module._parameters.get(key)
         if before is None or now is None or before is now:
             continue
-        if id(before) in elsewhere or type(now.data) is not Tensor:
+        if id(before) in shared or type(now.data) is not Tensor:
             module._parameters[key] = now
         else:
             before.data, before.grad = now.data, now.grad

@@ -225,10 +225,11 @@ def test_hooks_see_the_same_calls_and_their_handles_remove_them():
         lambda module, args, kwargs: seen.append(sorted(kwargs)), with_kwargs=True
     )
     model.attn.register_full_backward_hook(lambda *_: seen.append("back"))
-    model(X).sum().backward()
+    x = X.clone().requires_grad_()
+    model(x).sum().backward()
     expected, seen[:] = list(seen), []
     unpack_attention(model)
-    model(X).sum().backward()
+    model(x).sum().backward()
     assert seen == expected == [["need_weights"], "out", "back"]
     handle.remove()
     model.attn.register_forward_hook(lambda *_: seen.append("new"))
@@ -306,21 +307,18 @@ def test_a_model_on_the_meta_device_and_one_made_in_inference_mode():
     assert model.attn.in_proj_weight.shape == (12, 4)
     with torch.inference_mode():
         model = Block()
-    expected = model(X)
-    unpack_attention(model)
-    same(model(X), expected)
-    wrap(model, {"attn.q": 1})
-    model(X).sum().backward()
-    merge(model)
-    pack_attention(model)
-    same(model(X), expected)
+        expected = model(X).clone()
+        unpack_attention(model)
+        same(model(X), expected)
+        pack_attention(model)
+        same(model(X), expected)
 
 
 # ---- training -----------------------------------------------------------------------------------
 
 
-def adam(model):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+def sgd(model):
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1, momentum=0.9)
 
 
 def step(model, optimizer):
@@ -332,23 +330,23 @@ def step(model, optimizer):
 def test_plain_training_is_the_same_and_packs():
     packed, model = Block(), Block()
     unpack_attention(model)
-    optimizers = adam(packed), adam(model)
+    optimizers = sgd(packed), sgd(model)
     for _ in range(3):
         step(packed, optimizers[0])
         step(model, optimizers[1])
-    torch.testing.assert_close(model(X), packed(X), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model(X), packed(X), rtol=1e-10, atol=1e-10)
     pack_attention(model)
     for name, value in packed.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-10, atol=1e-10)
 
 
 def test_an_optimizer_made_before_is_stopped():
     model = Block()
-    old = adam(model)
+    old = sgd(model)
     unpack_attention(model)
     with pytest.raises(RuntimeError, match=r"unpack_attention\(\) has split in_proj_(weight|bias)"):
         step(model, old)
-    new = adam(model)
+    new = sgd(model)
     step(model, new)
     pack_attention(model)
     with pytest.raises(RuntimeError, match=r"pack_attention\(\) has put it in in_proj_"):
@@ -360,7 +358,7 @@ def test_an_optimizer_made_before_is_stopped():
 
 def test_an_optimizer_of_parameters_that_are_frozen_now_is_not_stopped():
     model = Block()
-    old = adam(model)
+    old = sgd(model)
     unpack_attention(model)
     model.attn.requires_grad_(False)
     step(model, old)
@@ -369,7 +367,7 @@ def test_an_optimizer_of_parameters_that_are_frozen_now_is_not_stopped():
 @pytest.mark.parametrize("layer", ["attn.q", "attn.v"])
 def test_an_optimizer_made_before_that_cannot_move_the_adapter_is_told(layer):
     model = Block()
-    old = adam(model)
+    old = sgd(model)
     unpack_attention(model)
     layers = wrap(model, {layer: 1})
     with torch.no_grad():
@@ -444,6 +442,20 @@ def test_a_weight_that_is_tied_elsewhere_keeps_its_own_value():
     assert torch.equal(W, before)
 
 
+def test_two_outputs_that_were_tied_keep_their_own_values():
+    model = tied("out_proj")
+    assert model["a"].attn.out_proj is model["b"].attn.out_proj
+    model["b"].attn.out_proj = nn.Linear(4, 4, dtype=torch.float64)
+    model["b"].attn.out_proj.weight = model["a"].attn.out_proj.weight
+    unpack_attention(model)
+    move_adapters(wrap(model, {"a.attn.out": 1, "b.attn.out": 2}))
+    expected = [block(X) for block in model.values()]
+    merge(model, untie=True)
+    pack_attention(model)
+    for block, value in zip(model.values(), expected, strict=True):
+        same(block(X), value)
+
+
 def test_adapter_files_fit_into_another_unpacked_model(tmp_path):
     model, twin = Block(), Block()
     for each in (model, twin):
@@ -512,7 +524,7 @@ UNPACKABLE = {
         "'cache'",
     ),
     "compiled by itself": (
-        lambda: changed(lambda m: setattr(m, "attn", torch.compile(m.attn))),
+        lambda: changed(lambda m: setattr(m, "attn", torch.compile(m.attn, backend="eager"))),
         "wrapper of its own",
     ),
 }
@@ -539,6 +551,10 @@ UNPACKED_AND = {
     ),
     "parametrized": (lambda attn: parametrizations.weight_norm(attn.k), "ParametrizedLinear"),
     "two types": (lambda attn: attn.v.float(), "torch.float64.*torch.float32"),
+    "a forward of its own": (
+        lambda attn: setattr(attn.out, "forward", attn.out.forward),
+        "its forward has been replaced",
+    ),
     "a bias less": (lambda attn: setattr(attn.q, "bias", None), "all with a bias or none"),
 }
 
@@ -559,7 +575,7 @@ def test_what_cannot_be_packed_is_refused_and_nothing_changes(case):
 
 
 def test_the_note_of_what_is_left_out_says_that_it_can_be_unpacked():
-    allocator = UniformRanks(Block())
+    allocator = UniformRanks(Block(), targets="up")
     allocator.score()
     note = str(allocator.allocate(2)).splitlines()[-2:]
     assert all("unpack_attention" in line for line in note)
