@@ -249,6 +249,11 @@ def _require_stacked(name: str, stacked: nn.Parameter) -> None:
             f"expected {name!r} to be a plain floating-point parameter, got {type(stacked.data)} "
             f"of {stacked.dtype}: unpack the model before it is quantised"
         )
+    if stacked.is_inference():
+        raise ValueError(
+            f"{name!r} was made under torch.inference_mode(), and could not be packed again: make or "
+            "load the model outside of it"
+        )
     if len(stacked) == 0 or len(stacked) % 3:
         raise ValueError(
             f"expected {name!r} to hold three parts of one size, got shape {tuple(stacked.shape)}"
