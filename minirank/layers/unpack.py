@@ -251,8 +251,8 @@ def _require_stacked(name: str, stacked: nn.Parameter) -> None:
         )
     if stacked.is_inference():
         raise ValueError(
-            f"{name!r} was made under torch.inference_mode(), and could not be packed again: make or "
-            "load the model outside of it"
+            f"{name!r} was made under torch.inference_mode(), and could not be packed again: make "
+            "or load the model outside of it"
         )
     if len(stacked) == 0 or len(stacked) % 3:
         raise ValueError(
