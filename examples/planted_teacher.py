@@ -109,6 +109,7 @@ class PlantedTeacher(Task):
 
     max_rank = 8
     rates = (1.2e-2, 2.4e-2, 4.8e-2)
+    first_rate = 2.4e-2
     seeds = tuple(range(10))
     tuning_seeds = tuple(range(5))
 

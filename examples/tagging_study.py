@@ -76,13 +76,13 @@ class Tagging(Task):
         if shift == "brown":
             self.name = "MiniLM tags the Brown corpus"
             self.rank, self.max_rank, self.steps, self.batch_size = 2, 16, 250, 24
-            self.rates = (1.5e-3, 3e-3, 6e-3)
+            self.rates, self.first_rate = (3e-3, 6e-3), 3e-3
             self.trainable = ("head",)
             self.gate_factor = 100.0
         else:
             self.name = f"a tagger whose {shift} are permuted"
             self.rank, self.max_rank, self.steps, self.batch_size = 1, 8, 100, 16
-            self.rates = (3e-3, 6e-3, 1.2e-2)
+            self.rates, self.first_rate = (3e-3, 6e-3, 1.2e-2), 6e-3
             self.gate_factor = 30.0
 
     def model(self, seed: int) -> Tagger:
@@ -201,7 +201,7 @@ ARMS = (
     "fisher after warm-up",
     "eva",
     "adalora",
-    "l1ra, searched",
+    "l1ra, from room",
     "plain, roomy",
     "magnitude, roomy",
     "singular values",
