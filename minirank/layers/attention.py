@@ -58,8 +58,8 @@ class UnpackedAttention(nn.Module):
 
     def __init__(self, packed: nn.MultiheadAttention) -> None:
         super().__init__()
-        self.register_parameter("bias_k", packed.bias_k)
-        self.register_parameter("bias_v", packed.bias_v)
+        self.register_parameter("bias_k", packed._parameters["bias_k"])
+        self.register_parameter("bias_v", packed._parameters["bias_v"])
         copy_settings(packed, self)
         share_hooks(packed, self)
         weights, biases = _projections(packed)
@@ -67,7 +67,7 @@ class UnpackedAttention(nn.Module):
         self.k = _linear(weights[1], biases[1], packed.training)
         self.v = _linear(weights[2], biases[2], packed.training)
         out = packed.out_proj
-        self.out = _linear(out.weight, out.bias, out.training)
+        self.out = _linear(out.get_parameter("weight"), out._parameters["bias"], out.training)
         # The module that `pack_attention` puts back. A tuple, so that nn.Module does not register
         # it.
         self.packed = (packed,)
@@ -118,7 +118,7 @@ class UnpackedAttention(nn.Module):
             self._with_extra_positions(K, self.bias_k),
             self._with_extra_positions(V, self.bias_v),
         )
-        Q, K, V = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (Q, K, V))
+        Q, K, V = (self._by_head(x) for x in (Q, K, V))
 
         # The kernel makes the causal mask itself, unless something has to be added to it.
         hint = is_causal and key_padding_mask is None and not need_weights
@@ -151,6 +151,10 @@ class UnpackedAttention(nn.Module):
             return x.squeeze(0)
         return x if self.batch_first else x.transpose(0, 1)
 
+    def _by_head(self, x: Tensor) -> Tensor:
+        """(N, L or S, d) → (N, heads, L or S, d / heads)"""
+        return x.reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
+
     def _with_extra_positions(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x, (N, S, d), with the positions that add_bias_kv and add_zero_attn put behind it."""
         parts = [x]
@@ -175,7 +179,11 @@ class UnpackedAttention(nn.Module):
         mask = None
         if attn_mask is not None:
             mask = _additive(attn_mask, dtype)
-            mask = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (N, self.num_heads))
+            mask = (
+                mask[None, None]
+                if mask.dim() == 2
+                else mask.reshape(N, self.num_heads, *mask.shape[1:])
+            )
         if key_padding_mask is not None:
             padding = _additive(key_padding_mask, dtype).view(N, 1, 1, S)
             mask = padding if mask is None else mask + padding

@@ -227,7 +227,7 @@ def _why_not(packed: nn.MultiheadAttention, fixed: Collection[int]) -> str | Non
             "its out_proj has an adapter: unwrap() the model first (after merge(), to keep the "
             "adapter in the weight), and unpack before wrap()"
         )
-    if type(out) not in (NonDynamicallyQuantizableLinear, nn.Linear):
+    if out is None or type(out) not in (NonDynamicallyQuantizableLinear, nn.Linear):
         return f"its out_proj is a {type(out).__name__}, not torch's own"
     named = {*packed._parameters, *packed._buffers, *packed._modules}
     extra = named - PARAMETERS - {"out_proj", "bias_k", "bias_v"}
@@ -400,7 +400,7 @@ def _give_back(
         for part in parts:
             note_replaced([(packed, key)], part, f"pack_attention() has put it in {key}: {LATER}")
     places: list[tuple[nn.Module, str, nn.Parameter | None]] = [
-        (packed.out_proj, "weight", attention.out.weight),
+        (packed.out_proj, "weight", attention.out.get_parameter("weight")),
         (packed.out_proj, "bias", attention.out.bias),
         (packed, "bias_k", attention.bias_k),
         (packed, "bias_v", attention.bias_v),
