@@ -58,8 +58,8 @@ class UnpackedAttention(nn.Module):
 
     def __init__(self, packed: nn.MultiheadAttention) -> None:
         super().__init__()
-        self.register_parameter("bias_k", packed._parameters["bias_k"])
-        self.register_parameter("bias_v", packed._parameters["bias_v"])
+        self.register_parameter("bias_k", _optional(packed, "bias_k"))
+        self.register_parameter("bias_v", _optional(packed, "bias_v"))
         copy_settings(packed, self)
         share_hooks(packed, self)
         weights, biases = _projections(packed)
@@ -67,7 +67,7 @@ class UnpackedAttention(nn.Module):
         self.k = _linear(weights[1], biases[1], packed.training)
         self.v = _linear(weights[2], biases[2], packed.training)
         out = packed.out_proj
-        self.out = _linear(out.get_parameter("weight"), out._parameters["bias"], out.training)
+        self.out = _linear(out.get_parameter("weight"), _optional(out, "bias"), out.training)
         # The module that `pack_attention` puts back. A tuple, so that nn.Module does not register
         # it.
         self.packed = (packed,)
@@ -246,6 +246,11 @@ def _projections(
     if packed.in_proj_bias is not None:
         biases[:] = split(packed.in_proj_bias)
     return weights, biases
+
+
+def _optional(module: nn.Module, name: str) -> nn.Parameter | None:
+    """A parameter that may be absent, as None or not at all."""
+    return module._parameters.get(name)
 
 
 def split(stacked: nn.Parameter) -> list[nn.Parameter]:

@@ -279,6 +279,9 @@ def test_it_compiles_to_one_graph_and_exports():
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith(("2.4.", "2.5.")), reason="that exporter fixes some lengths"
+)
 def test_it_exports_with_a_length_that_varies():
     class Attends(nn.Module):
         def __init__(self):
