@@ -1,11 +1,11 @@
-"""Does allocating ranks help? One plot of several studies: a row for each task, a dot for each arm.
+"""Does allocating ranks help? One plot of several studies: a panel for each task, a line an arm.
 
     cd examples/results
     python ../does_it_help.py planted_teacher.json tagging_brown.json --plot does_it_help.png
 
 Each argument is a file that a study wrote (study.py). A dot is the arm's test loss over that of
 uniform ranks at the same number of parameters: left of the line it helps. It is the geometric mean
-over seeds, and its bar is two standard errors, paired by seed. Of the planted teachers only those
+over seeds, and its bar is two standard errors, paired by seed. Each panel has an axis of its own. Of the planted teachers only those
 count that nothing was chosen on.
 """
 
@@ -13,24 +13,27 @@ from __future__ import annotations
 
 import argparse
 import math
+import textwrap
 from pathlib import Path
 
 from compare import mean_and_error
 from study_results import KNOWN, LARGEST, UNIFORM, Results
 
+SMALLEST = 1e-3  # smaller ratios are drawn here, as an arrowhead
+
 ARMS = {
-    KNOWN: ("*", "0.2", "best known ranks"),
+    KNOWN: ("*", "0.2", "the planted ranks"),
     LARGEST: ("D", "0.6", "uniform, largest (more parameters)"),
     "random": ("x", "0.4", "random ranks"),
     "proxy": ("v", "C3", "Sensitivity-LoRA, default"),
-    "fisher after warm-up": ("^", "C1", "Sensitivity-LoRA, Fisher after warm-up"),
-    "eva": ("<", "C5", "EVA"),
-    "l1ra, from the budget": (">", "C6", "L1RA from the budget"),
-    "l1ra, from room": ("<", "C4", "L1RA from room, pruned once"),
+    "fisher after warm-up": ("^", "C1", "Sensitivity-LoRA on the Fisher, warm"),
+    "eva": ("P", "C5", "EVA"),
+    "l1ra, from the budget": ("d", "C6", "L1RA from the budget"),
+    "l1ra, from room": ("X", "C4", "L1RA from room, pruned once"),
     "shaplora": ("p", "C8", "ShapLoRA, as published"),
-    "plain, roomy": ("s", "C2", "ShapLoRA, roomy first training, no coalitions"),
-    "singular values of outputs": ("h", "C9", "singular values, weighted by inputs"),
-    "singular values": ("o", "C0", "singular values of a roomy first training"),
+    "plain, roomy": ("s", "C2", "ShapLoRA, roomy, no coalitions"),
+    "singular values of outputs": ("h", "C9", "SingularValues with data"),
+    "singular values": ("o", "C0", "SingularValues without data"),
 }
 
 
@@ -42,7 +45,9 @@ def ratio(results: Results, arm: str) -> tuple[float, float, float] | None:
     if not logs:
         return None
     mean, error = mean_and_error(logs)
-    half = 2 * (error or 0.0)
+    if error is None:
+        return None  # one seed is no comparison
+    half = 2 * error
     return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
 
@@ -59,36 +64,39 @@ def held_out_seeds(results: Results) -> list[int]:
 
 
 def draw(files: list[Path], path: Path) -> None:
+    """One panel for each task with an axis of its own, and one line for each arm."""
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(10, 1.6 + 0.75 * len(files)), layout="constrained")
-    axes = figure.subplots()
-    present = []
-    labels = []
-    for row, file in enumerate(files):
-        results = Results(file)
-        labels.append(f"{results.content['name']}\n({len(held_out_seeds(results))} seeds)")
-        found = {arm: r for arm in ARMS if (r := ratio(results, arm)) is not None}
-        present += [arm for arm in found if arm not in present]
-        for i, (arm, (mean, low, high)) in enumerate(found.items()):
+    studies = [Results(file) for file in files]
+    found = [{arm: ratio(results, arm) for arm in ARMS} for results in studies]
+    arms = [arm for arm in ARMS if any(ratios[arm] is not None for ratios in found)]
+    columns = min(4, len(files))
+    rows = math.ceil(len(files) / columns)
+    size = (3.0 + 2.6 * columns, rows * (1.1 + 0.26 * len(arms)))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+    for axes, results, ratios in zip(panels, studies, found, strict=False):
+        for y, arm in enumerate(arms):
+            triple = ratios[arm]
+            if triple is None:
+                continue
+            mean, low, high = (max(value, SMALLEST) for value in triple)
             marker, colour, _ = ARMS[arm]
-            y = row - 0.35 + 0.7 * i / max(1, len(found) - 1)
-            axes.plot([low, high], [y, y], "-", color=colour, linewidth=1.2)
-            axes.plot(mean, y, marker, color=colour, markersize=6)
-        axes.axhline(row + 0.5, color="0.85", linewidth=0.8)
-    axes.axvline(1.0, color="0.3", linewidth=1)
-    axes.set_xscale("log")
-    axes.set_yticks(range(len(files)), labels)
-    axes.set_ylim(len(files) - 0.5, -0.5)
-    axes.set_xlabel("test loss over that of uniform ranks at equal parameters (left: better)")
-    handles = [
-        Line2D([], [], marker=ARMS[a][0], color=ARMS[a][1], linestyle="", label=ARMS[a][2])
-        for a in ARMS
-        if a in present
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(path, dpi=130)
+            axes.plot([low, high], [y, y], "-", color=colour, linewidth=1.5)
+            axes.plot(mean, y, "<" if mean == SMALLEST else marker, color=colour, markersize=6)
+        axes.axvline(1.0, color="0.3", linewidth=1)
+        if min(triple[0] for triple in ratios.values() if triple is not None) < 0.5:
+            axes.set_xscale("log")
+        title = textwrap.fill(results.content["name"], 32)
+        axes.set_title(f"{title}\n({len(held_out_seeds(results))} seeds)", fontsize=9)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.grid(axis="y", color="0.93")
+    for axes in panels[len(files) :]:
+        axes.set_visible(False)
+    panels[0].set_yticks(range(len(arms)), [ARMS[arm][2] for arm in arms], fontsize=8)
+    panels[0].set_ylim(len(arms) - 0.5, -0.5)
+    figure.supxlabel("test loss over that of uniform ranks at equal parameters (left: better)")
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:

@@ -187,6 +187,6 @@ def save_plot(path: Path, results: Results, arms: Sequence[str], seeds: Sequence
     axes.axvline(1.0, color="0.4", linewidth=1)
     if any(min(values) < 0.5 for values in ratios.values()):
         axes.set_xscale("log")
-    axes.set_xlabel("test loss over that of uniform ranks (blue: geometric mean over the seeds)")
+    axes.set_xlabel("test loss over that of uniform ranks (blue: geometric mean)")
     axes.set_title(results.content["name"], fontsize=10)
     figure.savefig(path, dpi=130)

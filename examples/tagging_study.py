@@ -20,7 +20,8 @@ uneven by construction, and lie at opposite ends of the encoder ("surgical fine-
 2210.11466). A score that does not look at the task cannot be right for both.
 
 The tagger that meets a shift was trained as in "brown", by LoRA with 8 ranks everywhere which were
-then merged. It is trained once, and kept in `--tagger FILE` if that is given.
+then merged. It is trained once, and kept in `--tagger FILE` if that is given. At a rate of 1.2e-2
+some trainings on the shifted data diverged, to a loss of 3.3, so that rate is not in the grid.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Tagging(Task):
         else:
             self.name = f"a tagger whose {shift} are permuted"
             self.rank, self.max_rank, self.steps, self.batch_size = 1, 8, 100, 16
-            self.rates, self.first_rate = (3e-3, 6e-3, 1.2e-2), 6e-3
+            self.rates, self.first_rate = (4e-3, 6e-3), 6e-3
             self.gate_factor = 30.0
 
     def model(self, seed: int) -> Tagger:

@@ -386,3 +386,32 @@ def test_the_decoder_study_runs(tmp_path):
     assert {r["arm"] for r in figures["runs"]} == {"uniform", *arms}
     assert all(math.isfinite(r["test"]) for r in figures["runs"])
     assert "singular values" in text
+
+
+def test_the_plot_of_several_studies_compares_with_uniform_ranks(study, monkeypatch, tmp_path):
+    import does_it_help
+    import study_results
+
+    about = {"name": "a task", "seeds": [0, 1, 2], "tuning_seeds": [0]}
+    results = study_results.Results(tmp_path / "a.json", about, {"steps": 1})
+    for seed, (uniform, found) in enumerate([(1.0, 0.5), (2.0, 2.0), (4.0, 2.0)]):
+        for arm, loss in (("uniform", uniform), ("singular values", found)):
+            results.add("runs", {"arm": arm, "seed": seed, "lr": 0.1, "dev": loss, "test": loss})
+    mean, low, high = does_it_help.ratio(results, "singular values")
+    logs = [math.log(0.5), 0.0, math.log(0.5)]
+    assert mean == pytest.approx(0.25 ** (1 / 3))
+    deviation = math.sqrt(sum((x - sum(logs) / 3) ** 2 for x in logs) / 2)
+    assert high / mean == pytest.approx(math.exp(2 * deviation / math.sqrt(3)))
+    assert low * high == pytest.approx(mean**2)
+    assert does_it_help.ratio(results, "proxy") is None
+    # Of planted teachers, those count on which nothing was chosen.
+    planted = study_results.Results(tmp_path / "b.json", about, {"planted": [0, 8]})
+    planted.content["runs"] = results.content["runs"]
+    planted.save()
+    assert does_it_help.held_out_seeds(results) == [0, 1, 2]
+    assert does_it_help.held_out_seeds(planted) == [1, 2]
+    plot = tmp_path / "plot.png"
+    files = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    monkeypatch.setattr(sys, "argv", ["does_it_help.py", *files, "--plot", str(plot)])
+    does_it_help.main()
+    assert plot.stat().st_size > 10_000
