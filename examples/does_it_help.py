@@ -5,8 +5,8 @@
 
 Each argument is a file that a study wrote (study.py). A dot is the arm's test loss over that of
 uniform ranks at the same number of parameters: left of the line it helps. It is the geometric mean
-over seeds, and its bar is two standard errors, paired by seed. Each panel has an axis of its own. Of the planted teachers only those
-count that nothing was chosen on.
+over seeds, and its bar is two standard errors, paired by seed. Each panel has an axis of its own.
+Of the planted teachers only those count that nothing was chosen on.
 """
 
 from __future__ import annotations
