@@ -265,16 +265,18 @@ def adalora_training(context: Context, lr: float) -> Trained:
         optimizer = task.optimizer(model, lr)
         task.train(model, context.seed, optimizer, steps=task.steps, on_step=on_step)
 
-    model, ranks = adalora(
-        context.model(),
-        context.names,
-        rank=rank,
-        start_rank=min(task.max_rank, 2 * rank),
-        steps=task.steps,
-        scaling=task.scaling,
-        train=train,
-        trainable=task.trainable,
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(context.seed)  # PEFT draws the start from the global generator
+        model, ranks = adalora(
+            context.model(),
+            context.names,
+            rank=rank,
+            start_rank=min(task.max_rank, 2 * rank),
+            steps=task.steps,
+            scaling=task.scaling,
+            train=train,
+            trainable=task.trainable,
+        )
     return Trained(model, ranks)
 
 

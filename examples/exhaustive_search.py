@@ -232,6 +232,12 @@ def search(task: Small, results: Results, arms: list[str]) -> None:
                 figures = task.evaluate(context.train(uniform, rate), seed)
                 results.add("runs", {"arm": UNIFORM, "seed": seed, "lr": rate, **figures})
     rate = results.best_rate(UNIFORM)
+    if results.content.setdefault("rate", rate) != rate:
+        raise SystemExit(
+            f"the divisions of {results.path} were trained at a learning rate of "
+            f"{results.content['rate']:g}, and with these seeds {rate:g} is the best: give another "
+            "--out"
+        )
     context = Context(task, task.seeds[0])
     every = divisions(context.costs, context.budget, task.max_rank)
     progress = Progress(len(task.seeds) * len(every))
@@ -314,6 +320,8 @@ def run(kind: Literal["teacher", "digits"], options: Namespace) -> None:
         task.steps, task.seeds, task.rates = 4, task.seeds[:2], task.rates[:1]
     if options.seeds is not None:
         task.seeds = tuple(options.seeds)
+    if options.rates is not None:
+        task.rates = tuple(options.rates)
     task.tuning_seeds = task.seeds
     settings = {"task": kind, "steps": task.steps, "torch": torch.__version__}
     results = Results(options.out, task.about(), settings)

@@ -60,14 +60,17 @@ class Results:
             self.save()
 
     def tried(self, arm: str) -> dict[float, float]:
-        """{learning rate: mean development loss} of the rates that every tuning seed had."""
+        """{learning rate: mean development loss} of the rates that every tuning seed had.
+
+        The mean is infinite where a training diverged, so that such a rate is never the best.
+        """
         tuning = self.content["tuning_seeds"]
         by_rate: dict[float, dict[int, float]] = {}
         for run in self.content["runs"]:
             if run["arm"] == arm and run["seed"] in tuning:
                 by_rate.setdefault(run["lr"], {})[run["seed"]] = run["dev"]
         return {
-            rate: statistics.fmean(losses.values())
+            rate: mean if math.isfinite(mean := statistics.fmean(losses.values())) else math.inf
             for rate, losses in sorted(by_rate.items())
             if len(losses) == len(tuning)
         }
@@ -108,7 +111,8 @@ def gap_closed(
     """The share of the gap between uniform and best losses that is closed: mean, standard error.
 
     It is taken per seed: (uniform - loss) / (uniform - best). 1 is as good as the best, 0 as
-    uniform, and below 0 is worse than uniform.
+    uniform, and below 0 is worse than uniform. Seeds at which the best ranks are not better than
+    uniform ones have no gap, and are left out.
 
     >>> gap_closed({0: 0.25, 1: 1.0}, {0: 1.0, 1: 1.0}, {0: 0.0, 1: 0.0})
     (0.375, 0.375)
@@ -116,9 +120,9 @@ def gap_closed(
     shares = [
         (uniform[s] - losses[s]) / (uniform[s] - best[s])
         for s in losses
-        if s in uniform and s in best
+        if s in uniform and s in best and best[s] < uniform[s]
     ]
-    return mean_and_error(shares)
+    return mean_and_error(shares) if shares else (math.nan, None)
 
 
 def table(results: Results, arms: Sequence[str], seeds: Sequence[int] | None = None) -> str:

@@ -153,7 +153,8 @@ class UnpackedAttention(nn.Module):
 
     def _by_head(self, x: Tensor) -> Tensor:
         """(N, L or S, d) → (N, heads, L or S, d / heads)"""
-        return x.reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
+        heads = self.num_heads, x.shape[2] // self.num_heads
+        return x.reshape(*x.shape[:2], *heads).transpose(1, 2)
 
     def _with_extra_positions(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x, (N, S, d), with the positions that add_bias_kv and add_zero_attn put behind it."""

