@@ -60,7 +60,8 @@ def held_out_seeds(results: Results) -> list[int]:
     seeds, tuning = results.content["seeds"], results.content["tuning_seeds"]
     others = [seed for seed in seeds if seed not in tuning]
     is_task = "planted" in results.content["settings"]
-    return others if is_task and others else list(seeds)
+    chosen = len(results.tried(UNIFORM)) > 1  # of one learning rate there was no choice
+    return others if is_task and chosen and others else list(seeds)
 
 
 def draw(files: list[Path], path: Path) -> None:
@@ -70,9 +71,9 @@ def draw(files: list[Path], path: Path) -> None:
     studies = [Results(file) for file in files]
     found = [{arm: ratio(results, arm) for arm in ARMS} for results in studies]
     arms = [arm for arm in ARMS if any(ratios[arm] is not None for ratios in found)]
-    columns = min(4, len(files))
+    columns = min(3, len(files))
     rows = math.ceil(len(files) / columns)
-    size = (3.0 + 2.6 * columns, rows * (1.1 + 0.26 * len(arms)))
+    size = (3.0 + 2.6 * columns, rows * (1.0 + 0.19 * len(arms)))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     for axes, results, ratios in zip(panels, studies, found, strict=False):
@@ -85,15 +86,17 @@ def draw(files: list[Path], path: Path) -> None:
             axes.plot([low, high], [y, y], "-", color=colour, linewidth=1.5)
             axes.plot(mean, y, "<" if mean == SMALLEST else marker, color=colour, markersize=6)
         axes.axvline(1.0, color="0.3", linewidth=1)
-        if min(triple[0] for triple in ratios.values() if triple is not None) < 0.5:
+        if min(triple[0] for triple in ratios.values() if triple is not None) < 0.3:
             axes.set_xscale("log")
-        title = textwrap.fill(results.content["name"], 32)
-        axes.set_title(f"{title}\n({len(held_out_seeds(results))} seeds)", fontsize=9)
+        title = textwrap.fill(results.content["name"], 36)
+        steps, seeds = results.content["settings"]["steps"], len(held_out_seeds(results))
+        axes.set_title(f"{title}\n({steps} steps, {seeds} seeds)", fontsize=9)
         axes.tick_params(axis="x", labelsize=8)
         axes.grid(axis="y", color="0.93")
     for axes in panels[len(files) :]:
         axes.set_visible(False)
-    panels[0].set_yticks(range(len(arms)), [ARMS[arm][2] for arm in arms], fontsize=8)
+    for axes in panels[::columns]:
+        axes.set_yticks(range(len(arms)), [ARMS[arm][2] for arm in arms], fontsize=8)
     panels[0].set_ylim(len(arms) - 0.5, -0.5)
     figure.supxlabel("test loss over that of uniform ranks at equal parameters (left: better)")
     figure.savefig(path, dpi=110)

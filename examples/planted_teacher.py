@@ -123,9 +123,8 @@ class PlantedTeacher(Task):
         self.planted, self.budget_factor, self.steps = planted, budget_factor, steps
         self.spectral_norm = spectral_norm
         self.max_rank = max(*planted, 8)
-        self.name = (
-            f"planted ranks {', '.join(map(str, planted))}, budget {budget_factor:g} of the need"
-        )
+        drawn = ", ".join(map(str, planted))
+        self.name = f"planted ranks {drawn}; budget {budget_factor:g} of the need"
         self._teachers: dict[int, Teacher] = {}
 
     def teacher(self, seed: int) -> Teacher:
