@@ -476,7 +476,7 @@ def test_the_plot_of_several_studies_compares_with_uniform_ranks(study, monkeypa
     assert low * high == pytest.approx(mean**2)
     assert does_it_help.ratio(results, "proxy") is None
     # Of planted teachers, those count on which nothing was chosen.
-    planted = study_results.Results(tmp_path / "b.json", about, {"planted": [0, 8]})
+    planted = study_results.Results(tmp_path / "b.json", about, {"planted": [0, 8], "steps": 1})
     planted.content["runs"] = [*results.content["runs"]]
     assert does_it_help.held_out_seeds(planted) == [0, 1, 2]  # one rate: nothing was chosen
     planted.add("runs", {"arm": "uniform", "seed": 0, "lr": 0.2, "dev": 9.0, "test": 9.0})
