@@ -30,7 +30,7 @@ TABLE_WIDTH = 100
 # {kind of weight: why it is left out}, in the order of the table
 REASONS = {
     "attention in_proj": "a parameter; see unpack_attention",
-    "attention out_proj": "read, not called; see unpack_attention",
+    "attention out_proj": "never called; see unpack_attention",
     "stack of experts": "a 3-D parameter, not layers",
     "bare matrix": "a parameter, not a layer",
     "convolution": "not linear",
