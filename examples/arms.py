@@ -39,7 +39,6 @@ from minirank import (
     curvature,
     merge,
     unwrap,
-    wrap,
 )
 
 WARM_UP = 5  # one part in so many of a training comes before scoring "after warm-up"
@@ -66,14 +65,7 @@ def one_kind(kind: str, context: Context) -> Ranks | None:
 def warmed_up(context: Context) -> nn.Module:
     """The plain model after a short training of uniform LoRA, merged into its weights."""
     task = context.task
-    model = context.model()
-    wrap(
-        model,
-        uniform(context),
-        scaling=task.scaling,
-        trainable=task.trainable,
-        generator=context.seed,
-    )
+    model = context.wrapped(uniform(context))
     optimizer = task.optimizer(model, task.first_rate)
     task.train(model, context.seed, optimizer, steps=max(1, task.steps // WARM_UP))
     merge(model)
@@ -110,18 +102,10 @@ def sensitivity(
 def first_training(context: Context, size: str, gate: float | None) -> nn.Module:
     """LoRA at a larger size: "double" the budget, or "roomy", `max_rank` everywhere."""
     task = context.task
-    model = context.model()
     ranks = dict(context.upper)
     if size == "double":
         ranks = context.divide(dict.fromkeys(context.names, 1.0), budget=2 * context.budget)
-    wrap(
-        model,
-        ranks,
-        scaling=task.scaling,
-        gate=gate,
-        trainable=task.trainable,
-        generator=context.seed,
-    )
+    model = context.wrapped(ranks, gate)
     gate_lr = None if gate is None else task.gate_factor * task.first_rate
     optimizer = task.optimizer(model, task.first_rate, gate_lr)
     task.train(model, context.seed, optimizer, steps=task.steps)
@@ -184,15 +168,7 @@ def l1ra(
         on_step: called with the allocator after each optimizer step, before the gates shrink.
     """
     task = context.task
-    model = context.model()
-    wrap(
-        model,
-        dict(context.upper) if roomy else uniform(context),
-        scaling=task.scaling,
-        gate=1.0,
-        trainable=task.trainable,
-        generator=context.seed,
-    )
+    model = context.wrapped(dict(context.upper) if roomy else uniform(context), gate=1.0)
     optimizer = task.optimizer(model, lr)  # L1RA takes the gates out, into a group without decay
     for group in optimizer.param_groups:
         group["weight_decay"] = weight_decay
@@ -243,12 +219,12 @@ def eva(context: Context) -> Ranks:
     from peft_ranks import eva_ranks
 
     task = context.task
-    rank = max(1, round(context.budget / sum(context.costs.values())))
+    rank = context.average_rank
     ranks = eva_ranks(
         context.model(),
         context.names,
         task.calibration(context.seed),
-        lambda model, batch: task.loss_fn(model, batch),
+        task.loss_fn,
         rank=rank,
         max_rank=max(task.max_rank, rank),
     )
@@ -259,24 +235,23 @@ def adalora_training(context: Context, lr: float) -> Trained:
     from peft_ranks import adalora
 
     task = context.task
-    rank = max(1, round(context.budget / sum(context.costs.values())))
+    rank = context.average_rank
 
     def train(model: nn.Module, on_step: Callable[[int], object]) -> None:
         optimizer = task.optimizer(model, lr)
         task.train(model, context.seed, optimizer, steps=task.steps, on_step=on_step)
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(context.seed)  # PEFT draws the start from the global generator
-        model, ranks = adalora(
-            context.model(),
-            context.names,
-            rank=rank,
-            start_rank=min(task.max_rank, 2 * rank),
-            steps=task.steps,
-            scaling=task.scaling,
-            train=train,
-            trainable=task.trainable,
-        )
+    model, ranks = adalora(
+        context.model(),
+        context.names,
+        rank=rank,
+        start_rank=min(task.max_rank, 2 * rank),
+        steps=task.steps,
+        scaling=task.scaling,
+        train=train,
+        trainable=task.trainable,
+        seed=context.seed,
+    )
     return Trained(model, ranks)
 
 

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from arms import ARMS
 from compare import mean_and_error, plus_minus
 from study import Context, Progress, Ranks, Task, study_parser
-from study_results import UNIFORM, Results
+from study_results import KNOWN, LARGEST, UNIFORM, Results
 from torch import Tensor, nn
 
 from minirank import linear_targets
@@ -271,11 +271,17 @@ def look_up(results: Results, arm: str, seed: int, rate: float, ranks: str) -> N
         results.add("runs", {"arm": arm, "seed": seed, "lr": rate, **figures})
 
 
-def regret_table(task: Small, results: Results, arms: list[str]) -> str:
-    """Regret and rank among all divisions, mean ± standard error over the seeds."""
+def division_losses(results: Results) -> dict[int, dict[str, float]]:
+    """{seed: {division: test loss}}"""
     losses: dict[int, dict[str, float]] = {}
     for record in results.content["divisions"]:
         losses.setdefault(record["seed"], {})[record["ranks"]] = record["test"]
+    return losses
+
+
+def regret_table(task: Small, results: Results, arms: list[str]) -> str:
+    """Regret and rank among all divisions, mean ± standard error over the seeds."""
+    losses = division_losses(results)
     best = {seed: min(values.values()) for seed, values in losses.items()}
     middle = statistics.fmean(statistics.median(values.values()) for values in losses.values())
     rate = results.best_rate(UNIFORM)
@@ -305,12 +311,9 @@ def regret_table(task: Small, results: Results, arms: list[str]) -> str:
     return "\n".join(lines)
 
 
-CHOSEN = [
-    name
-    for name in ARMS
-    if name not in ("uniform, largest", "best known", "adalora", "attention only")
-    and name != "feed-forward only"
-]
+# Arms whose ranks need not be one of the divisions, or are not known here.
+LEFT_OUT = (LARGEST, KNOWN, "adalora", "attention only", "feed-forward only")
+CHOSEN = [name for name in ARMS if name not in LEFT_OUT]
 
 
 def run(kind: Literal["teacher", "digits"], options: Namespace) -> None:
@@ -338,19 +341,13 @@ def save_plot(options: Namespace, task: Small, results: Results, arms: list[str]
 
     figure = Figure(figsize=(8, 1.2 + 0.25 * len(arms)), layout="constrained")
     axes = figure.subplots()
-    losses: dict[int, dict[str, float]] = {}
-    for record in results.content["divisions"]:
-        losses.setdefault(record["seed"], {})[record["ranks"]] = record["test"]
-    every = sorted(v / min(d.values()) for d in losses.values() for v in d.values())
+    losses = division_losses(results)
+    best = {seed: min(values.values()) for seed, values in losses.items()}
+    every = sorted(v / best[seed] for seed, values in losses.items() for v in values.values())
     rows = ["every division", *arms]
     axes.plot(every, [0] * len(every), "|", color="0.6", markersize=12, alpha=0.3)
     for y, name in enumerate(arms, 1):
-        chosen = [r for r in results.content["ranks"] if r["arm"] == name]
-        ratios = [
-            losses[r["seed"]][r["ranks"]] / min(losses[r["seed"]].values())
-            for r in chosen
-            if r["ranks"] in losses.get(r["seed"], {})
-        ]
+        ratios = [loss / best[seed] for seed, loss in results.losses(name).items()]
         axes.plot(ratios, [y] * len(ratios), "o", color="C0", alpha=0.6)
     axes.set_yticks(range(len(rows)), rows)
     axes.invert_yaxis()

@@ -107,7 +107,6 @@ class PlantedTeacher(Task):
         budget_factor: the budget over the parameters of the planted ranks.
     """
 
-    max_rank = 8
     rates = (1.2e-2, 2.4e-2, 4.8e-2)
     first_rate = 2.4e-2
     seeds = tuple(range(10))

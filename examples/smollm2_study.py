@@ -22,12 +22,9 @@ from smollm2 import (
     Text,
     batches,
     evaluate,
-    load_smollm2,
-    load_text,
+    load,
     loss_fn,
-    manual_pages,
     sequence_order,
-    tiny_llama,
 )
 from study import Task, run_study, study_parser
 from torch import Tensor, nn
@@ -103,16 +100,7 @@ def main() -> None:
     parser = study_parser(__doc__)
     parser.add_argument("--text", type=Path, help="a folder with *.1.gz manual pages below it")
     options = parser.parse_args()
-    if options.quick:
-        brown = (Path(__file__).parent / "data" / "brown_dev.txt").read_text()
-        pages = [brown[at : at + 1000] for at in range(0, 20_000, 1000)]
-        model = tiny_llama()
-        text = load_text(pages, lambda page: list(page.encode()), 32, (16, 8, 8))
-    elif options.text is None:
-        raise SystemExit("give --text FOLDER, or --quick: see the first lines of smollm2.py")
-    else:
-        model, tokens = load_smollm2()
-        text = load_text(manual_pages(options.text), tokens, 128, (400, 16, 32))
+    model, text = load(options.text, quick=options.quick)
     task = Decoder(model, text)
     if options.quick:
         task.steps = 2

@@ -43,6 +43,7 @@ from study_results import (
     save_plot,
     table,
 )
+from tagging import warm_up_then_decay
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -153,10 +154,7 @@ class Task(ABC):
 
         Gradients are clipped to norm 1. `on_step(step)` is called after each optimizer step.
         """
-        warmup = max(1, steps // 10)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda t: min((t + 1) / warmup, (steps - t) / max(1, steps - warmup))
-        )
+        schedule = warm_up_then_decay(optimizer, steps, max(1, steps // 10))
         data = self.training_batches(seed)
         model.train()
         for step in range(steps):
@@ -208,7 +206,8 @@ class Context:
     """One task and seed, and what several arms share there: first trainings run once.
 
     Attributes:
-        seconds: processor seconds of what the present arm has used, shared trainings included.
+        shared_seconds: processor seconds that the present arm owes for shared trainings that its
+            own clock has not seen.
     """
 
     def __init__(self, task: Task, seed: int) -> None:
@@ -263,11 +262,27 @@ class Context:
     def cost_of(self, ranks: Mapping[str, int]) -> int:
         return sum(rank * self.costs[name] for name, rank in ranks.items())
 
+    @property
+    def average_rank(self) -> int:
+        """The whole number nearest to the average rank at the budget, at least 1."""
+        return max(1, round(self.budget / sum(self.costs.values())))
+
+    def wrapped(self, ranks: Mapping[str, int], gate: float | None = None) -> nn.Module:
+        """The model with adapters of these ranks, before the training."""
+        model, task = self.model(), self.task
+        wrap(
+            model,
+            ranks,
+            scaling=task.scaling,
+            gate=gate,
+            trainable=task.trainable,
+            generator=self.seed,
+        )
+        return model
+
     def train(self, ranks: Mapping[str, int], lr: float) -> nn.Module:
         """Plain LoRA with these ranks."""
-        model = self.model()
-        task = self.task
-        wrap(model, ranks, scaling=task.scaling, trainable=task.trainable, generator=self.seed)
+        model, task = self.wrapped(ranks), self.task
         task.train(model, self.seed, task.optimizer(model, lr), steps=task.steps)
         return model
 

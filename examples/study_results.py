@@ -134,8 +134,7 @@ def table(results: Results, arms: Sequence[str], seeds: Sequence[int] | None = N
     rates = ", ".join(f"{rate:g}" for rate in results.tried(UNIFORM))
     lines = [
         f"{results.content['name']}: {settings['steps']} steps, at most {settings['max_rank']} "
-        f"ranks a layer, "
-        f"seeds {', '.join(map(str, seeds))}; learning rates {rates}",
+        f"ranks a layer, seeds {', '.join(map(str, seeds))}; learning rates {rates}",
         f"{'arm':<{width}} {'parameters':>10} {'lr':>6} {'test loss':>18} {'difference':>20} "
         f"{'gap closed':>14} {'to find, s':>10}",
     ]

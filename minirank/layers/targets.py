@@ -26,9 +26,9 @@ def linear_targets(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mo
     LoRA layers and what is inside them are not listed. A module with several names is listed once,
     under its first name. The out_proj of an nn.MultiheadAttention is listed only if its exact name
     is given, since nothing can be measured there; `unpack_attention` makes it a layer like others.
-    A tied head (a linear layer whose weight is an
-    embedding's) is listed if a name, glob or function selects it, but not by None or a type: an
-    adapter there makes two weights out of the one in files.
+    A tied head (a linear layer whose weight is an embedding's) is listed if a name, glob or
+    function selects it, but not by None or a type: an adapter there makes two weights out of the
+    one in files.
 
     Args:
         model: any module; `linear_shape` says what counts as linear-like. The wrappers of

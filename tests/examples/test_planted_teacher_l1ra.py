@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import doctest
 import json
-import os
 import re
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+from helpers.scripts import EXAMPLES
+from helpers.scripts import run as run_script
 
 
 @pytest.fixture
@@ -26,12 +22,10 @@ def study(monkeypatch):
 
 
 def run_quick(tmp_path):
-    environment = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    script = str(EXAMPLES / "planted_teacher_l1ra.py")
-    command = [sys.executable, script, "--quick", "--out", str(tmp_path / "figures.json")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout, json.loads((tmp_path / "figures.json").read_text())
+    out = tmp_path / "figures.json"
+    return run_script("planted_teacher_l1ra.py", "--quick", "--out", out, cwd=tmp_path), json.loads(
+        out.read_text()
+    )
 
 
 def test_figures_and_report_agree_and_a_second_run_trains_nothing(tmp_path, study):

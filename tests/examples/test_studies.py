@@ -8,27 +8,14 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+from helpers.scripts import EXAMPLES, run
 
 # torch warns about itself where an optimizer first imports the compiler.
 optimizer_here = pytest.mark.filterwarnings(
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
 )
-
-
-def run(script, *arguments, cwd):
-    # One thread each: test workers that share the processor would slow each other down.
-    environment = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    result = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def test_compare_trains_the_real_model_with_every_method(tmp_path):
