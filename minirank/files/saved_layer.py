@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import quoted_names, warn_caller
+from ..layers.experts import lora_layer
 from ..layers.hints import did_you_mean
 from ..layers.lora import RANK_DIM, LoRALinear
 from ..layers.names import each_once, named_parameters
 from ..layers.targets import (
     first_names,
     layer_shape,
-    modules_by_name,
+    modules_and_stacks,
     refuse_peft,
     unpacking_hint,
 )
@@ -30,7 +31,8 @@ from ..placement import require_unsharded
 class SavedLayer:
     """A LoRA layer without its base."""
 
-    # lora_A (r, d_in), lora_B (d_out, r), and gate (r,) where the layer has gates
+    # lora_A (r, d_in), lora_B (d_out, r), in a stack of experts with a first axis for them; and
+    # gate (r,) where the layer has gates
     tensors: Mapping[str, Tensor]
     alpha: float
     reference_rank: float
@@ -58,16 +60,21 @@ class SavedLayer:
 
     @property
     def rank(self) -> int:
-        return self.tensors["lora_A"].shape[0]
+        return self.tensors["lora_A"].shape[RANK_DIM["lora_A"]]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(d_out, d_in)"""
-        return self.tensors["lora_B"].shape[0], self.tensors["lora_A"].shape[1]
+        return self.tensors["lora_B"].shape[-2], self.tensors["lora_A"].shape[-1]
+
+    @property
+    def leading_shape(self) -> tuple[int, ...]:
+        """(experts,) of a stack of experts, else ()."""
+        return tuple(self.tensors["lora_A"].shape[:-2])
 
     def build_around(self, base: nn.Module) -> LoRALinear:
         """A LoRALinear that holds `base`, with these tensors in their own type, on its device."""
-        layer = LoRALinear(
+        layer = lora_layer(
             base,
             0,
             alpha=self.alpha,
@@ -103,7 +110,15 @@ class SavedLayer:
                 f"{name!r} has the tensors {sorted(self.tensors)}, expected {sorted(expected)}"
             )
         shapes = {key: tuple(value.shape) for key, value in self.tensors.items()}
-        if any(len(shape) != (1 if key == "gate" else 2) for key, shape in shapes.items()):
+        leading = shapes["lora_A"][:-2]
+        sizes = {key: len(shape) - len(leading) for key, shape in shapes.items() if key != "gate"}
+        gate = shapes.get("gate", (0,))
+        if (
+            len(leading) > 1
+            or set(sizes.values()) != {2}
+            or shapes["lora_B"][:-2] != leading
+            or len(gate) != 1
+        ):
             raise ValueError(
                 f"{name!r} has shapes {shapes}: expected lora_A (r, d_in), lora_B (d_out, r), "
                 "gate (r,)"
@@ -163,7 +178,7 @@ def find_modules(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dic
     the file has several adapters for.
     """
     refuse_peft(model)
-    modules, first = modules_by_name(model), first_names(model)
+    modules, first = modules_and_stacks(model), first_names(model)
     missing = [name for name in shapes if name not in modules]
     if missing:
         raise ValueError(
