@@ -21,7 +21,7 @@ from ..layers.attention import UnpackedAttention
 from ..layers.linear import is_transposed
 from ..layers.lora import LoRALinear
 from ..layers.targets import exact_key, exact_pattern, modules_by_name
-from .peft_folder import CONFIG_FILE, PREFIX, TENSORS_FILE, check_places
+from .peft_folder import CONFIG_FILE, PREFIX, TENSORS_FILE, check_places, require_no_stacks
 from .safetensors_file import safetensors_bytes, write_files
 from .saved_layer import SavedLayer, savable_layers, warn_of_losses
 
@@ -107,6 +107,7 @@ def _exportable_layers(model: nn.Module) -> dict[str, LoRALinear]:
             "every layer has rank 0, which PEFT's files cannot say: there is nothing to export"
         )
     check_places(model, layers)
+    require_no_stacks(layers)
     for name, layer in layers.items():
         if not layer.enabled:
             raise ValueError(

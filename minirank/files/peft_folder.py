@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..checks import quoted_names
+from ..layers.experts import LoRAExperts
 from ..layers.lora import LoRALinear
 from ..layers.targets import all_names, first_names, modules_by_name
 
@@ -42,3 +43,14 @@ def check_places(model: nn.Module, names: Iterable[str]) -> None:
                 "PEFT's adapter has no effect there: leave it out (resize it to 0), or "
                 "unpack_attention(model) before wrap(), and in PEFT likewise"
             )
+
+
+def require_no_stacks(layers: Mapping[str, LoRALinear]) -> None:
+    """Raise ValueError, which names them, for adapters of stacks of experts."""
+    stacks = [name for name, layer in layers.items() if isinstance(layer, LoRAExperts)]
+    if stacks:
+        raise ValueError(
+            f"{quoted_names(stacks)}: adapters of stacks of experts are not written for PEFT. "
+            "save_adapter(model, path) keeps them; or merge(model) and unwrap(model), which gives "
+            "a plain model with ΔW in its weights; or resize them to 0 to export the others"
+        )

@@ -47,7 +47,7 @@ Loading a state_dict adopts its ranks, layer by layer. A layer that gets other r
 parameters, so make the optimizer, L1RA and the scheduler after loading. Where they exist already,
 call resize(model, ranks, optimizer) with the saved ranks first: then loading replaces nothing.
 (L1RA's state has them as state["ranks"]; of any state they are
-{name: state[f"{name}.lora_A"].shape[0] for name in lora_layers(model)}.) An optimizer that still
+{name: state[f"{name}.lora_A"].shape[-2] for name in lora_layers(model)}.) An optimizer that still
 holds replaced parameters is stopped at its next step, by a hook on all optimizers (replaced.py).
 
 A module that a model holds in several places is one module. Any of its names selects it, results

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from .lora import LoRALinear
+from .pretrained import require_names_kept
 
 READ = "_stacks_read_in_this_call"  # {(name, whether gradients are on): W + ΔW}
 _readers: dict[type[Any], type[Any]] = {}  # {class of a module: its subclass that reads stacks}
@@ -111,6 +112,12 @@ class LoRAExperts(LoRALinear):
                 "experts, a parameter: wrap the stacks in a call of their own, with dropout=0"
             )
         return base.shape
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        require_names_kept([name for name in state if name.startswith(prefix)])
+        return state
 
     def forward(self) -> Tensor:  # type: ignore[override]
         """W + ΔW in the layout and type of W; W itself if merged, disabled or of rank 0."""
