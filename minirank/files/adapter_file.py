@@ -347,7 +347,7 @@ def load_adapter(
     """
     read = _on_all(lambda: read_adapter(path), group)
     adapter = _with_names_of(model, read)
-    shapes = {name: layer.shape for name, layer in adapter.layers.items()}
+    shapes = {name: layer.full_shape for name, layer in adapter.layers.items()}
     names = _on_all(lambda: find_modules(model, shapes), group)
     if not other_base:
         _check_base(model, adapter.layers, group)

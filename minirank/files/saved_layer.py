@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import quoted_names, warn_caller
-from ..layers.experts import lora_layer
+from ..layers.experts import ExpertStack, lora_layer
 from ..layers.hints import did_you_mean
 from ..layers.lora import RANK_DIM, LoRALinear
 from ..layers.names import each_once, named_parameters
@@ -68,9 +68,9 @@ class SavedLayer:
         return self.tensors["lora_B"].shape[-2], self.tensors["lora_A"].shape[-1]
 
     @property
-    def leading_shape(self) -> tuple[int, ...]:
-        """(experts,) of a stack of experts, else ()."""
-        return tuple(self.tensors["lora_A"].shape[:-2])
+    def full_shape(self) -> tuple[int, ...]:
+        """(d_out, d_in), in a stack of experts (experts, d_out, d_in)"""
+        return (*self.tensors["lora_A"].shape[:-2], *self.shape)
 
     def build_around(self, base: nn.Module) -> LoRALinear:
         """A LoRALinear that holds `base`, with these tensors in their own type, on its device."""
@@ -166,11 +166,11 @@ def savable_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return layers
 
 
-def find_modules(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+def find_modules(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """Where the adapters of a file belong in a plain model.
 
     Args:
-        shapes: {name in the file: (d_out, d_in)}.
+        shapes: {name in the file: its `full_shape`}.
 
     Returns: {name in the file: first name of that module in `model`}, in the order of the model.
 
@@ -188,11 +188,14 @@ def find_modules(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dic
         )
     positions = {name: i for i, name in enumerate(resolve_ranks(model, dict.fromkeys(shapes, 0)))}
     for name, shape in shapes.items():
-        actual = layer_shape(modules[name])
+        module = modules[name]
+        actual: tuple[int, ...] | None = layer_shape(module)
+        if isinstance(module, ExpertStack):
+            actual = (module.experts, *module.shape)
         if actual != shape:
+            sizes = "(d_out, d_in)" if len(shape) == 2 else "(experts, d_out, d_in)"
             raise ValueError(
-                f"{name!r}: the file's adapter is for (d_out, d_in) = {shape}, the model has "
-                f"{actual}"
+                f"{name!r}: the file's adapter is for {sizes} = {shape}, the model has {actual}"
             )
     if len(positions) < len(shapes):
         adapters = Counter(first[name] for name in shapes)
