@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -30,6 +30,9 @@ def check_places(model: nn.Module, names: Iterable[str]) -> None:
     places = Counter(id(child) for parent in parents for child in parent._modules.values())
     for name in names:
         module = modules[name]
+        if isinstance(module, LoRAExperts):  # PEFT wraps the module that holds the stack
+            name = name.rpartition(".")[0]
+            module = modules[name]
         if places[id(module)] > 1:
             same = aliases[first[name]]
             raise ValueError(
@@ -43,14 +46,3 @@ def check_places(model: nn.Module, names: Iterable[str]) -> None:
                 "PEFT's adapter has no effect there: leave it out (resize it to 0), or "
                 "unpack_attention(model) before wrap(), and in PEFT likewise"
             )
-
-
-def require_no_stacks(layers: Mapping[str, LoRALinear]) -> None:
-    """Raise ValueError, which names them, for adapters of stacks of experts."""
-    stacks = [name for name, layer in layers.items() if isinstance(layer, LoRAExperts)]
-    if stacks:
-        raise ValueError(
-            f"{quoted_names(stacks)}: adapters of stacks of experts are not written for PEFT. "
-            "save_adapter(model, path) keeps them; or merge(model) and unwrap(model), which gives "
-            "a plain model with ΔW in its weights; or resize them to 0 to export the others"
-        )
