@@ -4,9 +4,9 @@ PEFT puts a wrapper around the module that holds the parameter. For a second par
 module it puts another one around the first, so that the names of the tensors depend on which
 parameters have adapters: the one that the module lists last is outermost.
 
-    ….experts.lora_A.weight              (experts · r, d_in)   of the last one, such as down_proj
-    ….experts.lora_B.weight              (d_out, r · experts)
-    ….experts.base_layer.lora_A.weight   …                     of the one before, such as gate_up_proj
+    ….experts.lora_A.weight             (experts · r, d_in)  of the last one, down_proj
+    ….experts.lora_B.weight             (d_out, r · experts)
+    ….experts.base_layer.lora_A.weight  …                    of the one before, gate_up_proj
 
 In lora_A the ranks of one expert are neighbours, in lora_B the experts of one rank. Compared with
 PEFT 0.21.2: it computes the same function from these files. It warns that patterns of stacks were
