@@ -303,6 +303,19 @@ def test_files(transposed, tmp_path):
     assert not lora_layers(fewer)
 
 
+def test_a_square_stack_the_other_way_round_is_another_base(tmp_path):
+    model = made()
+    model.mlp["experts"].up = nn.Parameter(torch.randn(EXPERTS, 4, 4))
+    plain = copy.deepcopy(model)
+    wrap(model, {NAME: 1})
+    save_adapter(model, tmp_path / "adapter")
+    other = copy.deepcopy(plain)
+    other.mlp["experts"].is_transposed = True
+    with pytest.raises(ValueError, match=r"not the base weights"):
+        load_adapter(other, tmp_path / "adapter")
+    load_adapter(plain, tmp_path / "adapter")
+
+
 def test_the_model_itself_may_hold_the_stack():
     torch.manual_seed(0)
     model = Stacked(False)
