@@ -10,6 +10,7 @@ import torch
 
 from minirank import (
     L1RA,
+    UniformRanks,
     export_peft,
     import_peft,
     linear_targets,
@@ -188,6 +189,25 @@ def test_peft_computes_the_same_function(kind, portable, tmp_path):
     with pytest.raises(ValueError, match=r"sets target_parameters=\['model.layers"):
         import_peft(plain, tmp_path)
     assert not lora_layers(plain)
+
+
+@pytest.mark.parametrize("targets", ["*.experts.*", ["*.q_proj", "*.experts.*"]])
+def test_an_allocation_goes_to_peft(targets):
+    peft = pytest.importorskip("peft", minversion="0.21")
+    model = made("Qwen2Moe")
+    allocator = UniformRanks(model, targets)
+    allocator.score()
+    allocation = allocator.allocate(9)
+    config = peft.LoraConfig(
+        r=8,
+        target_modules=allocation.target_modules,
+        target_parameters=allocation.target_parameters,
+        rank_pattern=allocation.rank_pattern,
+        alpha_pattern=allocation.alpha_pattern(1.5),
+    )
+    adapted = peft.get_peft_model(model, config)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert trained == allocation.parameters
 
 
 def test_peft_gets_one_stack_of_a_module_alone(tmp_path):

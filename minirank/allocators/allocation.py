@@ -102,12 +102,13 @@ class Allocation:
         return {key: scaling * rank for key, rank in self.rank_pattern.items()}
 
     @property
-    def target_modules(self) -> str:
+    def target_modules(self) -> str | list[str]:
         """For peft.LoraConfig(target_modules=…): a regular expression that matches the full names
-        of the modules with a rank above 0, and no other name. Without stacks of experts."""
-        return exact_pattern(
-            name for name, rank in self.ranks.items() if rank > 0 and name not in self.stacks
-        )
+        of the modules with a rank above 0, and no other name. Stacks of experts are left out; if
+        there is nothing else, this is [], as PEFT wants it beside `target_parameters`."""
+        stacks = self.target_parameters
+        names = [name for name, r in self.ranks.items() if r > 0 and name not in self.stacks]
+        return [] if stacks and not names else exact_pattern(names)
 
     @property
     def target_parameters(self) -> list[str] | None:
