@@ -110,15 +110,9 @@ class SavedLayer:
                 f"{name!r} has the tensors {sorted(self.tensors)}, expected {sorted(expected)}"
             )
         shapes = {key: tuple(value.shape) for key, value in self.tensors.items()}
-        leading = shapes["lora_A"][:-2]
-        sizes = {key: len(shape) - len(leading) for key, shape in shapes.items() if key != "gate"}
-        gate = shapes.get("gate", (0,))
-        if (
-            len(leading) > 1
-            or set(sizes.values()) != {2}
-            or shapes["lora_B"][:-2] != leading
-            or len(gate) != 1
-        ):
+        A, B, gate = shapes["lora_A"], shapes["lora_B"], shapes.get("gate", (0,))
+        fit = len(A) == len(B) and len(A) in (2, 3) and A[:-2] == B[:-2]  # 3: a stack of experts
+        if not fit or len(gate) != 1:
             raise ValueError(
                 f"{name!r} has shapes {shapes}: expected lora_A (r, d_in), lora_B (d_out, r), "
                 "gate (r,)"
