@@ -78,10 +78,18 @@ def main() -> None:
     with torch.no_grad():
         for layer in lora_layers(ours).values():
             layer.lora_B.normal_(0, 0.02, generator=generator)
+    copies: list[Tensor] = []
+    weights = [layer.base_weight for layer in lora_layers(ours).values()]
     models = {"bare": bare, "minirank": ours}
     wrapping: dict[str, Work] = {"minirank (with deepcopy)": wrapped}
-    merging: dict[str, Work] = {"minirank": lambda: merge(ours)}
-    unmerging: dict[str, Work] = {"minirank": lambda: unmerge(ours)}
+    merging: dict[str, Work] = {
+        "minirank": lambda: merge(ours),
+        "copies of the weights alone": lambda: copies.extend(w.clone() for w in weights),
+    }
+    unmerging: dict[str, Work] = {
+        "minirank": lambda: unmerge(ours),
+        "copies of the weights alone": copies.clear,
+    }
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -111,6 +119,9 @@ def main() -> None:
         wrapping["PEFT (with deepcopy)"] = wrapped_by_peft
         merging["PEFT"] = theirs.merge_adapter  # type: ignore[assignment]
         unmerging["PEFT"] = theirs.unmerge_adapter  # type: ignore[assignment]
+        # With a check, as ours has one.
+        merging["PEFT, safe_merge"] = lambda: theirs.merge_adapter(safe_merge=True)  # type: ignore[operator]
+        unmerging["PEFT, safe_merge"] = unmerging["PEFT"]
 
     kind = f"Linear({arguments.width}, {arguments.width})"
     print(

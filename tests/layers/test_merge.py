@@ -83,6 +83,52 @@ def test_an_adapter_that_is_not_finite_refuses_to_merge_and_nothing_is_merged(na
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_entry_of_the_weight_that_is_not_finite_refuses_to_merge(dtype, value):
+    model = nn.Sequential(nn.Linear(6, 5, dtype=dtype))
+    layer = wrap(model, {"0": 1})["0"]
+    with torch.no_grad():
+        layer.base.weight[3, 2] = value
+    with pytest.raises(ValueError, match=r"'0' is not finite"):
+        merge(model)
+    assert not layer.merged
+
+
+def test_infinities_of_both_signs_refuse_to_merge():
+    model = nn.Sequential(nn.Linear(6, 5))
+    layer = wrap(model, {"0": 1})["0"]
+    with torch.no_grad():
+        layer.base.weight[0, 0], layer.base.weight[4, 5] = math.inf, -math.inf
+    with pytest.raises(ValueError, match=r"'0' is not finite"):
+        merge(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_one_entry_that_overflows_in_half_precision_refuses_to_merge(dtype):
+    model = nn.Sequential(nn.Linear(6, 5, dtype=dtype))
+    layer = wrap(model, {"0": 1}, scaling=1.0)["0"]
+    largest = torch.finfo(dtype).max
+    with torch.no_grad():
+        layer.base.weight[3, 2] = largest
+        layer.lora_A.zero_()[0, 2] = 1.0
+        layer.lora_B.zero_()[3, 0] = largest / 64
+    with pytest.raises(ValueError, match=rf"'0' is not finite in {dtype}"):
+        merge(model)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+def test_finite_entries_whose_sum_overflows_merge(dtype):
+    model = nn.Sequential(nn.Linear(6, 5, dtype=dtype))
+    layer = wrap(model, {"0": 1})["0"]
+    nn.init.constant_(layer.base.weight, torch.finfo(dtype).max / 2)
+    assert not layer.base.weight.sum().isfinite()
+    assert merge(model) == ["0"]
+    assert layer.base.weight.isfinite().all()
+
+
 def test_a_sum_that_overflows_in_half_precision_refuses_to_merge():
     model = nn.Sequential(
         nn.Linear(3, 3, dtype=torch.float16), nn.Linear(3, 3, dtype=torch.float16)
