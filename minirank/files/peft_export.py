@@ -77,8 +77,10 @@ def export_peft(
     }
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = _folded_B(name, layer, factors[name])
+        kernel = [1] * (-1 - layer.feature_dim)  # PEFT adapts a convolution by two convolutions
+        A, B = layer.lora_A.detach(), _folded_B(name, layer, factors[name])
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = A.view(*A.shape, *kernel)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = B.view(*B.shape, *kernel)
     config = _configuration(layers, alphas) | {
         "task_type": task_type,
         "base_model_name_or_path": base_model_name_or_path,

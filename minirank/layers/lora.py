@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from ..checks import as_generator, is_integer, require
 from ..packed import call_as_it_is, why_no_backward
 from .data_parallel import require_averaged
-from .linear import is_transposed, linear_shape, weight_place
+from .linear import (
+    as_matrix,
+    feature_dim,
+    features_back,
+    features_last,
+    is_transposed,
+    linear_shape,
+    weight_place,
+)
 from .merge import Mergeable
 from .pretrained import calling_save_pretrained, untied, warn_that_from_pretrained_cannot_read_it
 from .replaced import note_replaced, successors
@@ -109,6 +117,7 @@ class LoRALinear(Mergeable):
         self.enabled = True  # False: the layer computes what its base computes
         self.training = base.training
         self.base = base
+        self.feature_dim = feature_dim(base)
         self._make_parameters(rank, dtype, as_generator(generator))
         # What `unwrap` gives back to the base's parameters, which are frozen from here on.
         self.base_requires_grad = {name: p.requires_grad for name, p in base.named_parameters()}
@@ -237,7 +246,10 @@ class LoRALinear(Mergeable):
     # ---- the function ---------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """y (…, d_out) for x (…, d_in), in the dtype of the base's output."""
+        """y (…, d_out) for x (…, d_in), in the dtype of the base's output.
+
+        A convolution has (n, d_in, …) and (n, d_out, …) instead.
+        """
         y: Tensor = call_as_it_is(self.base, x)
         if self.rank == 0 or self.merged or not self.enabled:
             return y
@@ -247,11 +259,12 @@ class LoRALinear(Mergeable):
             x = x.to(self.lora_A.dtype)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        h = F.linear(x, self.lora_A)  # (…, r)
+        h = F.linear(features_last(x, self.feature_dim), self.lora_A)  # (…, r)
         if self.gate is not None:
             h = h * self.gate
-        if h.dtype != y.dtype or y.is_nested:
-            return y + (self.scaling * F.linear(h, self.lora_B)).to(y.dtype)
+        if h.dtype != y.dtype or y.is_nested or self.feature_dim != -1:
+            update = (self.scaling * F.linear(h, self.lora_B)).to(y.dtype)
+            return y + features_back(update, self.feature_dim, y)
         # y + s h Bᵀ as one fused multiply-add: no scaled copy of h Bᵀ, no second pass over y.
         y_rows, h_rows = y.reshape(-1, self.out_features), h.reshape(-1, self.rank)
         return torch.addmm(y_rows, h_rows, self.lora_B.t(), alpha=self.scaling).view(y.shape)
@@ -288,7 +301,8 @@ class LoRALinear(Mergeable):
         W = self.base_weight
         sB, A = self.factors(W.dtype)
         left, right = (A.t(), sB.t()) if is_transposed(self.base) else (sB, A)
-        return torch.addmm(W.to(A.dtype), left, right).to(W.dtype)
+        total = torch.addmm(as_matrix(W).to(A.dtype), left, right).to(W.dtype)
+        return total.view(W.shape)
 
     def contributions(self) -> Tensor:
         """‖s · gate_i · B[:, i] A[i, :]‖_F of every rank i: (r,), float32 or better.
@@ -376,8 +390,8 @@ def _checked_shape(base: nn.Module) -> tuple[int, int]:
     shape = linear_shape(base)
     if shape is None:
         raise TypeError(
-            "expected an nn.Linear-like module with a 2-D floating-point weight, got a "
-            f"{type(base).__name__}"
+            "expected an nn.Linear-like module with a 2-D floating-point weight, or a convolution "
+            f"with kernel 1, stride 1, one group and no padding, got a {type(base).__name__}"
         )
     reason = why_no_backward(base)
     if reason is not None:

@@ -13,7 +13,7 @@ from ..placement import require_unsharded
 from .attention import PACKED_NAMES, is_packed_attention
 from .coverage import NOT_SELECTED, coverage, is_out_proj, percent, tied_heads
 from .hints import did_you_mean
-from .linear import linear_shape
+from .linear import CONVOLUTIONS, linear_shape
 from .lora import LoRALinear
 from .names import joined, name_variants, named_modules, plain_name
 
@@ -331,6 +331,11 @@ def explain_no_match(model: nn.Module, pattern: str, *, globs: bool = False) -> 
         if any(name.startswith(f"{pattern}.") for name in linear):
             inside = f"'{pattern}.*'" if globs else f"linear_targets(model, '{pattern}.*')"
             return f"{what}; for those inside it: {inside}"
+        if isinstance(module, CONVOLUTIONS):
+            return (
+                f"{what}: of convolutions, only those with kernel 1, stride 1, one group and no "
+                "padding are linear layers, over their channels"
+            )
         return f"{what} with a 2-D floating-point weight"
     matched = [name for name in linear if fnmatchcase(name, pattern)]
     if not matched:
