@@ -40,7 +40,7 @@ elsewhere (meta device, DTensor).
   of LoraConfig.
 - adapter_model.safetensors: `base_model.model.<module>.lora_A.weight` (r, d_in) and
   `….lora_B.weight` (d_out, r). They are the same for transformers' Conv1D, where PEFT transposes
-  the product.
+  the product. For a convolution with kernel 1 both have one or more dimensions of size 1 behind.
 
 PEFT computes y = W x + b + alpha / r · B A x, and alpha / sqrt(r) with use_rslora. Its traps, and
 what is done here about them:
@@ -57,7 +57,8 @@ what is done here about them:
   export_peft(…, portable=True) multiplies the scaling into B and sets every alpha to the rank.
 - PEFT has no gates: they are multiplied into B. It has one dropout for all layers: the largest of
   them is written. It has no rank 0: such layers are left out.
-- PEFT adapts nn.Linear and transformers' Conv1D, not other modules that compute the same.
+- PEFT adapts nn.Linear, transformers' Conv1D and nn.Conv1d to Conv3d, not other modules that
+  compute the same. (It cannot merge an adapter of an nn.Conv3d with kernel 1.)
 - The fast path of nn.TransformerEncoderLayer reads weights without calling modules, and so leaves
   PEFT's adapters out. export_peft warns.
 - PEFT's task types TOKEN_CLS and SEQ_CLS put the head into modules_to_save, which is refused here.
@@ -66,7 +67,7 @@ what is done here about them:
 Refused by name, since PEFT would compute another function, or the folder is not plain LoRA of
 linear layers: a module in several places (PEFT adapts one of them); nn.MultiheadAttention's
 out_proj (PEFT's adapter has no effect there); disabled layers; and on import DoRA, AdaLoRA and
-other methods, adapters of embeddings and convolutions, trained biases, modules_to_save, starts that
+other methods, adapters of embeddings and of convolutions that are not linear layers, trained biases, modules_to_save, starts that
 change the base weights (PiSSA, OLoRA, …, unless PEFT converted them), and every option that this
 version does not know.
 """

@@ -1,6 +1,7 @@
 """The LoRA layer, and the surgery that puts it into any nn.Module.
 
-    linear.py           what counts as a linear layer, and which way round its weight lies
+    linear.py           what counts as a linear layer, which way round its weight lies, and which
+                        dimension of its inputs holds features
                         (packed.py, beside the folders: quantised weights)
     names.py            names of modules, without those of torch.compile's and DDP's wrappers
     merge.py            W + ΔW goes into the weight, and W comes back: merge, unmerge
@@ -26,7 +27,8 @@ making a `LoRALinear` freezes the module that it is given.)
 One layer serves all three methods: y = W x + b + s · B (gate ⊙ A x).
 
     symbol  code              shape          meaning
-    W       `base.weight`     (d_out, d_in)  the frozen weight; Conv1D stores (d_in, d_out)
+    W       `base.weight`     (d_out, d_in)  the frozen weight; Conv1D stores (d_in, d_out), a
+                                             convolution (d_out, d_in, 1, …)
     b       `base.bias`       (d_out,)       the frozen bias, or None
     A       `lora_A`          (r, d_in)      down-projection; trains
     B       `lora_B`          (d_out, r)     up-projection; trains
@@ -58,6 +60,11 @@ its own, and `merge` refuses them without `untie=True`. By default a tied head g
 The wrappers of torch.compile, DataParallel and DistributedDataParallel have no part in names, so
 that files are the same with and without them. Names that have their part ("_orig_mod.encoder.fc",
 "module.encoder.fc") are understood, in arguments and in files.
+
+An nn.Conv1d, Conv2d or Conv3d with kernel 1, stride 1, one group and no padding is a linear layer
+over its channels, which lie in dimension 1. Its positions count as tokens do: they are averaged in
+the input second moment and are positions of a sample in the other curvatures. An input without
+samples, (channels, …), is one sample. Other convolutions are left out.
 
 Packed layers (bitsandbytes, torchao, quanto, HQQ; `linear_shape` says what counts) are targets like
 any other, and are never called by a probe. Their adapters are float32 unless `dtype=` says

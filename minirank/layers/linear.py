@@ -68,8 +68,8 @@ def _plain_shape(module: nn.Module) -> tuple[int, int] | None:
         return None
     rows, columns = weight.shape[:2]
     if isinstance(module, CONVOLUTIONS):
-        whole = (module.out_channels, module.in_channels, *(1 for _ in module.kernel_size))
-        return (rows, columns) if weight.shape == whole and _is_pointwise(module) else None
+        of_channels = (module.out_channels, module.in_channels, *(1 for _ in module.kernel_size))
+        return (rows, columns) if weight.shape == of_channels and _is_pointwise(module) else None
     if weight.ndim > 2:
         return None
     if is_transposed(module):
@@ -79,10 +79,10 @@ def _plain_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _is_pointwise(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
-    """Whether a convolution with a kernel of size 1 gives one output for each position."""
+    """Whether a convolution with a kernel of size 1 takes every position once, as it is."""
     padding = module.padding  # a string, or a number for each dimension
     unpadded = isinstance(padding, str) or not any(padding)
-    return module.groups == 1 and unpadded and all(step == 1 for step in module.stride)
+    return unpadded and all(step == 1 for step in module.stride)
 
 
 def weight_place(module: nn.Module) -> tuple[torch.dtype, torch.device]:
