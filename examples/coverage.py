@@ -1,25 +1,24 @@
-"""How much of a model the default targets reach, family by family, and what is left out.
+"""How much of a model the targets reach, family by family, and what is left out.
 
     python examples/coverage.py > examples/results/coverage.txt
 
 The models are small ones from their configurations, without weights and without a network. Shares
 of a large model of the family differ, since its parts grow at different rates; what is left out is
-the same. Needs transformers; diffusers' UNet is left out where diffusers is not installed.
+the same. Needs transformers; diffusers' UNet is skipped where diffusers is not installed.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import warnings
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from minirank import linear_targets
-from minirank.layers.coverage import Coverage, coverage, percent
+from minirank import linear_targets, unpack_attention
+from minirank.layers.coverage import Coverage, LeftOut, coverage, percent
 
 Options = dict[str, Any]
 
@@ -148,6 +147,39 @@ def torch_encoder() -> nn.Module:
     return nn.ModuleDict({"encoder": encoder, "head": nn.Linear(WIDTH, 5)})
 
 
+class TorchViT(nn.Module):
+    """A vision transformer built like torchvision's, with nn.MultiheadAttention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_proj = nn.Conv2d(3, WIDTH, 8, stride=8)
+        self.pos_embedding = nn.Parameter(torch.zeros(1, 16, WIDTH))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "ln_1": nn.LayerNorm(WIDTH),
+                    "self_attention": nn.MultiheadAttention(WIDTH, HEADS, batch_first=True),
+                    "ln_2": nn.LayerNorm(WIDTH),
+                    "mlp": nn.Sequential(
+                        nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+                    ),
+                }
+            )
+            for _ in range(LAYERS)
+        )
+        self.head = nn.Linear(WIDTH, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.conv_proj(images).flatten(2).transpose(1, 2) + self.pos_embedding
+        for block in self.blocks:
+            parts: Any = block
+            normed = parts["ln_1"](x)
+            x = x + parts["self_attention"](normed, normed, normed, need_weights=False)[0]
+            x = x + parts["mlp"](parts["ln_2"](x))
+        logits: torch.Tensor = self.head(x.mean(1))
+        return logits
+
+
 def lstm() -> nn.Module:
     layers = {"words": nn.Embedding(512, WIDTH), "lstm": nn.LSTM(WIDTH, WIDTH, LAYERS)}
     return nn.ModuleDict({**layers, "head": nn.Linear(WIDTH, 5)})
@@ -167,45 +199,87 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "Qwen2-MoE": qwen2_moe,
     "GPT-OSS": gpt_oss,
     "nn.TransformerEncoder": torch_encoder,
+    "torchvision-like ViT": TorchViT,
     "nn.LSTM and a head": lstm,
+    "diffusers UNet": unet,
 }
-if importlib.util.find_spec("diffusers") is not None:
-    FAMILIES["diffusers UNet"] = unet
 
 
-def default_coverage(model: nn.Module) -> tuple[Coverage, bool]:
-    """What the default targets reach, and whether `linear_targets` warns that this is little."""
+class Reach(NamedTuple):
+    """What targets reach of one model."""
+
+    by_default: Coverage
+    unpacked: Coverage | None  # after unpack_attention; None: no attention is packed
+    with_experts: Coverage | None  # with stacks of experts that are named; None: it has none
+    left_out: tuple[LeftOut, ...]  # of the last of these
+    warned: bool  # linear_targets says that the default targets are little
+
+
+def reach(model: nn.Module) -> Reach:
+    """What the default targets reach of a model, which is unpacked for it, and what can be added.
+
+    Stacks of experts are asked for by the names of their parameters.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        names = list(linear_targets(model))
-    return coverage(model, names), bool(caught)
+        by_default = coverage(model, list(linear_targets(model)))
+    unpacked = with_experts = None
+    part = by_default
+    if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        unpack_attention(model)
+        part = unpacked = coverage(model, list(linear_targets(model)))
+    stacked = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+    if any(group.kind == "stack of experts" for group in part.left_out):
+        names = [*linear_targets(model), *(name for name in stacked if is_target(model, name))]
+        part = with_experts = coverage(model, names)
+    return Reach(by_default, unpacked, with_experts, part.left_out, bool(caught))
+
+
+def is_target(model: nn.Module, name: str) -> bool:
+    """Whether something of this name can get ranks."""
+    try:
+        return bool(linear_targets(model, name))
+    except ValueError:
+        return False
 
 
 def lines(names: Collection[str]) -> list[str]:
     """The table: a line for each family, and one for each kind of weight that is left out."""
-    result = [f"{'model':<23}{'reached':>7}  left out"]
+    result = [f"{'model':<22}{'default':>7}{'unpacked':>9}{'experts':>8}    left out then"]
     for name in names:
         torch.manual_seed(0)
-        part, warned = default_coverage(FAMILIES[name]())
+        try:
+            model = FAMILIES[name]()
+        except ModuleNotFoundError as missing:
+            result.append(f"{name:<22}skipped: {missing.name} is not installed")
+            continue
+        row = reach(model)
         groups = [
-            f"{percent(group.entries, part.total):>5}  {group.number} × {group.kind} "
+            f"{percent(group.entries, row.by_default.total):>5} {group.number} × {group.kind} "
             f"({group.reason})"
-            for group in part.left_out
+            for group in row.left_out
         ]
         first, *further = groups or ["    -"]
-        reached = percent(part.reached, part.total) + ("*" if warned else " ")
-        result.append(f"{name:<23}{reached:>8} {first}")
-        result += [f"{'':<32}{group}" for group in further]
+        columns = share(row.by_default) + ("*" if row.warned else " ")
+        result.append(
+            f"{name:<22}{columns:>8}{share(row.unpacked):>8}{share(row.with_experts):>8} {first}"
+        )
+        result += [f"{'':<47}{group}" for group in further]
     return [*result, "* linear_targets warns that this is little"]
+
+
+def share(part: Coverage | None) -> str:
+    """A column's entry: nothing where the column does not concern the model."""
+    return "" if part is None else percent(part.reached, part.total)
 
 
 def main() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other libraries, about these small sizes
-        print(
-            "What the default targets reach, and what they leave out, in shares of the entries of"
-        )
-        print("all matrices that multiply activations (no embeddings, biases or norms)\n")
+        print("What the targets reach, in shares of the entries of all matrices that multiply")
+        print("activations (no embeddings, biases or norms): the default targets; those after")
+        print("unpack_attention, where a model has packed attention; and with stacked experts that")
+        print("are named, where it has some\n")
         print("\n".join(lines(FAMILIES)))
 
 

@@ -67,7 +67,7 @@ what is done here about them:
 Refused by name, since PEFT would compute another function, or the folder is not plain LoRA of
 linear layers: a module in several places (PEFT adapts one of them); nn.MultiheadAttention's
 out_proj (PEFT's adapter has no effect there); disabled layers; and on import DoRA, AdaLoRA and
-other methods, adapters of embeddings and of convolutions that are not linear layers, trained biases, modules_to_save, starts that
-change the base weights (PiSSA, OLoRA, …, unless PEFT converted them), and every option that this
-version does not know.
+other methods, adapters of embeddings and of convolutions that are not linear layers, trained
+biases, modules_to_save, starts that change the base weights (PiSSA, OLoRA, …, unless PEFT converted
+them), and every option that this version does not know.
 """
