@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..checks import require, require_batches, warn_caller
 from ..layers.linear import feature_dim, features_last, weight_place
 from ..layers.lora import LoRALinear
-from ..layers.targets import Targets, layer_shape, linear_targets
+from ..layers.targets import Targets, layer_shape, layers_called
 from ..measure import LossFn, measuring, scalar_loss
 from .averaging import BatchAverage, check_tolerance
 from .estimate import Estimate
@@ -104,7 +104,7 @@ def input_second_moment(
         outlier_factor,
         "above 1 (100: a hundred times the median token)",
     )
-    layers = linear_targets(model, targets)
+    layers = layers_called(model, targets)
     return second_moment_of(layers, model, loss_fn, batches, mask, outlier_factor, tolerance)
 
 
