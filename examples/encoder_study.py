@@ -106,7 +106,7 @@ class MirroredDigits(Task):
 
     def calibration(self, seed: int) -> list[Batch]:
         x, y = self.held_out(TRAINED_ON, DEVELOPED_ON)
-        return list(zip(x.split(BATCH), y.split(BATCH), strict=True))
+        return list(zip(torch.split(x, BATCH), torch.split(y, BATCH), strict=True))
 
     def held_out(self, start: int, stop: int | None) -> Batch:
         return self.mirrored[start:stop], self.labels[start:stop]

@@ -7,6 +7,7 @@
     merge.py            W + ΔW goes into the weight, and W comes back: merge, unmerge
     pretrained.py       what save_pretrained writes of a wrapped model, and who can read it
     replaced.py         parameters that layers replaced, and optimizers that still hold them
+    read_weights.py     layers that nobody calls, since another module reads their weight
     lora.py             the layer itself: LoRALinear
     experts.py          LoRAExperts: adapters for parameters that stack the weights of experts
     attention.py        attention that calls its linear layers q, k, v and out

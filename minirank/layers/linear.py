@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -10,6 +12,17 @@ from ..packed import holds_packed_data, left_as_they_are, own_tensors, packed_sh
 from ..placement import working_device
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# What parents may read of a convolution: to pad its input by themselves, say.
+SETTINGS = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -130,6 +143,16 @@ def feature_dim(module: nn.Module) -> int:
     (-1, -3)
     """
     return -1 - len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else -1
+
+
+def convolution_settings(module: nn.Module) -> dict[str, Any]:
+    """{attribute: value} of what else than its weight parents may read of a convolution.
+
+    >>> convolution_settings(nn.Conv1d(3, 5, 1))["stride"], convolution_settings(nn.Linear(3, 5))
+    ((1,), {})
+    """
+    is_convolution = isinstance(module, CONVOLUTIONS)
+    return {key: getattr(module, key) for key in SETTINGS} if is_convolution else {}
 
 
 def features_last(x: Tensor, dim: int) -> Tensor:

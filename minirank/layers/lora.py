@@ -21,6 +21,7 @@ from ..packed import call_as_it_is, why_no_backward
 from .data_parallel import require_averaged
 from .linear import (
     as_matrix,
+    convolution_settings,
     feature_dim,
     features_back,
     features_last,
@@ -30,6 +31,7 @@ from .linear import (
 )
 from .merge import Mergeable
 from .pretrained import calling_save_pretrained, untied, warn_that_from_pretrained_cannot_read_it
+from .read_weights import note_call, note_read
 from .replaced import note_replaced, successors
 
 # The axis of each parameter that counts ranks, from the end: a stack has one more axis
@@ -67,7 +69,9 @@ class LoRALinear(Mergeable):
         gate: None: no gate; A uniform in ±1/sqrt(d_in), B = 0, as in LoRA.
             0 < gate ≤ 1: gates train from that value; A ~ N(0, 1/r_ref²), B = 0 (L1RA: 1.0).
             0.0: gates train from 0; A and B ~ N(0, 0.02²) (ShapLoRA; the deviation is AdaLoRA's).
-        dropout: probability that an entry of the adapter's input is zeroed in training mode.
+        dropout: probability that an entry of the adapter's input is zeroed in training mode. It has
+            no effect where another module reads `weight` instead of calling the layer; a warning
+            says so in training (read_weights.py).
         dtype: of the adapter. None: the base weight's; beside a packed (quantised) weight float32,
             also in a half-precision model. float32 beside a half-precision base works.
         generator: a torch.Generator or a seed, for A and B. The global generator is never used.
@@ -120,6 +124,8 @@ class LoRALinear(Mergeable):
         self.training = base.training
         self.base = base
         self.feature_dim = feature_dim(base)
+        for key, value in convolution_settings(base).items():
+            setattr(self, key, value)
         self._make_parameters(rank, dtype, as_generator(generator))
         # What `unwrap` gives back to the base's parameters, which are frozen from here on.
         self.base_requires_grad = {name: p.requires_grad for name, p in base.named_parameters()}
@@ -293,6 +299,7 @@ class LoRALinear(Mergeable):
         if x.dtype != self.lora_A.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.dtype)
         if self.dropout:
+            note_call(self)
             x = F.dropout(x, self.dropout, self.training)
         h = F.linear(features_last(x, self.feature_dim), self.lora_A)  # (…, r)
         if self.gate is not None:
@@ -324,7 +331,11 @@ class LoRALinear(Mergeable):
         of its out_proj, the fast path of nn.TransformerEncoderLayer those of its linears. They
         get W + ΔW here; W alone would silently drop the adapter.
         """
-        return self.base_weight if self.merged or not self.enabled else self.merged_weight()
+        if self.merged or not self.enabled:
+            return self.base_weight
+        if self.training:
+            note_read(self)
+        return self.merged_weight()
 
     @property
     def bias(self) -> Tensor | None:

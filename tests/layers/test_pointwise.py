@@ -334,6 +334,38 @@ def test_the_output_keeps_the_memory_format_of_the_base():
     SAME(model.up(x.contiguous(memory_format=torch.channels_last)), model.up(x))
 
 
+def test_parents_read_the_settings_of_a_convolution_as_before():
+    class PadsByItself(nn.Module):  # as MobileNet does in transformers
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 5, 1, dilation=2, dtype=torch.float64)
+
+        def forward(self, x):
+            conv = self.conv
+            assert (conv.in_channels, conv.out_channels, conv.padding) == (3, 5, (0, 0))
+            assert (conv.groups, conv.padding_mode) == (1, "zeros")
+            (k, _), (step, _), (d, _) = conv.kernel_size, conv.stride, conv.dilation
+            return conv(F.pad(x, (d * (k - 1) + step - 1,) * 4))
+
+    model = PadsByItself()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    y = model(x)
+    wrap(model, {"conv": 2})
+    assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "circular", "replicate"])
+@pytest.mark.parametrize("padding", [0, "same", "valid"])
+def test_without_padding_its_mode_means_nothing(padding, padding_mode):
+    model = nn.Sequential(nn.Conv2d(3, 5, 1, padding=padding, padding_mode=padding_mode)).double()
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64)
+    (scores,) = empirical_fisher(model, lambda m, x: m(x).square().mean(), [x]).values()
+    layer = randomized(wrap(model, {"0": 2}))["0"]
+    SAME(model(x), F.conv2d(x, layer.weight, layer.bias))
+    g = 2 * layer.base(x).flatten(2) / layer.base(x).numel() * len(x)  # ∂(loss of a sample) / ∂y
+    SAME(scores, torch.einsum("nop,nip->noi", g, x.flatten(2)).square().mean(0))
+
+
 def test_merging_is_that_of_the_matrix_and_undone_bit_for_bit():
     model, twin = trained_pair()
     x = batches()[0][0]
