@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from minirank import linear_targets, unpack_attention
-from minirank.layers.coverage import Coverage, LeftOut, coverage, percent
+from minirank.curvature.unreached import read_without_call
+from minirank.layers.coverage import STACK, Coverage, LeftOut, coverage, percent
+from minirank.layers.linear import CONVOLUTIONS
 
 Options = dict[str, Any]
 
@@ -86,6 +88,20 @@ def convnext() -> nn.Module:
 
     config = hf.ConvNextConfig(hidden_sizes=[16, 32, 64, 128], depths=[2, 2, 2, 2])
     return hf.ConvNextForImageClassification(config)
+
+
+def resnet() -> nn.Module:
+    import transformers as hf
+
+    config = hf.ResNetConfig(embedding_size=16, hidden_sizes=[32, 64], depths=[2, 2])
+    return hf.ResNetForImageClassification(config)
+
+
+def mobilenet() -> nn.Module:
+    import transformers as hf
+
+    config = hf.MobileNetV2Config(depth_multiplier=0.25, image_size=32)
+    return hf.MobileNetV2ForImageClassification(config)
 
 
 def mamba() -> nn.Module:
@@ -195,6 +211,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "ViT": vit,
     "Swin": swin,
     "ConvNeXt": convnext,
+    "ResNet": resnet,
+    "MobileNetV2": mobilenet,
     "Mixtral": mixtral,
     "Qwen2-MoE": qwen2_moe,
     "GPT-OSS": gpt_oss,
@@ -208,11 +226,17 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 class Reach(NamedTuple):
     """What targets reach of one model."""
 
+    linear: Coverage  # the default targets without convolutions
     by_default: Coverage
     unpacked: Coverage | None  # after unpack_attention; None: no attention is packed
     with_experts: Coverage | None  # with stacks of experts that are named; None: it has none
-    left_out: tuple[LeftOut, ...]  # of the last of these
     warned: bool  # linear_targets says that the default targets are little
+    unscored: tuple[str, ...]  # layers whose weight is read and never called, so far as is known
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """Of the last of these."""
+        return (self.with_experts or self.unpacked or self.by_default).left_out
 
 
 def reach(model: nn.Module) -> Reach:
@@ -222,17 +246,36 @@ def reach(model: nn.Module) -> Reach:
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        by_default = coverage(model, list(linear_targets(model)))
-    unpacked = with_experts = None
-    part = by_default
+        found = linear_targets(model)
+    linear = [name for name, module in found.items() if not isinstance(module, CONVOLUTIONS)]
+    of_linear, part = coverage(model, linear), coverage(model, found)
+    unscored = weights_read(model, found)
+    by_default, unpacked, with_experts = part, None, None
     if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
         unpack_attention(model)
-        part = unpacked = coverage(model, list(linear_targets(model)))
+        part = unpacked = coverage(model, linear_targets(model))
     stacked = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
-    if any(group.kind == "stack of experts" for group in part.left_out):
+    if any(group.kind == STACK for group in part.left_out):
         names = [*linear_targets(model), *(name for name in stacked if is_target(model, name))]
-        part = with_experts = coverage(model, names)
-    return Reach(by_default, unpacked, with_experts, part.left_out, bool(caught))
+        with_experts = coverage(model, names)
+    return Reach(of_linear, by_default, unpacked, with_experts, bool(caught), unscored)
+
+
+def weights_read(model: Any, layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """The layers that get adapters but no scores; known of transformers' models with one input."""
+    inputs = {
+        "input_ids": torch.arange(3, 19).view(2, 8),
+        "pixel_values": torch.randn(2, 3, 32, 32),
+    }
+    name = getattr(model, "main_input_name", None)
+    if name not in inputs or model.config.is_encoder_decoder:
+        return ()
+
+    def loss_fn(model: nn.Module, batch: Options) -> torch.Tensor:
+        loss: torch.Tensor = model(**batch).logits.square().mean()
+        return loss
+
+    return tuple(read_without_call(model, loss_fn, {name: inputs[name]}, layers))
 
 
 def is_target(model: nn.Module, name: str) -> bool:
@@ -244,8 +287,11 @@ def is_target(model: nn.Module, name: str) -> bool:
 
 
 def lines(names: Collection[str]) -> list[str]:
-    """The table: a line for each family, and one for each kind of weight that is left out."""
-    result = [f"{'model':<22}{'default':>7}{'unpacked':>9}{'experts':>8}    left out then"]
+    """The table, a line for each family, and below it why each kind of weight is left out."""
+    result = [
+        f"{'model':<22}{'linear':>7}{'default':>8}{'unpacked':>10}{'experts':>9}   left out then"
+    ]
+    reasons: dict[str, str] = {}
     for name in names:
         torch.manual_seed(0)
         try:
@@ -254,18 +300,20 @@ def lines(names: Collection[str]) -> list[str]:
             result.append(f"{name:<22}skipped: {missing.name} is not installed")
             continue
         row = reach(model)
-        groups = [
-            f"{percent(group.entries, row.by_default.total):>5} {group.number} × {group.kind} "
-            f"({group.reason})"
-            for group in row.left_out
-        ]
-        first, *further = groups or ["    -"]
-        columns = share(row.by_default) + ("*" if row.warned else " ")
-        result.append(
-            f"{name:<22}{columns:>8}{share(row.unpacked):>8}{share(row.with_experts):>8} {first}"
-        )
-        result += [f"{'':<47}{group}" for group in further]
-    return [*result, "* linear_targets warns that this is little"]
+        total = row.by_default.total
+        left_out = ", ".join(f"{percent(g.entries, total)} {g.kind}" for g in row.left_out)
+        reasons |= {group.kind: group.reason for group in row.left_out}
+        marks = ("*" if row.warned else "") + ("†" if row.unscored else "")
+        default = f"{share(row.by_default)}{marks:<1}"
+        columns = f"{share(row.linear):>7}{default:>9}{share(row.unpacked):>9}"
+        result.append(f"{name:<22}{columns}{share(row.with_experts):>9}   {left_out}".rstrip())
+    legend = [f"{kind}: {reason}" for kind, reason in reasons.items()]
+    return [
+        *result,
+        *legend,
+        "* linear_targets warns that this is little",
+        "† of these, some get adapters but no scores: their weight is read, they are never called",
+    ]
 
 
 def share(part: Coverage | None) -> str:
@@ -277,9 +325,11 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other libraries, about these small sizes
         print("What the targets reach, in shares of the entries of all matrices that multiply")
-        print("activations (no embeddings, biases or norms): the default targets; those after")
-        print("unpack_attention, where a model has packed attention; and with stacked experts that")
-        print("are named, where it has some\n")
+        print(
+            "activations (no embeddings, biases or norms): linear layers alone; the default, with"
+        )
+        print("convolutions that are linear layers over channels; after unpack_attention, where a")
+        print("model has packed attention; and with stacked experts that are named\n")
         print("\n".join(lines(FAMILIES)))
 
 

@@ -134,6 +134,6 @@ def test_a_copy_is_judged_by_itself():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_a_compiled_model_is_silent(dropout):
+def test_a_compiled_model_is_silent_and_in_one_piece(dropout):
     model = made(dropout=dropout)
-    assert trained(model, torch.compile(model, backend="eager")) == []
+    assert trained(model, torch.compile(model, backend="eager", fullgraph=True)) == []
