@@ -67,7 +67,7 @@ class MirroredDigits(Task):
     first_rate = 2e-2
     steps = 300
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)
-    tuning_seeds: tuple[int, ...] = (0, 1)
+    tuning_seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)
 
     def __init__(self, reader_steps: int = 1000) -> None:
         from sklearn.datasets import load_digits  # type: ignore[import-untyped]

@@ -14,6 +14,7 @@
     coverage.py         which part of a model's matrices targets reach, and what is left out
     hints.py            what a name or glob that matches nothing was meant to be
     targets.py          which modules get ranks: linear_targets
+    peft_names.py       how PEFT is told which modules get adapters
     unmoved.py          adapters that never move, since the optimizer was made before wrap
     wrap.py             layers go in and come out: wrap, unwrap, disabled, lora_layers
     unpack.py           packed attention becomes linear layers, and back: unpack_attention

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -365,28 +364,6 @@ def rank_cost(module: nn.Module) -> int:
     shape = layer_shape(module)
     assert shape is not None
     return sum(shape) * (module.experts if isinstance(module, ExpertStack) else 1)
-
-
-def exact_pattern(names: Iterable[str]) -> str:
-    r"""A regular expression that matches these names in full and no others, for PEFT.
-
-    PEFT takes it as target_modules.
-
-    >>> exact_pattern(["layer.0.q", "head"])
-    '(layer\\.0\\.q|head)'
-    """
-    return f"({'|'.join(map(re.escape, names))})"
-
-
-def exact_key(name: str) -> str:
-    r"""A key of PEFT's rank_pattern or alpha_pattern for this name alone.
-
-    PEFT also tries each key after any prefix, which the leading ^ prevents.
-
-    >>> exact_key("layer.0.q")
-    '^layer\\.0\\.q'
-    """
-    return f"^{re.escape(name)}"
 
 
 # ---- words for errors ---------------------------------------------------------------------------
