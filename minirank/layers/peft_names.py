@@ -1,6 +1,6 @@
 """How PEFT is told which modules get adapters, so that it adapts no others.
 
-A regular expression over full names is exact: a list names suffixes, too. But PEFT 0.19 and newer
+A regular expression over full names is exact: a list names suffixes, too. But PEFT 0.21
 turn an expression into the last parts of the names that it matches, in those models whose experts
 transformers 5 has stacked (Mixtral, Qwen3-MoE, DeepSeek and others). There every module that ends
 so would get an adapter, of PEFT's default rank if the allocation gave it none. So models with
@@ -85,7 +85,7 @@ def warn_of_misread_names(names: Iterable[str]) -> None:
     names = list(names)
     if names:
         warn_caller(
-            f"{quoted_names(names)}: PEFT (0.19 and newer, with transformers 5) takes such names "
+            f"{quoted_names(names)}: PEFT 0.21 with transformers 5 takes such names "
             "for the model's stacks of experts. It would adapt the stacks instead, and leave these "
             "modules out. Give them rank 0 (targets= leaves them out of the scores), or train and "
             "save the adapter with this library"
