@@ -1,7 +1,7 @@
 """How PEFT is told which modules get adapters, so that it adapts no others.
 
-A regular expression over full names is exact: a list names suffixes, too. But PEFT 0.21
-turn an expression into the last parts of the names that it matches, in those models whose experts
+A regular expression over full names is exact; a list names suffixes, too. But PEFT 0.21 (tested)
+turns an expression into the last parts of the names that it matches, in those models whose experts
 transformers 5 has stacked (Mixtral, Qwen3-MoE, DeepSeek and others). There every module that ends
 so would get an adapter, of PEFT's default rank if the allocation gave it none. So models with
 stacks of experts get a list of full names, unless one of them is the end of another module's name.

@@ -1,4 +1,4 @@
-"""Which form of names a model gets for PEFT. What PEFT makes of them: tests/test_expert_models.py."""
+"""Which form of names a model gets for PEFT. (What PEFT makes of them: test_expert_models.py.)"""
 
 from __future__ import annotations
 
