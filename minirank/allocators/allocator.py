@@ -39,8 +39,9 @@ from ..budget import best_ranks, proportional_ranks
 from ..layers.coverage import coverage
 from ..layers.experts import LoRAExperts
 from ..layers.lora import LoRALinear
+from ..layers.modules import expert_stacks, modules_by_name
 from ..layers.peft_names import peft_names
-from ..layers.targets import expert_stacks, modules_by_name, refuse_peft
+from ..layers.targets import refuse_peft
 from .allocation import Allocation, Unit
 from .constraints import Bound, Constraints, constraints_for
 from .dominance import warn_of_dominance

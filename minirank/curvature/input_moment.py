@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..checks import require, require_batches, warn_caller
 from ..layers.linear import feature_dim, features_last, weight_place
 from ..layers.lora import LoRALinear
-from ..layers.targets import Targets, layer_shape, layers_called
+from ..layers.modules import layer_shape
+from ..layers.targets import Targets, layers_called
 from ..measure import LossFn, measuring, scalar_loss
 from .averaging import BatchAverage, check_tolerance
 from .estimate import Estimate

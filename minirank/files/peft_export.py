@@ -21,8 +21,8 @@ from ..layers.attention import UnpackedAttention
 from ..layers.experts import LoRAExperts
 from ..layers.linear import is_transposed
 from ..layers.lora import LoRALinear
+from ..layers.modules import modules_by_name
 from ..layers.peft_names import exact_key, peft_names, target_modules, warn_of_misread_names
-from ..layers.targets import modules_by_name
 from .peft_experts import require_stacks_as_in_peft, stack_tensors, stacks_among
 from .peft_folder import CONFIG_FILE, PREFIX, TENSORS_FILE, check_places
 from .safetensors_file import safetensors_bytes, write_files

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.lora import LoRALinear
+from ..layers.modules import modules_by_name
 from ..layers.names import with_plain_names
-from ..layers.targets import modules_by_name
 from ..layers.wrap import insert_layers
 from .peft_folder import CONFIG_FILE, PREFIX, TENSORS_FILE, check_places
 from .safetensors_file import read_safetensors

@@ -13,6 +13,7 @@
     attention.py        attention that calls its linear layers q, k, v and out
     coverage.py         which part of a model's matrices targets reach, and what is left out
     hints.py            what a name or glob that matches nothing was meant to be
+    modules.py          modules and stacks of experts under their names
     targets.py          which modules get ranks: linear_targets
     peft_names.py       how PEFT is told which modules get adapters
     unmoved.py          adapters that never move, since the optimizer was made before wrap

@@ -22,8 +22,8 @@ from torch import nn
 
 from ..checks import quoted_names, warn_caller
 from .experts import LoRAExperts
+from .modules import expert_stacks, modules_by_name
 from .names import named_modules, without_wrappers
-from .targets import expert_stacks, modules_by_name
 
 # {family of models: the old names of what their experts stack}, in PEFT
 OLD_NAMES = {

@@ -23,16 +23,10 @@ from ..placement import is_sharded, require_unsharded
 from .attention import STACKED, UnpackedAttention, copy_settings, is_packed_attention, share_hooks
 from .lora import LoRALinear
 from .merge import owners_of_storages, storage_key
+from .modules import all_names, as_patterns, first_names, matching_modules, modules_by_name
 from .names import joined, modules_in_wrappers, without_wrappers
 from .replaced import forget_replaced, note_replaced
-from .targets import (
-    all_names,
-    as_patterns,
-    first_names,
-    matching_modules,
-    modules_by_name,
-    refuse_peft,
-)
+from .targets import refuse_peft
 from .wrap import lora_layers, replace_modules, take_out
 
 PARAMETERS = {*STACKED, "q_proj_weight", "k_proj_weight", "v_proj_weight"}

@@ -17,19 +17,18 @@ from ..placement import is_offloaded, is_sharded, require_unsharded
 from .experts import ExpertStack, LoRAExperts, lora_layer, put_into, take_out_of
 from .linear import linear_shape
 from .lora import LoRALinear, fixed_scaling
-from .names import modules_in_wrappers, plain_name, without_wrappers
-from .read_weights import note_name
-from .targets import (
+from .modules import (
     all_names,
     as_patterns,
-    explain_no_match,
     first_names,
     layer_shape,
     matching_modules,
     modules_and_stacks,
     modules_by_name,
-    refuse_peft,
 )
+from .names import modules_in_wrappers, plain_name, without_wrappers
+from .read_weights import note_name
+from .targets import explain_no_match, refuse_peft
 from .unmoved import forget_wrapped, note_wrapped
 
 
