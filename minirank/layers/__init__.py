@@ -18,7 +18,8 @@
     peft_names.py       how PEFT is told which modules get adapters
     unmoved.py          adapters that never move, since the optimizer was made before wrap
     wrap.py             layers go in and come out: wrap, unwrap, disabled, lora_layers
-    unpack.py           packed attention becomes linear layers, and back: unpack_attention
+    unpack.py           packed attention becomes linear layers: unpack_attention
+    pack.py             and packed attention again: pack_attention
     optimizers.py       what counts as an optimizer, and what schedule-free ones keep
     optimizer_state.py  what an optimizer knows of each rank, slice by slice
     resize.py           other ranks in the middle of training: resize
