@@ -9,7 +9,7 @@ Merging is in merge.py, changing the rank in resize.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +23,6 @@ from .linear import (
     as_matrix,
     convolution_settings,
     feature_dim,
-    features_back,
-    features_last,
     is_transposed,
     linear_shape,
     weight_place,
@@ -37,6 +35,8 @@ from .replaced import note_replaced, successors
 # The axis of each parameter that counts ranks, from the end: a stack has one more axis
 # in front (experts.py).
 RANK_DIM = {"lora_A": -2, "lora_B": -1, "gate": -1}
+
+CONVOLVE: dict[int, Callable[[Tensor, Tensor], Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class Scaling(NamedTuple):
@@ -301,15 +301,25 @@ class LoRALinear(Mergeable):
         if self.dropout:
             note_call(self)
             x = F.dropout(x, self.dropout, self.training)
-        h = F.linear(features_last(x, self.feature_dim), self.lora_A)  # (…, r)
+        if self.feature_dim != -1:
+            return y + self._update_of_channels(x).to(y.dtype)
+        h = F.linear(x, self.lora_A)  # (…, r)
         if self.gate is not None:
             h = h * self.gate
-        if h.dtype != y.dtype or y.is_nested or self.feature_dim != -1:
-            update = (self.scaling * F.linear(h, self.lora_B)).to(y.dtype)
-            return y + features_back(update, self.feature_dim, y)
+        if h.dtype != y.dtype or y.is_nested:
+            return y + (self.scaling * F.linear(h, self.lora_B)).to(y.dtype)
         # y + s h Bᵀ as one fused multiply-add: no scaled copy of h Bᵀ, no second pass over y.
         y_rows, h_rows = y.reshape(-1, self.out_features), h.reshape(-1, self.rank)
         return torch.addmm(y_rows, h_rows, self.lora_B.t(), alpha=self.scaling).view(y.shape)
+
+    def _update_of_channels(self, x: Tensor) -> Tensor:
+        """s · B (gate ⊙ A x) at every position: (n, d_out, …) for x (n, d_in, …)."""
+        kernel = (1,) * (-1 - self.feature_dim)
+        convolve = CONVOLVE[len(kernel)]
+        h = convolve(x, self.lora_A.view(*self.lora_A.shape, *kernel))  # (n, r, …)
+        if self.gate is not None:
+            h = h * self.gate.view(-1, *kernel)
+        return self.scaling * convolve(h, self.lora_B.view(*self.lora_B.shape, *kernel))
 
     def require_averaged(self) -> None:
         """Raise RuntimeError if a DDP is training this layer, and does not know its parameters."""
