@@ -9,13 +9,15 @@ embedding and head frozen. `unpack_attention` gives it 18 linear layers to adapt
 linear1 and linear2 in each encoder layer. Without it there are linear1 and linear2 alone, so that
 the arm "feed-forward only" is what the plain model could get at the same number of parameters.
 
-The protocol and the arms are those of all studies (study.py, arms.py). A seed is the start of the
-adapters and the order of the data; the pretrained model is the same for all.
+The protocol and the arms are those of all studies (study.py, arms.py). A seed is another split of
+the data, another pretrained model, another start of the adapters and another order of the batches.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,14 @@ class VisionTransformer(nn.Module):
         return logits
 
 
+class Reader(NamedTuple):
+    """One seed's data, shuffled, and a model that reads them as they are."""
+
+    upright: Tensor  # (n, 8, 8)
+    labels: Tensor  # (n,)
+    state: dict[str, Tensor]
+
+
 class MirroredDigits(Task):
     """See this file's first lines.
 
@@ -73,27 +83,31 @@ class MirroredDigits(Task):
         from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
         images, labels = load_digits(return_X_y=True)
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        x = torch.tensor(images, dtype=torch.float32).view(-1, 8, 8)[order] / 16 - 0.3
-        self.upright, self.mirrored = x, x.flip(2)
-        self.labels = torch.tensor(labels)[order]
-        self.reader = self._trained_reader(reader_steps)
+        self.images = torch.tensor(images, dtype=torch.float32).view(-1, 8, 8) / 16 - 0.3
+        self.labels = torch.tensor(labels)
+        self.reader_steps = reader_steps
+        self._readers: dict[int, Reader] = {}
 
-    def _trained_reader(self, steps: int) -> dict[str, Tensor]:
-        model = new_model()
+    def reader(self, seed: int) -> Reader:
+        if seed not in self._readers:
+            order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed))
+            upright, labels = self.images[order], self.labels[order]
+            self._readers[seed] = Reader(upright, labels, self._trained(seed, upright, labels))
+        return self._readers[seed]
+
+    def _trained(self, seed: int, upright: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        model = new_model(seed)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        rows = shuffled_rows(0)
-        for _ in range(steps):
-            chosen = next(rows)
-            loss = self.loss_fn(model, (self.upright[chosen], self.labels[chosen]))
+        for rows in itertools.islice(shuffled_rows(seed), self.reader_steps):
+            loss = self.loss_fn(model, (upright[rows], labels[rows]))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         return model.state_dict()
 
     def model(self, seed: int) -> nn.Module:
-        model = new_model()
-        model.load_state_dict(self.reader)
+        model = new_model(seed)
+        model.load_state_dict(self.reader(seed).state)
         unpack_attention(model)
         return model
 
@@ -101,15 +115,17 @@ class MirroredDigits(Task):
         return F.cross_entropy(model(batch[0]), batch[1])
 
     def training_batches(self, seed: int) -> Iterator[Batch]:
+        x, y = self.mirrored(seed)
         for rows in shuffled_rows(1_000_000 + seed):
-            yield self.mirrored[rows], self.labels[rows]
+            yield x[rows], y[rows]
+
+    def mirrored(self, seed: int, start: int = 0, stop: int | None = None) -> Batch:
+        reader = self.reader(seed)
+        return reader.upright[start:stop].flip(2), reader.labels[start:stop]
 
     def calibration(self, seed: int) -> list[Batch]:
-        x, y = self.held_out(TRAINED_ON, DEVELOPED_ON)
+        x, y = self.mirrored(seed, TRAINED_ON, DEVELOPED_ON)
         return list(zip(torch.split(x, BATCH), torch.split(y, BATCH), strict=True))
-
-    def held_out(self, start: int, stop: int | None) -> Batch:
-        return self.mirrored[start:stop], self.labels[start:stop]
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, seed: int) -> dict[str, float]:
@@ -117,7 +133,7 @@ class MirroredDigits(Task):
         figures = {}
         splits = {"dev": (TRAINED_ON, DEVELOPED_ON), "test": (DEVELOPED_ON, None)}
         for name, (start, stop) in splits.items():
-            x, y = self.held_out(start, stop)
+            x, y = self.mirrored(seed, start, stop)
             logits = model(x)
             figures[name] = float(F.cross_entropy(logits, y))
             figures[f"{name}_accuracy"] = float((logits.argmax(1) == y).float().mean())
@@ -130,9 +146,9 @@ class MirroredDigits(Task):
         return {"attention": attention, "feed-forward": feed_forward}
 
 
-def new_model() -> VisionTransformer:
+def new_model(seed: int) -> VisionTransformer:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return VisionTransformer()
 
 

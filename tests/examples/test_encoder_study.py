@@ -27,17 +27,19 @@ def study(monkeypatch):
 
 def test_the_model_is_unpacked_and_computes_the_same(study):
     task = study.MirroredDigits(reader_steps=1)
-    plain = study.new_model()
-    plain.load_state_dict(task.reader)
+    plain = study.new_model(0)
+    plain.load_state_dict(task.reader(0).state)
     model = task.model(0)
-    images = task.mirrored[:5]
+    images = task.mirrored(0)[0][:5]
     torch.testing.assert_close(model(images), plain(images), rtol=1e-4, atol=1e-5)
     assert not any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
     assert task.names(model) == [f"encoder.layers.{i}.{part}" for i in range(3) for part in PARTS]
     assert {name for names in task.kinds(0).values() for name in names} == set(task.names(model))
     found = [name for name in linear_targets(plain) if name.startswith("encoder")]
     assert found == task.kinds(0)["feed-forward"]  # without unpack_attention
-    assert torch.equal(task.upright.flip(2), task.mirrored)
+    assert torch.equal(task.reader(0).upright[:5].flip(2), images)
+    splits = [task.mirrored(0, *ends)[1] for ends in ((0, 1000), (1000, 1300), (1300, None))]
+    assert torch.equal(torch.cat(splits), task.reader(0).labels)
 
 
 def test_the_study_runs(tmp_path):
