@@ -168,7 +168,7 @@ def test_targets_find_them_and_name_why_others_are_left_out():
         wrap(model, {"stem": 1})
     part = coverage(model, POINTWISE)
     assert (part.reached, part.total) == (4 * 6 + 6 * 4 + 4 * 3, 60 + 4 * 2 * 9)
-    assert "1 × convolution (kernel, stride or groups above 1): stem" in str(part)
+    assert "1 × convolution (a kernel above 1, strides, groups or padding): stem" in str(part)
     assert coverage(model, ["head"]).left_out[1][:3] == ("linear layer", 2, 48)
 
 
