@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from minirank.budget import proportional_ranks
-from minirank.layers.targets import exact_pattern
+from minirank.layers.peft_names import exact_pattern
 
 ADAPTER = "default"  # PEFT's name of the adapter
 EPSILON = 1e-5  # PEFT divides AdaLoRA's alpha by the first rank plus this

@@ -22,9 +22,10 @@ from .files.peft_export import export_peft
 from .files.peft_import import import_peft
 from .layers.lora import LoRALinear
 from .layers.merge import merge, unmerge
+from .layers.pack import pack_attention
 from .layers.resize import resize
 from .layers.targets import linear_targets
-from .layers.unpack import pack_attention, unpack_attention
+from .layers.unpack import unpack_attention
 from .layers.wrap import disabled, lora_layers, unwrap, wrap
 
 __version__ = "0.2.0"

@@ -210,6 +210,71 @@ def test_an_allocation_goes_to_peft(targets):
     assert trained == allocation.parameters
 
 
+def ranks_in(adapted):
+    """{name: rank} of what PEFT adapts."""
+    return {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight"): len(A)
+        for name, A in adapted.named_parameters()
+        if "lora_A" in name
+    }
+
+
+@every_model
+def test_a_configuration_of_peft_adapts_no_layer_of_rank_0(tmp_path, kind):
+    peft = pytest.importorskip("peft", minversion="0.21")
+    model = made(kind)
+    names = [name for name in linear_targets(model) if "self_attn" in name]
+    few = {names[0]: 2, names[-1]: 1}
+    many = dict.fromkeys(names[1:], 1)  # PEFT shortens long lists
+    for ranks in (few, many):
+        layers = [*linear_targets(model)]
+        allocator = UniformRanks(model, layers)
+        allocator.score()
+        bounds = {name: ranks.get(name, 0) for name in layers}
+        allocation = allocator.allocate(sum(ranks.values()), max_rank=bounds)
+        config = peft.LoraConfig(
+            target_modules=allocation.target_modules, rank_pattern=allocation.rank_pattern
+        )
+        assert ranks_in(peft.get_peft_model(copy.deepcopy(model), config)) == ranks
+    wrap(model, few)
+    export_peft(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(made(kind), str(tmp_path))
+    assert ranks_in(loaded) == few
+
+
+def deepseek():
+    torch.manual_seed(0)
+    config = hf.DeepseekV3Config(
+        **SIZES | {"num_key_value_heads": 2, "intermediate_size": 24, "moe_intermediate_size": 20},
+        **{"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+        **{"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4},
+        v_head_dim=8,
+    )
+    return hf.DeepseekV3ForCausalLM(config).eval()
+
+
+def test_names_that_peft_takes_for_stacks_are_named(tmp_path):
+    peft = pytest.importorskip("peft", minversion="0.21")
+    model = deepseek()
+    allocator = UniformRanks(model, ["*.q_a_proj", "*.down_proj"])
+    allocator.score()
+    allocation = allocator.allocate(4)
+    message = r"'model\.layers\.0\.mlp\.down_proj', 'model\.layers\.1\.mlp\.shared_experts"
+    with pytest.warns(UserWarning, match=message + r".*takes such names for .* stacks of experts"):
+        modules = allocation.target_modules
+    config = peft.LoraConfig(target_modules=modules, rank_pattern=allocation.rank_pattern)
+    assert "model.layers.1.mlp.experts" in ranks_in(peft.get_peft_model(deepseek(), config))
+    without = allocator.allocate(2, max_rank={n: 0 for n in allocation.ranks if "down" in n})
+    config = peft.LoraConfig(
+        target_modules=without.target_modules, rank_pattern=without.rank_pattern
+    )
+    expected = {name: rank for name, rank in without.ranks.items() if rank}
+    assert ranks_in(peft.get_peft_model(deepseek(), config)) == expected
+    wrap(model, {"model.layers.0.mlp.down_proj": 1})
+    with pytest.warns(UserWarning, match=r"'model\.layers\.0\.mlp\.down_proj': PEFT"):
+        export_peft(model, tmp_path)
+
+
 def test_peft_gets_one_stack_of_a_module_alone(tmp_path):
     peft = pytest.importorskip("peft", minversion="0.21")
     for i, key in enumerate(("gate_up_proj", "down_proj")):

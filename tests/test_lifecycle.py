@@ -34,7 +34,7 @@ from minirank import (
     unwrap,
     wrap,
 )
-from minirank.layers.targets import all_names
+from minirank.layers.modules import all_names
 
 SIZES = st.integers(1, 5)
 

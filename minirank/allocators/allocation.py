@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
 
 from ..layers.coverage import Coverage
-from ..layers.targets import exact_key, exact_pattern
+from ..layers.peft_names import PeftNames, exact_key, target_modules, warn_of_misread_names
 from .table import draw_table
 
 Unit = Literal["ranks", "parameters"]
@@ -38,6 +38,7 @@ class Allocation:
             ranks in the first training they might have got more.
         stacks: those of the modules that are stacks of experts. In PEFT they are no target_modules
             but `target_parameters`.
+        in_peft: what PEFT makes of the modules' names; an allocator reads it from the model.
 
     >>> allocation = Allocation({"0.query": 4, "0.value": 1}, {"0.query": 16, "0.value": 24}, 5)
     >>> allocation.total_rank, allocation.parameters
@@ -58,6 +59,7 @@ class Allocation:
     coverage: Coverage | None = None
     full: tuple[str, ...] = ()
     stacks: tuple[str, ...] = ()
+    in_peft: PeftNames = field(default_factory=PeftNames)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Allocation) and self._comparable() == other._comparable()
@@ -103,12 +105,21 @@ class Allocation:
 
     @property
     def target_modules(self) -> str | list[str]:
-        """For peft.LoraConfig(target_modules=…): a regular expression that matches the full names
-        of the modules with a rank above 0, and no other name. Stacks of experts are left out; if
-        there is nothing else, this is [], as PEFT wants it beside `target_parameters`."""
-        stacks = self.target_parameters
+        """For peft.LoraConfig(target_modules=…): the modules with a rank above 0, and no others.
+
+        It is a regular expression that matches their full names; for models with stacks of experts
+        a list of these names, since PEFT reads an expression otherwise there (peft_names.py).
+        Stacks themselves are left out; if there is nothing else, this is [], as PEFT wants it
+        beside `target_parameters`.
+
+        Warns:
+            UserWarning: PEFT takes some of the modules for stacks of experts.
+        """
         names = [name for name, r in self.ranks.items() if r > 0 and name not in self.stacks]
-        return [] if stacks and not names else exact_pattern(names)
+        warn_of_misread_names(name for name in names if name in self.in_peft.misread)
+        if self.target_parameters and not names:
+            return []
+        return target_modules(names, self.in_peft.as_list)
 
     @property
     def target_parameters(self) -> list[str] | None:

@@ -39,7 +39,9 @@ from ..budget import best_ranks, proportional_ranks
 from ..layers.coverage import coverage
 from ..layers.experts import LoRAExperts
 from ..layers.lora import LoRALinear
-from ..layers.targets import expert_stacks, modules_by_name, refuse_peft
+from ..layers.modules import expert_stacks, modules_by_name
+from ..layers.peft_names import peft_names
+from ..layers.targets import refuse_peft
 from .allocation import Allocation, Unit
 from .constraints import Bound, Constraints, constraints_for
 from .dominance import warn_of_dominance
@@ -130,6 +132,7 @@ class Allocator(ABC):
             allocation,
             coverage=coverage(self.model, self._scores),
             stacks=tuple(name for name in allocation.ranks if name in stacks),
+            in_peft=peft_names(self.model, [n for n in allocation.ranks if n not in stacks]),
         )
 
     def _constraints(

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..checks import is_integer, quoted_names, require
 from ..layers.hints import did_you_mean
+from ..layers.modules import layer_shape, modules_and_stacks, rank_cost
 from ..layers.names import with_plain_names
-from ..layers.targets import layer_shape, modules_and_stacks, rank_cost
 from .allocation import Unit
 
 Bound = int | Mapping[str, int] | None  # for all modules, or by name

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import require, require_batches, warn_caller
-from ..layers.linear import linear_shape, weight_place
+from ..layers.linear import feature_dim, features_last, weight_place
+from ..layers.lora import LoRALinear
+from ..layers.modules import layer_shape
 from ..layers.targets import Targets, layers_called
 from ..measure import LossFn, measuring, scalar_loss
 from .averaging import BatchAverage, check_tolerance
@@ -157,7 +159,7 @@ def second_moment_of(
 
 def _zeros(layer: nn.Module) -> Tensor:
     """The mean square of no input: zeros, (d_in,), on the layer's device."""
-    shape = linear_shape(layer)
+    shape = layer_shape(layer)
     assert shape is not None  # linear_targets() selects by it
     dtype, device = weight_place(layer)
     return torch.zeros(shape[1], dtype=torch.promote_types(dtype, torch.float32), device=device)
@@ -183,19 +185,26 @@ class _MeanSquares:
 
     def start_batch(self, tokens: _RealTokens | None) -> None:
         self.tokens = tokens
-        # The last input and its version. Holding the tensor keeps another one from taking its place
-        # in memory.
-        self.last: tuple[Tensor, int] | None = None
+        # The last input, its version and its dimension of features. Holding the tensor keeps
+        # another one from taking its place in memory.
+        self.last: tuple[Tensor, int, int] | None = None
         self.last_result = 0, torch.empty(0)
 
-    def of_input(self, x: Tensor, name: str) -> tuple[int, Tensor]:
-        """x: (…, d_in), the input of layer `name` → (number of tokens; their mean, (d_in,))."""
+    def of_input(self, x: Tensor, dim: int, name: str) -> tuple[int, Tensor]:
+        """The number of tokens of an input, and their mean, (d_in,).
+
+        Args:
+            x: the input of layer `name`, with its features in dimension `dim`.
+        """
         version = -1 if x.is_inference() else x._version
-        if self.last is None or self.last[0] is not x or self.last[1] != version or version < 0:
-            self.last, self.last_result = (x, version), self._compute(x.detach(), name)
+        known = self.last is not None and self.last[0] is x and self.last[1:] == (version, dim)
+        if not known or version < 0:
+            self.last = x, version, dim
+            self.last_result = self._compute(features_last(x.detach(), dim), name)
         return self.last_result
 
     def _compute(self, x: Tensor, name: str) -> tuple[int, Tensor]:
+        """x: (…, d_in)"""
         rows = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, x.shape[-1])
         tokens = self.tokens
         if tokens is not None and not tokens.fit(x.shape[:-1]):
@@ -234,7 +243,8 @@ class _BatchMean:
         self.mean: Tensor | None = None  # (d_in,)
 
     def observe(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        count, mean = self.mean_squares.of_input(layer_input(args, kwargs), self.name)
+        dim = feature_dim(layer.base if isinstance(layer, LoRALinear) else layer)
+        count, mean = self.mean_squares.of_input(layer_input(args, kwargs), dim, self.name)
         self.tokens += count
         if count:
             self.mean = (

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from ..layers.linear import is_packed, linear_shape, weight_place
+from ..layers.linear import (
+    feature_dim,
+    features_back,
+    features_last,
+    is_packed,
+    linear_shape,
+    weight_place,
+)
 from ..packed import type_of_derivatives
 
 
@@ -102,10 +109,11 @@ def _recorded_calls(
                 )
             # A copy, because the model may later change its tensor in place; in the dtype to which
             # the layer cast it.
-            x = x.to(output.dtype, copy=True)
-            shift = make_shift(name, x, output)
+            dim = feature_dim(layer)
+            x = features_last(x.to(output.dtype, copy=True), dim)
+            shift = make_shift(name, x, features_last(output, dim))
             calls[name].append(Call(x, shift))
-            return output + shift
+            return output + features_back(shift, dim, output)
 
         return hook
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checks import require, require_batches
-from ..layers.linear import applies_weight
+from ..layers.linear import applies_weight, has_torch_forward
 from ..layers.targets import Targets, layers_called
 from ..measure import LossFn, differentiable_loss, differentiable_twice, repeatable
 from ..packed import require_not_repacked, why_no_backward
@@ -72,7 +72,7 @@ def curvature_targets(
                 f"{name!r} is a {type(layer).__name__} without gradients, which this curvature "
                 f"needs (input_second_moment does not): {reason}"
             )
-        if is_offloaded(layer) and type(layer).forward is not nn.Linear.forward:
+        if is_offloaded(layer) and not has_torch_forward(layer):
             raise ValueError(
                 f"{name!r} is a {type(layer).__name__} that accelerate offloads, so that it cannot "
                 "be tried whether it computes W x + b: use input_second_moment, or load the model "

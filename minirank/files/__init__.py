@@ -42,7 +42,7 @@ elsewhere (meta device, DTensor).
   of LoraConfig.
 - adapter_model.safetensors: `base_model.model.<module>.lora_A.weight` (r, d_in) and
   `….lora_B.weight` (d_out, r). They are the same for transformers' Conv1D, where PEFT transposes
-  the product.
+  the product. For a convolution with kernel 1 both have one or more dimensions of size 1 behind.
 
 PEFT computes y = W x + b + alpha / r · B A x, and alpha / sqrt(r) with use_rslora. Its traps, and
 what is done here about them:
@@ -50,7 +50,7 @@ what is done here about them:
 - PEFT rescales a layer when its rank changes at one lora_alpha. Here the scaling is fixed, and
   written as alpha = scaling · r for every layer.
 - A list in target_modules names suffixes: "fc" also means "enc.fc". export_peft writes one regular
-  expression that matches the full names.
+  expression that matches the full names, if there are no stacks of experts.
 - The keys of rank_pattern and alpha_pattern are regular expressions. A key may match the whole name
   or its end after a dot, and the first key that matches wins. export_peft writes "^" and the
   escaped name of each layer. import_peft follows PEFT's rule. PEFT sorts the keys when it saves: if
@@ -59,12 +59,14 @@ what is done here about them:
   export_peft(…, portable=True) multiplies the scaling into B and sets every alpha to the rank.
 - Stacks of experts are PEFT's target_parameters, written for PEFT 0.21 or newer (peft_experts.py).
   import_peft does not read them.
-- PEFT turns the expression in target_modules of some models with stacks (Mixtral, Qwen3-MoE) into
-  suffixes, and adapts all modules that end so. The others get a B of zeros, which changes nothing,
-  and PEFT warns that their keys are missing.
+- PEFT turns an expression in target_modules into suffixes in some models with stacks of experts
+  (Mixtral, Qwen3-MoE), and would adapt all modules that end so. For models with stacks a list of
+  full names is written. In some of them PEFT also takes a down_proj elsewhere, as in DeepSeek's
+  shared experts, for the stacks: export_peft warns (layers/peft_names.py).
 - PEFT has no gates: they are multiplied into B. It has one dropout for all layers: the largest of
   them is written. It has no rank 0: such layers are left out.
-- PEFT adapts nn.Linear and transformers' Conv1D, not other modules that compute the same.
+- PEFT adapts nn.Linear, transformers' Conv1D and nn.Conv1d to Conv3d, not other modules that
+  compute the same. (It cannot merge an adapter of an nn.Conv3d with kernel 1.)
 - The fast path of nn.TransformerEncoderLayer reads weights without calling modules, and so leaves
   PEFT's adapters out. export_peft warns.
 - PEFT's task types TOKEN_CLS and SEQ_CLS put the head into modules_to_save, which is refused here.
@@ -73,7 +75,7 @@ what is done here about them:
 Refused by name, since PEFT would compute another function, or the folder is not plain LoRA of
 linear layers: a module in several places (PEFT adapts one of them); nn.MultiheadAttention's
 out_proj (PEFT's adapter has no effect there); disabled layers; and on import DoRA, AdaLoRA and
-other methods, adapters of embeddings and convolutions, trained biases, modules_to_save, starts that
-change the base weights (PiSSA, OLoRA, …, unless PEFT converted them), and every option that this
-version does not know.
+other methods, adapters of embeddings and of convolutions that are not linear layers, trained
+biases, modules_to_save, starts that change the base weights (PiSSA, OLoRA, …, unless PEFT converted
+them), and every option that this version does not know.
 """

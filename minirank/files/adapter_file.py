@@ -29,8 +29,8 @@ from ..allocators.table import draw_table
 from ..checks import quoted_names, warn_caller
 from ..distributed import on_all
 from ..layers.lora import RANK_DIM, LoRALinear
+from ..layers.modules import as_patterns, first_names, modules_and_stacks
 from ..layers.names import named_buffers, named_parameters, plain_name, with_plain_names
-from ..layers.targets import as_patterns, first_names, modules_and_stacks
 from ..layers.wrap import insert_layers
 from ..tensor_bytes import checksum
 from .base_fingerprint import base_fingerprint, is_base_sharded, same_base

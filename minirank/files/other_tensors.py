@@ -11,8 +11,8 @@ from torch.nn.parameter import is_lazy
 
 from ..checks import quoted_names
 from ..layers.lora import LoRALinear
+from ..layers.modules import matching_modules, modules_by_name
 from ..layers.names import each_once, joined, named_buffers, named_parameters
-from ..layers.targets import matching_modules, modules_by_name
 from ..layers.wrap import can_train
 from ..tensor_bytes import tensor_bytes
 

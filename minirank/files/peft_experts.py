@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..checks import quoted_names
 from ..layers.experts import LoRAExperts
 from ..layers.lora import LoRALinear
-from ..layers.targets import expert_stacks, modules_by_name
+from ..layers.modules import expert_stacks, modules_by_name
 from .peft_folder import PREFIX
 
 

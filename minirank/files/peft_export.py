@@ -21,7 +21,8 @@ from ..layers.attention import UnpackedAttention
 from ..layers.experts import LoRAExperts
 from ..layers.linear import is_transposed
 from ..layers.lora import LoRALinear
-from ..layers.targets import exact_key, exact_pattern, modules_by_name
+from ..layers.modules import modules_by_name
+from ..layers.peft_names import exact_key, peft_names, target_modules, warn_of_misread_names
 from .peft_experts import require_stacks_as_in_peft, stack_tensors, stacks_among
 from .peft_folder import CONFIG_FILE, PREFIX, TENSORS_FILE, check_places
 from .safetensors_file import safetensors_bytes, write_files
@@ -52,7 +53,8 @@ def export_peft(
 
     Warns:
         UserWarning: parameters require a gradient and are not in the files; or a layer is inside an
-            nn.TransformerEncoderLayer, whose fast path leaves PEFT's adapters out.
+            nn.TransformerEncoderLayer, whose fast path leaves PEFT's adapters out; or PEFT takes a
+            layer for a stack of experts (peft_names.py).
 
     Raises:
         ValueError: there is no LoRA layer with ranks; one is merged, disabled or not finite; or
@@ -78,15 +80,19 @@ def export_peft(
         name: float(layer.rank) if portable else layer.scaling * layer.rank
         for name, layer in layers.items()
     }
+    stacks = stacks_among(layers)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         A, B = layer.lora_A.detach(), _folded_B(name, layer, factors[name])
         if isinstance(layer, LoRAExperts):
-            tensors |= stack_tensors(model, name, stacks_among(layers), A, B)
+            tensors |= stack_tensors(model, name, stacks, A, B)
         else:
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = A
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = B
-    config = _configuration(layers, alphas) | {
+            # PEFT adapts a convolution by two convolutions.
+            kernel = [1] * (-1 - layer.feature_dim)
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = A.view(*A.shape, *kernel)
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = B.view(*B.shape, *kernel)
+    in_peft = peft_names(model, [name for name in layers if name not in stacks])
+    config = _configuration(layers, alphas, in_peft.as_list) | {
         "task_type": task_type,
         "base_model_name_or_path": base_model_name_or_path,
     }
@@ -102,6 +108,7 @@ def export_peft(
         "training, as wrap(…, trainable=[…]) does",
     )
     _warn_of_fast_paths(model)
+    warn_of_misread_names(in_peft.misread)
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_files({Path(folder, name): content for name, content in contents.items()})
 
@@ -124,7 +131,9 @@ def _exportable_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return layers
 
 
-def _configuration(layers: Mapping[str, LoRALinear], alphas: Mapping[str, float]) -> dict[str, Any]:
+def _configuration(
+    layers: Mapping[str, LoRALinear], alphas: Mapping[str, float], as_list: bool
+) -> dict[str, Any]:
     """PEFT's LoraConfig. It has one dropout for all layers: here the largest."""
     stacks = stacks_among(layers)
     linear = {name: layer for name, layer in layers.items() if name not in stacks}
@@ -134,7 +143,7 @@ def _configuration(layers: Mapping[str, LoRALinear], alphas: Mapping[str, float]
         "inference_mode": True,
         "r": max(layer.rank for layer in layers.values()),
         "lora_alpha": max(alphas.values()),
-        "target_modules": exact_pattern(linear) if linear else [],
+        "target_modules": target_modules(linear, as_list) if linear else [],
         "rank_pattern": {exact_key(name): layer.rank for name, layer in layers.items()},
         "alpha_pattern": {exact_key(name): alpha for name, alpha in alphas.items()},
         "lora_dropout": max(layer.dropout for layer in layers.values()),

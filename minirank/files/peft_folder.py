@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..checks import quoted_names
 from ..layers.experts import LoRAExperts
 from ..layers.lora import LoRALinear
-from ..layers.targets import all_names, first_names, modules_by_name
+from ..layers.modules import all_names, first_names, modules_by_name
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.lora import LoRALinear
+from ..layers.modules import modules_by_name
 from ..layers.names import with_plain_names
-from ..layers.targets import modules_by_name
 from ..layers.wrap import insert_layers
 from .peft_folder import CONFIG_FILE, PREFIX, TENSORS_FILE, check_places
 from .safetensors_file import read_safetensors
@@ -245,12 +245,18 @@ def _matrices_by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
                 f"{ADVICE}; save_pretrained(save_embedding_layers=False) there leaves weights out "
                 "that did not train"
             )
-        by_layer.setdefault(parts[1], {})[parts[2]] = tensor
+        by_layer.setdefault(parts[1], {})[parts[2]] = _without_kernel(tensor)
     if not by_layer:
         raise ValueError(
             f"{TENSORS_FILE} holds no tensors, expected lora_A and lora_B of every layer"
         )
     return by_layer
+
+
+def _without_kernel(tensor: Tensor) -> Tensor:
+    """A or B of a convolution with kernel 1, (r, d_in, 1, …) or (d_out, r, 1, …), as a matrix."""
+    is_pointwise = tensor.ndim > 2 and all(size == 1 for size in tensor.shape[2:])
+    return tensor.flatten(1) if is_pointwise else tensor
 
 
 def _checked_rank(name: str, matrices: Mapping[str, Tensor], numbers: _LayerNumbers) -> int:

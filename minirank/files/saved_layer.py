@@ -15,14 +15,9 @@ from ..checks import quoted_names, warn_caller
 from ..layers.experts import ExpertStack, lora_layer
 from ..layers.hints import did_you_mean
 from ..layers.lora import RANK_DIM, LoRALinear
+from ..layers.modules import first_names, layer_shape, modules_and_stacks
 from ..layers.names import each_once, named_parameters
-from ..layers.targets import (
-    first_names,
-    layer_shape,
-    modules_and_stacks,
-    refuse_peft,
-    unpacking_hint,
-)
+from ..layers.targets import refuse_peft, unpacking_hint
 from ..layers.wrap import lora_layers, resolve_ranks
 from ..placement import require_unsharded
 

@@ -1,20 +1,25 @@
 """The LoRA layer, and the surgery that puts it into any nn.Module.
 
-    linear.py           what counts as a linear layer, and which way round its weight lies
+    linear.py           what counts as a linear layer, which way round its weight lies, and which
+                        dimension of its inputs holds features
                         (packed.py, beside the folders: quantised weights)
     names.py            names of modules, without those of torch.compile's and DDP's wrappers
     merge.py            W + ΔW goes into the weight, and W comes back: merge, unmerge
     pretrained.py       what save_pretrained writes of a wrapped model, and who can read it
     replaced.py         parameters that layers replaced, and optimizers that still hold them
+    read_weights.py     layers that nobody calls, since another module reads their weight
     lora.py             the layer itself: LoRALinear
     experts.py          LoRAExperts: adapters for parameters that stack the weights of experts
     attention.py        attention that calls its linear layers q, k, v and out
     coverage.py         which part of a model's matrices targets reach, and what is left out
     hints.py            what a name or glob that matches nothing was meant to be
+    modules.py          modules and stacks of experts under their names
     targets.py          which modules get ranks: linear_targets
+    peft_names.py       how PEFT is told which modules get adapters
     unmoved.py          adapters that never move, since the optimizer was made before wrap
     wrap.py             layers go in and come out: wrap, unwrap, disabled, lora_layers
-    unpack.py           packed attention becomes linear layers, and back: unpack_attention
+    unpack.py           packed attention becomes linear layers: unpack_attention
+    pack.py             and packed attention again: pack_attention
     optimizers.py       what counts as an optimizer, and what schedule-free ones keep
     optimizer_state.py  what an optimizer knows of each rank, slice by slice
     resize.py           other ranks in the middle of training: resize
@@ -27,7 +32,8 @@ making a `LoRALinear` freezes the module that it is given.)
 One layer serves all three methods: y = W x + b + s · B (gate ⊙ A x).
 
     symbol  code              shape          meaning
-    W       `base.weight`     (d_out, d_in)  the frozen weight; Conv1D stores (d_in, d_out)
+    W       `base.weight`     (d_out, d_in)  the frozen weight; Conv1D stores (d_in, d_out), a
+                                             convolution (d_out, d_in, 1, …)
     b       `base.bias`       (d_out,)       the frozen bias, or None
     A       `lora_A`          (r, d_in)      down-projection; trains
     B       `lora_B`          (d_out, r)     up-projection; trains
@@ -59,6 +65,11 @@ its own, and `merge` refuses them without `untie=True`. By default a tied head g
 The wrappers of torch.compile, DataParallel and DistributedDataParallel have no part in names, so
 that files are the same with and without them. Names that have their part ("_orig_mod.encoder.fc",
 "module.encoder.fc") are understood, in arguments and in files.
+
+An nn.Conv1d, Conv2d or Conv3d with kernel 1, stride 1, one group and no padding is a linear layer
+over its channels, which lie in dimension 1. Its positions count as tokens do: they are averaged in
+the input second moment and are positions of a sample in the other curvatures. An input without
+samples, (channels, …), is one sample. Other convolutions are left out.
 
 Packed layers (bitsandbytes, torchao, quanto, HQQ; `linear_shape` says what counts) are targets like
 any other, and are never called by a probe. Their adapters are float32 unless `dtype=` says

@@ -35,7 +35,7 @@ REASONS = {
     "attention out_proj": "never called; see unpack_attention",
     STACK: "a 3-D parameter; adapted if named",
     "bare matrix": "a parameter, not a layer",
-    "convolution": "not linear",
+    "convolution": "a kernel above 1, strides, groups or padding",
     "recurrent weight": "not linear",
     "packed layer": "quantised",
     "tied head": "an embedding's weight; adapted if named",
@@ -63,9 +63,9 @@ class Coverage(NamedTuple):
 
     Its text is empty if everything is reached.
 
-    >>> print(Coverage(30, 40, (LeftOut("convolution", 1, 10, "not linear", "stem"),)))
+    >>> print(Coverage(30, 40, (LeftOut("convolution", 1, 10, "wider than 1", "stem"),)))
     The targets reach 75 % of the model's matrix entries. Left out:
-       25 %  1 × convolution (not linear): stem
+       25 %  1 × convolution (wider than 1): stem
     """
 
     reached: int
@@ -110,9 +110,9 @@ def coverage(model: nn.Module, names: Iterable[str]) -> Coverage:
     Args:
         names: of linear-like modules, stacks of experts or LoRA layers.
 
-    >>> model = nn.Sequential(nn.Conv1d(4, 4, 1), nn.Linear(4, 8))
+    >>> model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Linear(4, 12))
     >>> coverage(model, ["1"]).share
-    0.6666666666666666
+    0.5
     """
     single: dict[int, tuple[str, int] | None] = {}  # {id of a module: its kind and entries}
 

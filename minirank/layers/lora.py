@@ -9,7 +9,7 @@ Merging is in merge.py, changing the rank in resize.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,14 +19,24 @@ from torch import Tensor, nn
 from ..checks import as_generator, is_integer, require
 from ..packed import call_as_it_is, why_no_backward
 from .data_parallel import require_averaged
-from .linear import is_transposed, linear_shape, weight_place
+from .linear import (
+    as_matrix,
+    convolution_settings,
+    feature_dim,
+    is_transposed,
+    linear_shape,
+    weight_place,
+)
 from .merge import Mergeable
 from .pretrained import calling_save_pretrained, untied, warn_that_from_pretrained_cannot_read_it
+from .read_weights import note_call, note_read
 from .replaced import note_replaced, successors
 
 # The axis of each parameter that counts ranks, from the end: a stack has one more axis
 # in front (experts.py).
 RANK_DIM = {"lora_A": -2, "lora_B": -1, "gate": -1}
+
+CONVOLVE: dict[int, Callable[[Tensor, Tensor], Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class Scaling(NamedTuple):
@@ -59,7 +69,9 @@ class LoRALinear(Mergeable):
         gate: None: no gate; A uniform in ±1/sqrt(d_in), B = 0, as in LoRA.
             0 < gate ≤ 1: gates train from that value; A ~ N(0, 1/r_ref²), B = 0 (L1RA: 1.0).
             0.0: gates train from 0; A and B ~ N(0, 0.02²) (ShapLoRA; the deviation is AdaLoRA's).
-        dropout: probability that an entry of the adapter's input is zeroed in training mode.
+        dropout: probability that an entry of the adapter's input is zeroed in training mode. It has
+            no effect where another module reads `weight` instead of calling the layer; a warning
+            says so in training (read_weights.py).
         dtype: of the adapter. None: the base weight's; beside a packed (quantised) weight float32,
             also in a half-precision model. float32 beside a half-precision base works.
         generator: a torch.Generator or a seed, for A and B. The global generator is never used.
@@ -111,6 +123,9 @@ class LoRALinear(Mergeable):
         self.enabled = True  # False: the layer computes what its base computes
         self.training = base.training
         self.base = base
+        self.feature_dim = feature_dim(base)
+        for key, value in convolution_settings(base).items():
+            setattr(self, key, value)
         self._make_parameters(rank, dtype, as_generator(generator))
         # What `unwrap` gives back to the base's parameters, which are frozen from here on.
         self.base_requires_grad = {name: p.requires_grad for name, p in base.named_parameters()}
@@ -126,7 +141,8 @@ class LoRALinear(Mergeable):
         shape = linear_shape(base)
         if shape is None:
             raise TypeError(
-                "expected an nn.Linear-like module with a 2-D floating-point weight, got a "
+                "expected an nn.Linear-like module with a 2-D floating-point weight, or a "
+                "convolution with kernel 1, stride 1, one group and no padding, got a "
                 f"{type(base).__name__}"
             )
         reason = why_no_backward(base)
@@ -272,7 +288,10 @@ class LoRALinear(Mergeable):
     # ---- the function ---------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """y (…, d_out) for x (…, d_in), in the dtype of the base's output."""
+        """y (…, d_out) for x (…, d_in), in the dtype of the base's output.
+
+        A convolution has (n, d_in, …) and (n, d_out, …) instead.
+        """
         y: Tensor = call_as_it_is(self.base, x)
         if self.rank == 0 or self.merged or not self.enabled:
             return y
@@ -280,7 +299,10 @@ class LoRALinear(Mergeable):
         if x.dtype != self.lora_A.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.dtype)
         if self.dropout:
+            note_call(self)
             x = F.dropout(x, self.dropout, self.training)
+        if self.feature_dim != -1:
+            return y + self._update_of_channels(x).to(y.dtype)
         h = F.linear(x, self.lora_A)  # (…, r)
         if self.gate is not None:
             h = h * self.gate
@@ -289,6 +311,15 @@ class LoRALinear(Mergeable):
         # y + s h Bᵀ as one fused multiply-add: no scaled copy of h Bᵀ, no second pass over y.
         y_rows, h_rows = y.reshape(-1, self.out_features), h.reshape(-1, self.rank)
         return torch.addmm(y_rows, h_rows, self.lora_B.t(), alpha=self.scaling).view(y.shape)
+
+    def _update_of_channels(self, x: Tensor) -> Tensor:
+        """s · B (gate ⊙ A x) at every position: (n, d_out, …) for x (n, d_in, …)."""
+        kernel = (1,) * (-1 - self.feature_dim)
+        convolve = CONVOLVE[len(kernel)]
+        h = convolve(x, self.lora_A.view(*self.lora_A.shape, *kernel))  # (n, r, …)
+        if self.gate is not None:
+            h = h * self.gate.view(-1, *kernel)
+        return self.scaling * convolve(h, self.lora_B.view(*self.lora_B.shape, *kernel))
 
     def require_averaged(self) -> None:
         """Raise RuntimeError if a DDP is training this layer, and does not know its parameters."""
@@ -310,7 +341,11 @@ class LoRALinear(Mergeable):
         of its out_proj, the fast path of nn.TransformerEncoderLayer those of its linears. They
         get W + ΔW here; W alone would silently drop the adapter.
         """
-        return self.base_weight if self.merged or not self.enabled else self.merged_weight()
+        if self.merged or not self.enabled:
+            return self.base_weight
+        if self.training:
+            note_read(self)
+        return self.merged_weight()
 
     @property
     def bias(self) -> Tensor | None:
@@ -327,7 +362,8 @@ class LoRALinear(Mergeable):
         W = self.base_weight
         sB, A = self.factors(W.dtype)
         left, right = (A.t(), sB.t()) if is_transposed(self.base) else (sB, A)
-        return torch.addmm(W.to(A.dtype), left, right).to(W.dtype)
+        total = torch.addmm(as_matrix(W).to(A.dtype), left, right).to(W.dtype)
+        return total.view(W.shape)
 
     def contributions(self) -> Tensor:
         """‖s · gate_i · B[:, i] A[i, :]‖_F of every rank i: (r,), float32 or better.

@@ -24,11 +24,11 @@ from ..checks import as_generator, is_integer
 from ..placement import require_here, require_unsharded
 from .hints import did_you_mean
 from .lora import RANK_DIM, LoRALinear
+from .modules import first_names
 from .names import plain_name
 from .optimizer_state import carried_state, select_ranks, survivors_then_zeros
 from .optimizers import Optimizers, Slot, as_optimizers, parameter_slots, start_iterates
 from .replaced import note_replaced
-from .targets import first_names
 from .wrap import AllocationLike, lora_layers, ranks_by_name
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -16,13 +15,13 @@ from .coverage import (
     coverage,
     is_out_proj,
     percent,
-    stacked_parameters,
     tied_heads,
 )
 from .experts import ExpertStack
 from .hints import did_you_mean
-from .linear import linear_shape
+from .linear import CONVOLUTIONS, linear_shape
 from .lora import LoRALinear
+from .modules import aliases, all_names, expert_stacks, modules_and_stacks, modules_by_name
 from .names import joined, name_variants, named_modules, plain_name
 
 Targets = str | Sequence[str] | type[nn.Module] | Callable[[str, nn.Module], bool] | None
@@ -169,7 +168,7 @@ def _matching_names(
 def _matching_stacks(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     """The stacks of experts, by first names, that one exact name or glob selects."""
     stacks = expert_stacks(model)
-    matched = _matching_names(stacks, _aliases(stacks), pattern)
+    matched = _matching_names(stacks, aliases(stacks), pattern)
     if not matched:
         raise ValueError(explain_no_match(model, pattern, globs=True))
     for name in matched:
@@ -218,177 +217,6 @@ def _linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-# ---- names --------------------------------------------------------------------------------------
-
-
-def modules_by_name(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
-    """Every module under each of its names, LoRA layers included, what is inside them left out.
-
-    >>> shared = nn.ReLU()
-    >>> list(modules_by_name(nn.Sequential(shared, shared)))
-    ['', '0', '1']
-    """
-    return dict(named_modules(module, prefix, enter=_is_no_adapter))
-
-
-def expert_stacks(model: nn.Module) -> dict[str, ExpertStack]:
-    """Every stack of experts without an adapter under each name of its parameter.
-
-    >>> import torch
-    >>> model = nn.Module()
-    >>> model.experts = nn.Module()
-    >>> model.experts.up, model.experts.is_transposed = nn.Parameter(torch.ones(8, 3, 5)), False
-    >>> expert_stacks(model)
-    {'experts.up': ExpertStack(8 experts, (3, 5))}
-    """
-    modules = modules_and_stacks(model)
-    return {name: stack for name, stack in modules.items() if isinstance(stack, ExpertStack)}
-
-
-def modules_and_stacks(model: nn.Module) -> dict[str, nn.Module]:
-    """`modules_by_name`, and after each module the `expert_stacks` that it holds.
-
-    >>> list(modules_and_stacks(nn.Sequential(nn.ReLU())))
-    ['', '0']
-    """
-    named: dict[str, nn.Module] = {}
-    made: dict[tuple[int, str], ExpertStack] = {}
-    for name, module in modules_by_name(model).items():
-        named[name] = module
-        for key in stacked_parameters(module):
-            place = (id(module), key)
-            if place not in made:
-                made[place] = ExpertStack(joined(name, key), module, key)
-            named[joined(name, key)] = made[place]
-    return named
-
-
-def _is_no_adapter(module: nn.Module) -> bool:
-    return not isinstance(module, LoRALinear)
-
-
-def all_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """{first name: every name} of each module, in module order, without what is inside LoRA layers.
-
-    >>> shared = nn.ReLU()
-    >>> all_names(nn.Sequential(shared, shared))
-    {'': ('',), '0': ('0', '1')}
-    """
-    return _aliases(modules_by_name(model))
-
-
-def _aliases(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
-    names: dict[int, list[str]] = {}
-    for name, module in modules.items():
-        names.setdefault(id(module), []).append(name)
-    return {aliases[0]: tuple(aliases) for aliases in names.values()}
-
-
-def first_names(model: nn.Module) -> dict[str, str]:
-    """{any name of a module or stack of experts: its first name}.
-
-    >>> shared = nn.ReLU()
-    >>> first_names(nn.Sequential(shared, shared))
-    {'': '', '0': '0', '1': '0'}
-    """
-    names = _aliases(modules_and_stacks(model))
-    return {alias: name for name, aliases in names.items() for alias in aliases}
-
-
-def as_patterns(patterns: str | Iterable[str], argument: str) -> list[str]:
-    """The names and globs of an argument that is one of them or several.
-
-    Raises TypeError, which names the `argument`, if it holds anything else.
-
-    >>> as_patterns("head", "trainable")
-    ['head']
-    """
-    if isinstance(patterns, str):
-        return [patterns]
-    listed: list[object] = list(patterns) if isinstance(patterns, Iterable) else [patterns]
-    for pattern in listed:
-        if not isinstance(pattern, str):
-            raise TypeError(
-                f"{argument} must be names or globs of modules, got {pattern!r:.60} of type "
-                f"{type(pattern).__name__}"
-            )
-    return [str(pattern) for pattern in listed]
-
-
-def matching_modules(model: nn.Module, pattern: str, argument: str) -> dict[str, nn.Module]:
-    """The modules of any kind, LoRA layers included, with the name `pattern` or one it matches.
-
-    Raises ValueError, which names the `argument` that the pattern came from, if there is none.
-
-    >>> model = nn.ModuleDict({"head": nn.Linear(4, 2), "norm": nn.LayerNorm(4)})
-    >>> list(matching_modules(model, "h*", "trainable"))
-    ['head']
-    """
-    modules = modules_by_name(model)
-    for variant in name_variants(pattern):
-        matching = {
-            name: module
-            for name, module in modules.items()
-            if name == variant or fnmatchcase(name, variant)
-        }
-        if matching:
-            return matching
-    hint = did_you_mean(pattern, modules, globs=True)
-    raise ValueError(f"{argument}={pattern!r} matches no module: {hint}")
-
-
-def layer_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(d_out, d_in) of a linear-like module, a stack of experts, or a LoRA layer around one; else
-    None.
-
-    Raises ValueError for a stack whose layout is not known.
-
-    >>> layer_shape(LoRALinear(nn.Linear(3, 5), 1))
-    (5, 3)
-    """
-    if isinstance(module, LoRALinear):
-        return module.out_features, module.in_features
-    return module.shape if isinstance(module, ExpertStack) else linear_shape(module)
-
-
-def rank_cost(module: nn.Module) -> int:
-    """Trainable parameters of one rank: d_out + d_in; in a stack of experts, that for each.
-
-    Args:
-        module: one that has a `layer_shape`.
-
-    >>> rank_cost(nn.Linear(3, 5))
-    8
-    """
-    if isinstance(module, LoRALinear):
-        return module.rank_cost
-    shape = layer_shape(module)
-    assert shape is not None
-    return sum(shape) * (module.experts if isinstance(module, ExpertStack) else 1)
-
-
-def exact_pattern(names: Iterable[str]) -> str:
-    r"""A regular expression that matches these names in full and no others, for PEFT.
-
-    PEFT takes it as target_modules.
-
-    >>> exact_pattern(["layer.0.q", "head"])
-    '(layer\\.0\\.q|head)'
-    """
-    return f"({'|'.join(map(re.escape, names))})"
-
-
-def exact_key(name: str) -> str:
-    r"""A key of PEFT's rank_pattern or alpha_pattern for this name alone.
-
-    PEFT also tries each key after any prefix, which the leading ^ prevents.
-
-    >>> exact_key("layer.0.q")
-    '^layer\\.0\\.q'
-    """
-    return f"^{re.escape(name)}"
-
-
 # ---- words for errors ---------------------------------------------------------------------------
 
 
@@ -435,6 +263,11 @@ def explain_no_match(model: nn.Module, pattern: str, *, globs: bool = False) -> 
         if any(name.startswith(f"{pattern}.") for name in linear):
             inside = f"'{pattern}.*'" if globs else f"linear_targets(model, '{pattern}.*')"
             return f"{what}; for those inside it: {inside}"
+        if isinstance(module, CONVOLUTIONS):
+            return (
+                f"{what}: of convolutions, only those with kernel 1, stride 1, one group and no "
+                "padding are linear layers, over their channels"
+            )
         stacked = [name for name in stacks if name.startswith(f"{pattern}.")]
         if stacked:
             return f"{what}; the stacks of experts inside it have names: {quoted_names(stacked)}"

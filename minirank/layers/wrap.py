@@ -17,18 +17,18 @@ from ..placement import is_offloaded, is_sharded, require_unsharded
 from .experts import ExpertStack, LoRAExperts, lora_layer, put_into, take_out_of
 from .linear import linear_shape
 from .lora import LoRALinear, fixed_scaling
-from .names import modules_in_wrappers, plain_name, without_wrappers
-from .targets import (
+from .modules import (
     all_names,
     as_patterns,
-    explain_no_match,
     first_names,
     layer_shape,
     matching_modules,
     modules_and_stacks,
     modules_by_name,
-    refuse_peft,
 )
+from .names import modules_in_wrappers, plain_name, without_wrappers
+from .read_weights import note_name
+from .targets import explain_no_match, refuse_peft
 from .unmoved import forget_wrapped, note_wrapped
 
 
@@ -180,8 +180,9 @@ def insert_layers(
         for name, make_layer in makers.items():
             layers[name] = make_layer(modules[name])
         _put_in(model, layers)
-        for layer in layers.values():
+        for name, layer in layers.items():
             note_wrapped(layer)
+            note_name(layer, name)
         if trainable is not None:
             _set_requires_grad(model, named - adapted)
             if earlier:

@@ -14,7 +14,7 @@ from ..allocators.allocation import Allocation, Unit
 from ..allocators.allocator import Allocator
 from ..allocators.constraints import Bound
 from ..allocators.dominance import PATTERN as DOMINANT
-from ..layers.targets import layer_shape, modules_and_stacks, rank_cost
+from ..layers.modules import layer_shape, modules_and_stacks, rank_cost
 from .model_state import unchanged
 from .report import ConformanceError, Report, Result
 

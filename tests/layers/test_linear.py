@@ -55,7 +55,7 @@ def test_other_modules_are_not_linear():
     packed.weight = "packed"
     others = [
         nn.Embedding(5, 3),
-        nn.Conv2d(3, 5, 1),
+        nn.Conv2d(3, 5, 3),
         nn.LayerNorm(3),
         nn.Bilinear(3, 3, 5),
         nn.LazyLinear(3),

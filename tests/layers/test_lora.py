@@ -327,7 +327,7 @@ def test_bad_numbers_are_refused_and_leave_the_base_trainable(options, message):
 
 
 def test_only_linear_modules_are_taken_and_only_once():
-    for module in (nn.Conv2d(3, 3, 1), nn.Embedding(3, 3), nn.LazyLinear(3), nn.ReLU()):
+    for module in (nn.Conv2d(3, 3, 3), nn.Embedding(3, 3), nn.LazyLinear(3), nn.ReLU()):
         with pytest.raises(TypeError, match=type(module).__name__):
             LoRALinear(module, 1)
     with pytest.raises(TypeError, match="already has an adapter"):

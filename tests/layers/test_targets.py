@@ -9,7 +9,7 @@ from torch import nn
 
 from minirank import LoRALinear, ShapLoRA, UniformRanks, linear_targets, wrap
 from minirank.files.saved_layer import find_modules
-from minirank.layers.targets import all_names
+from minirank.layers.modules import all_names
 
 
 def nested():
