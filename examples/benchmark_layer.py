@@ -119,8 +119,11 @@ def main() -> None:
         wrapping["PEFT (with deepcopy)"] = wrapped_by_peft
         merging["PEFT"] = theirs.merge_adapter  # type: ignore[assignment]
         unmerging["PEFT"] = theirs.unmerge_adapter  # type: ignore[assignment]
-        # With a check, as ours has one.
-        merging["PEFT, safe_merge"] = lambda: theirs.merge_adapter(safe_merge=True)  # type: ignore[operator]
+
+        def merge_with_check() -> None:
+            theirs.merge_adapter(safe_merge=True)  # type: ignore[operator]
+
+        merging["PEFT, safe_merge"] = merge_with_check
         unmerging["PEFT, safe_merge"] = unmerging["PEFT"]
 
     kind = f"Linear({arguments.width}, {arguments.width})"

@@ -293,24 +293,29 @@ class LoRALinear(Mergeable):
         A convolution has (n, d_in, …) and (n, d_out, …) instead.
         """
         y: Tensor = call_as_it_is(self.base, x)
-        if self.rank == 0 or self.merged or not self.enabled:
+        # Each is looked up once: nn.Module finds its parameters slowly.
+        A, B, gate = self.lora_A, self.lora_B, self.gate
+        rank = B.shape[-1]
+        if rank == 0 or not self.enabled or self.merged:
             return y
         self.require_averaged()
-        if x.dtype != self.lora_A.dtype and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.lora_A.dtype)
+        if x.dtype != A.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(A.dtype)
         if self.dropout:
             note_call(self)
             x = F.dropout(x, self.dropout, self.training)
         if self.feature_dim != -1:
             return y + self._update_of_channels(x).to(y.dtype)
-        h = F.linear(x, self.lora_A)  # (…, r)
-        if self.gate is not None:
-            h = h * self.gate
+        h = F.linear(x, A)  # (…, r)
+        if gate is not None:
+            h = h * gate
         if h.dtype != y.dtype or y.is_nested:
-            return y + (self.scaling * F.linear(h, self.lora_B)).to(y.dtype)
+            return y + (self.scaling * F.linear(h, B)).to(y.dtype)
         # y + s h Bᵀ as one fused multiply-add: no scaled copy of h Bᵀ, no second pass over y.
-        y_rows, h_rows = y.reshape(-1, self.out_features), h.reshape(-1, self.rank)
-        return torch.addmm(y_rows, h_rows, self.lora_B.t(), alpha=self.scaling).view(y.shape)
+        if y.ndim == 2:
+            return torch.addmm(y, h, B.t(), alpha=self.scaling)
+        y_rows, h_rows = y.reshape(-1, self.out_features), h.reshape(-1, rank)
+        return torch.addmm(y_rows, h_rows, B.t(), alpha=self.scaling).view(y.shape)
 
     def _update_of_channels(self, x: Tensor) -> Tensor:
         """s · B (gate ⊙ A x) at every position: (n, d_out, …) for x (n, d_in, …)."""
