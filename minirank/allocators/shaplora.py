@@ -174,8 +174,8 @@ class ShapLoRA(RankScoreAllocator, SettlingAllocator[Sample]):
     After `score()` or `settle()`, `standard_errors` holds those of the scores, {name: (r,)}, over
     the pairs of a coalition and its complement (empty without coalitions). They treat the fixed
     grid of p as random, so they are too large rather than too small. `stability` and `settle` rest
-    on the same pairs, and say nothing about how the scores would change with other validation data. A call that raises
-    leaves the errors and the scores as they were.
+    on the same pairs, and say nothing about how the scores would change with other validation data.
+    A call that raises leaves the errors and the scores as they were.
 
     Raises:
         TypeError: an argument of the wrong kind; a single mapping as `batches`.
