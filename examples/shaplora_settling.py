@@ -34,7 +34,10 @@ from tagging import batches, build_model, load_data, loss_fn, spread, train, wor
 from torch import Tensor, nn
 
 from minirank import ShapLoRA, UniformRanks, wrap
+from minirank.allocators.constraints import Constraints
+from minirank.allocators.settling import Draws
 from minirank.allocators.shaplora import Sample
+from minirank.allocators.stability import Stability
 from minirank.layers.lora import LoRALinear
 from minirank.shapley import PROBABILITIES
 
@@ -82,24 +85,36 @@ TASKS: dict[str, Callable[[int, argparse.Namespace], Case]] = {"MiniLM": minilm,
 class Replayed(ShapLoRA):
     """ShapLoRA whose coalitions are drawn from a population that was measured before.
 
-    `population` and `draws` have to be set: pairs (repeats, 9, players), and a generator.
+    Args:
+        population: pairs, (repeats, 9, players).
+        replay: the seed of the draws. Measuring again draws the same again, so that answers are
+            kept for the next `max_moved`.
     """
 
-    population: Tensor
-    draws: torch.Generator
+    def __init__(self, case: Case, coalitions: int, population: Tensor, replay: int) -> None:
+        super().__init__(case.model, coalitions=coalitions, progress=False, **case.options)
+        self.population, self.replay = population, replay
+        self.answers: dict[tuple[int, Draws], Stability] = {}
 
     @contextlib.contextmanager
     def _measuring(
         self, layers: Mapping[str, LoRALinear], masks: Tensor
     ) -> Iterator[Callable[[Tensor], Tensor]]:
         repeats, grid, players = self.population.shape
+        generator = torch.Generator().manual_seed(self.replay)
 
         def drawn(some: Tensor) -> Tensor:
-            chosen = torch.randint(repeats, (len(some) // 2 // grid, grid), generator=self.draws)
+            chosen = torch.randint(repeats, (len(some) // 2 // grid, grid), generator=generator)
             pairs = self.population[chosen, torch.arange(grid)].view(-1, players)
             return pairs.repeat_interleave(2, dim=0)  # both of a pair as their mean
 
         yield drawn
+
+    def _stability_of(self, sample: Sample, constraints: Constraints, draws: Draws) -> Stability:
+        key = len(sample.sans), draws
+        if key not in self.answers:
+            self.answers[key] = super()._stability_of(sample, constraints, draws)
+        return self.answers[key]
 
 
 def population_of(case: Case, coalitions: int, seed: int) -> Tensor:
@@ -124,32 +139,43 @@ def ranks_of_all(case: Case, population: Tensor) -> Mapping[str, int]:
         return allocator.allocate(**case.budget).ranks
 
 
-def judged(
-    case: Case, population: Tensor, coalitions: int, max_moved: int, runs: int
-) -> dict[str, Any]:
-    """`runs` replays of settle()."""
+class Outcome(NamedTuple):
+    settled: bool
+    measured: int
+    off: int  # ranks in other modules than endless measuring would put them in
+
+
+def outcome(allocator: Replayed, case: Case, truth: Mapping[str, int], max_moved: int) -> Outcome:
+    """Of one settle()."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = allocator.settle(max_moved=max_moved, confidence=CONFIDENCE, **case.budget)
+    settled = not any(UNSETTLED in str(warning.message) for warning in caught)
+    change = [rank - truth[name] for name, rank in result.allocation.ranks.items()]
+    gained, lost = (sum(max(0, sign * c) for c in change) for sign in (1, -1))
+    return Outcome(settled, result.coalitions, max(gained, lost))
+
+
+def judged(case: Case, population: Tensor, coalitions: int, runs: int) -> list[dict[str, Any]]:
+    """For each max_moved, `runs` replays of settle()."""
     truth = ranks_of_all(case, population)
-    allocator = Replayed(case.model, coalitions=coalitions, progress=False, **case.options)
-    allocator.population = population
-    results = []
-    for run in range(runs):
-        allocator.draws = torch.Generator().manual_seed(run)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            result = allocator.settle(max_moved=max_moved, confidence=CONFIDENCE, **case.budget)
-        settled = not any(UNSETTLED in str(warning.message) for warning in caught)
-        change = [rank - truth[name] for name, rank in result.allocation.ranks.items()]
-        gained, lost = (sum(max(0, sign * c) for c in change) for sign in (1, -1))
-        results.append((settled, result.coalitions, max(gained, lost)))
-    return {
-        "coalitions": coalitions,
-        "max_moved": max_moved,
-        "runs": runs,
-        "settled": sum(settled for settled, _, _ in results) / runs,
-        "measured": sum(measured for _, measured, _ in results) / runs,
-        "wrong": sum(settled and off > max_moved for settled, _, off in results) / runs,
-        "ranks off": sum(off for _, _, off in results) / runs,
-    }
+    outcomes: dict[int, list[Outcome]] = {max_moved: [] for max_moved in MAX_MOVED}
+    for replay in range(runs):
+        allocator = Replayed(case, coalitions, population, replay)
+        for max_moved, found in outcomes.items():
+            found.append(outcome(allocator, case, truth, max_moved))
+    return [
+        {
+            "coalitions": coalitions,
+            "max_moved": max_moved,
+            "runs": runs,
+            "settled": sum(one.settled for one in found) / runs,
+            "measured": sum(one.measured for one in found) / runs,
+            "wrong": sum(one.settled and one.off > max_moved for one in found) / runs,
+            "ranks off": sum(one.off for one in found) / runs,
+        }
+        for max_moved, found in outcomes.items()
+    ]
 
 
 def line(figures: Mapping[str, Any]) -> str:
@@ -172,7 +198,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=24, help="of the development split")
     parser.add_argument("--population", type=int, default=720, help="coalitions that are measured")
     parser.add_argument("--at-most", type=int, nargs="+", default=[90, 720], help="coalitions=")
-    parser.add_argument("--runs", type=int, default=100, help="of settle(), for each line")
+    parser.add_argument("--runs", type=int, default=40, help="of settle(), for each line")
     parser.add_argument("--out", help="write every figure to this JSON file")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -188,8 +214,7 @@ def main() -> None:
             print(f"\n{task}, training {seed}: {case.budget}, confidence {CONFIDENCE:.0%}")
             print("  at most  max_moved  settled  measured   saved   wrong  ranks off", flush=True)
             for coalitions in options.at_most:
-                for max_moved in MAX_MOVED:
-                    figures = judged(case, population, coalitions, max_moved, options.runs)
+                for figures in judged(case, population, coalitions, options.runs):
                     print(line(figures), flush=True)
                     results.append({"task": task, "seed": seed, **figures})
     if options.out:
