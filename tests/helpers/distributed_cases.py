@@ -126,7 +126,9 @@ def pooled_stability(batches):
 def _sure_ranks(allocator):
     theta = allocator.score()
     stability, ranks = allocator.stability(BUDGET), allocator.allocate(BUDGET).ranks
-    settled = allocator.settle(BUDGET, max_moved=4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the ranks are not settled")
+        settled = allocator.settle(BUDGET, max_moved=4)
     return (
         theta,
         ranks,
