@@ -32,6 +32,7 @@ Game = Callable[[Tensor], float]  # (mask: bool (n,)) -> v(S)
 
 MAX_EXACT_PLAYERS = 20  # 2^20 evaluations: more than a million
 PROBABILITIES = tuple(k / 10 for k in range(1, 10))  # ShapLoRA's p
+COALITIONS_PER_REPEAT = 2 * len(PROBABILITIES)  # each mask with its complement
 
 
 def exact_shapley_values(value: Game, n_players: int) -> Tensor:
@@ -140,7 +141,7 @@ def coalition_masks(
 
     For p = 0.1, 0.2, … 0.9 every player is in with probability p, independently. Each mask is
     followed by its complement. All of this is done `coalitions` / 18 times. So every player is in
-    exactly half of the coalitions.
+    exactly half of the coalitions. A smaller sample from a seed is the start of a larger one.
 
     Args:
         n_players: at least 1.
@@ -156,18 +157,17 @@ def coalition_masks(
     tensor([9, 9, 9, 9, 9])
     """
     require_integer("n_players", n_players, 1)
-    per_repeat = 2 * len(PROBABILITIES)
-    require_integer("coalitions", coalitions, per_repeat)
-    if coalitions % per_repeat:
+    require_integer("coalitions", coalitions, COALITIONS_PER_REPEAT)
+    if coalitions % COALITIONS_PER_REPEAT:
         raise ValueError(
-            f"coalitions must be a multiple of {per_repeat} (p = 0.1 … 0.9, each mask with its "
-            f"complement), got {coalitions}: the paper takes 18, 90 or 900"
+            f"coalitions must be a multiple of {COALITIONS_PER_REPEAT} (p = 0.1 … 0.9, each mask "
+            f"with its complement), got {coalitions}: the paper takes 18, 90 or 900"
         )
     generator = as_generator(generator)
     # float32, whatever the default dtype is, so that a seed always gives the same sample
-    p = torch.tensor(PROBABILITIES * (coalitions // per_repeat), dtype=torch.float32, device="cpu")[
-        :, None
-    ]
+    p = torch.tensor(
+        PROBABILITIES * (coalitions // COALITIONS_PER_REPEAT), dtype=torch.float32, device="cpu"
+    )[:, None]
     uniform = torch.rand(
         len(p), n_players, generator=generator, device=generator.device, dtype=p.dtype
     )

@@ -120,6 +120,17 @@ def test_shapley_scores_are_those_of_one_process_bit_for_bit(two, three, coaliti
         assert bits(shared) == bits(expected)
 
 
+@pytest.mark.parametrize(("max_moved", "coalitions"), [(7, 18), (-1, 36)])
+def test_coalitions_settle_as_on_one_process(three, max_moved, coalitions):
+    batches = cases.batches_of([3, 4])
+    *expected, stopped = cases.settled_shapley_scores(batches, max_moved)
+    shared = three(cases.shared_settled_shapley_scores, batches, max_moved)
+    *scores, stopped_together = same_on_all(shared)
+    assert stopped_together == stopped
+    assert stopped[0] == coalitions
+    assert [bits(one) for one in scores] == [bits(one) for one in expected]
+
+
 @pytest.mark.parametrize(
     "train",
     [

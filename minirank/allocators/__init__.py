@@ -51,8 +51,9 @@ The other files, each of which imports only from files before it:
     constraints.py   budget, costs and bounds of the modules
     dominance.py     the warning of `allocate` where one module takes too much of the budget
     allocator.py     what all methods share, and how to write one of your own
-    stability.py     which ranks would change within the scores' sampling error, and so how much
-                     data is enough: SensitivityLoRA.stability and .settle
+    stability.py     which ranks would change within the scores' sampling error
+    settling.py      how much measuring is enough: `stability` and `settle` of SensitivityLoRA and
+                     ShapLoRA
     gates.py         L1RA: the shrinkage, and the gates' own parameter group
     reassign.py      L1RA: which ranks are pruned, and which modules get new ones
     history.py       L1RA: the record of ranks that move

@@ -26,7 +26,7 @@ Departures from the paper, and what it leaves open:
   their sign, a negative θ counts as zero, and a mean trace that is not positive is an error.
 - If all metrics are equal, θ is 0/0. Here it is uniform.
 - Rounding is not stated in the paper: see `minirank.budget`.
-- Sampling errors are not stated in the paper: see stability.py.
+- Sampling errors are not stated in the paper: see settling.py and stability.py.
 - In Llama-like decoders the paper's proxy gives most of the budget to a few layers: `allocate`
   warns of it, see dominance.py.
 """
@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -60,11 +60,12 @@ from ..distributed import Pooled, from_first, number_of_shards
 from ..layers.linear import linear_shape
 from ..layers.targets import Targets, layers_called
 from ..layers.wrap import lora_layers
-from ..measure import LossFn, with_hint_at_one_batch
-from .allocation import Allocation, Unit
+from ..measure import NO_BATCH, LossFn, with_hint_at_one_batch
+from .allocation import Allocation
 from .allocator import ShareAllocator
-from .constraints import Bound
+from .constraints import Constraints
 from .dominance import dominant_modules, massive_inputs
+from .settling import Draws, SettlingAllocator, Value
 from .stability import (
     Diagonals,
     Groups,
@@ -214,7 +215,7 @@ class Calibration(NamedTuple):
     groups: Groups | None
 
 
-class SensitivityLoRA(ShareAllocator):
+class SensitivityLoRA(ShareAllocator, SettlingAllocator[Groups]):
     """Ranks before training, by the curvature of the loss.
 
     Args:
@@ -271,6 +272,7 @@ class SensitivityLoRA(ShareAllocator):
     """
 
     method = "Sensitivity-LoRA"
+    _more = "Give more batches"
 
     def __init__(
         self,
@@ -330,103 +332,39 @@ class SensitivityLoRA(ShareAllocator):
                 for _ in self._fill(groups, batches):
                     pass
                 calibration = self._calibration(groups.mean(), groups)
-        return self._adopt(calibration)
+        return self._store(calibration)
 
-    def stability(
-        self,
-        budget: int,
-        *,
-        unit: Unit = "ranks",
-        min_rank: Bound = 0,
-        max_rank: Bound = None,
-        confidence: float = 0.95,
-        resamples: int = 300,
-        generator: torch.Generator | int = 0,
-    ) -> Stability:
-        """Which ranks of `allocate(budget)` would change within the sampling error of the scores?
+    def _equal_scores(self) -> dict[str, Tensor]:
+        return dict.fromkeys(self.targets, torch.ones((), device="cpu"))
 
-        The error is that of the batches as a sample of such data, random vectors included. To see
-        the Monte Carlo error of the random vectors alone, make one batch and give it many times.
-
-        Args:
-            budget, unit, min_rank, max_rank: as in `allocate`.
-            confidence: the share of resampled allocations that the answer holds for.
-            resamples: how many allocations are drawn within the errors.
-            generator: a torch.Generator or a seed, for the draws.
-
-        Raises:
-            RuntimeError: no `groups`, or `score` has not run.
-            ValueError: as `allocate`; fewer than 4 batches; an option out of its range.
-        """
-        if self.groups is None:
-            raise RuntimeError("stability needs scores by group: SensitivityLoRA(…, groups=10)")
+    def _last_measurement(self) -> Groups:
+        self._require_groups("stability")
         if self._groups is None:
             raise RuntimeError("stability needs scores: call score() first")
-        return self._stability_of(
-            self._groups,
-            budget=budget,
-            unit=unit,
-            min_rank=min_rank,
-            max_rank=max_rank,
-            confidence=confidence,
-            resamples=resamples,
-            generator=generator,
-        )
+        return self._groups
 
-    def settle(
-        self,
-        budget: int,
-        *,
-        max_moved: int = 0,
-        unit: Unit = "ranks",
-        min_rank: Bound = 0,
-        max_rank: Bound = None,
-        confidence: float = 0.95,
-        resamples: int = 300,
-        generator: torch.Generator | int = 0,
-    ) -> Stability:
-        """`score()`, but with no more batches than it takes until the ranks are settled.
-
-        `stability` is asked at `groups` batches, and whenever their number has doubled. Measuring
-        ends when at most `max_moved` ranks would move within the sampling error, or with the
-        batches. In that case the result's own `max_moved` tells how far the ranks are settled.
-
-        Args:
-            max_moved: how many ranks may still move.
-            budget, unit, min_rank, max_rank, confidence, resamples, generator: as in `stability`.
-
-        Raises:
-            RuntimeError: no `groups`.
-            ValueError: as `score` and `stability`.
-        """
+    def _require_groups(self, asked: str) -> int:
         if self.groups is None:
-            raise RuntimeError("settle needs scores by group: SensitivityLoRA(…, groups=10)")
-        stability_of = partial(
-            self._stability_of,
-            budget=budget,
-            unit=unit,
-            min_rank=min_rank,
-            max_rank=max_rank,
-            confidence=confidence,
-            resamples=resamples,
-            generator=generator,
-        )
-        groups = Groups(self.groups)
-        settled = None
+            raise RuntimeError(f"{asked} needs scores by group: SensitivityLoRA(…, groups=10)")
+        return self.groups
+
+    def _looks(self) -> Generator[Groups, None, None]:
+        groups = Groups(self._require_groups("settle"))
+        looked_at = 0
         with self._progress_bar() as batches:
             for _ in self._fill(groups, batches):
                 if len(groups) == groups.least:
-                    result = stability_of(groups)
-                    if isinstance(self.curvature, Pooled):  # all stop together, or none
-                        result = from_first(result, self.curvature.group)
-                    if result.max_moved <= max_moved:
-                        settled = result
-                        break
-        calibration = self._calibration(groups.mean(), groups)
-        if settled is None:
-            settled = stability_of(groups)
-        self._adopt(calibration)
-        return settled
+                    looked_at = groups.batches
+                    yield groups
+        if not groups.batches:
+            raise ValueError(NO_BATCH)
+        if groups.batches > looked_at:
+            yield groups
+
+    def _agreed(self, value: Value) -> Value:
+        if isinstance(self.curvature, Pooled):
+            return from_first(value, self.curvature.group)
+        return value
 
     def _progress_bar(self) -> Any:
         """The batches behind a bar."""
@@ -467,9 +405,11 @@ class SensitivityLoRA(ShareAllocator):
             warn_of_idle_layers(groups.idle())
         return Calibration(diagonals, sensitivity_metrics(metrics), groups)
 
-    def _adopt(self, calibration: Calibration) -> dict[str, Tensor]:
-        """Make a run's results the ones that this object answers from: all of them or, if anything
-        has raised before, none."""
+    def _adopt(self, groups: Groups) -> dict[str, Tensor]:
+        return self._store(self._calibration(groups.mean(), groups))
+
+    def _store(self, calibration: Calibration) -> dict[str, Tensor]:
+        """Make a run's results the ones that this object answers from."""
         metrics = calibration.metrics
         self._groups = calibration.groups
         self.curvatures = dict(calibration.diagonals)
@@ -479,27 +419,10 @@ class SensitivityLoRA(ShareAllocator):
         }
         return self.store_scores(dict(zip(self.targets, metrics.theta.unbind(), strict=True)))
 
-    def _stability_of(
-        self,
-        groups: Groups,
-        *,
-        budget: int,
-        unit: Unit,
-        min_rank: Bound,
-        max_rank: Bound,
-        confidence: float,
-        resamples: int,
-        generator: torch.Generator | int,
-    ) -> Stability:
-        """`stability`, of these measurements."""
-
+    def _stability_of(self, groups: Groups, constraints: Constraints, draws: Draws) -> Stability:
         def statistic(diagonals: Diagonals) -> Tensor:
             in_order = [diagonals[name] for name in self.targets]
             return smooth_metrics(in_order, self.topk_fraction, self.effective_share).flatten()
-
-        constraints = self._constraints(
-            dict.fromkeys(self.targets, torch.ones(())), budget, unit, min_rank, max_rank
-        )
 
         def divide(theta: Tensor) -> Allocation:
             scores = dict(zip(self.targets, theta.unbind(), strict=True))
@@ -509,9 +432,9 @@ class SensitivityLoRA(ShareAllocator):
             theta_of_drawn,
             divide,
             groups.jackknife(statistic),
-            confidence=confidence,
-            resamples=resamples,
-            generator=as_generator(generator),
+            confidence=draws.confidence,
+            resamples=draws.resamples,
+            generator=as_generator(draws.generator),
             batches=groups.batches,
         )
         dominant = dominant_modules(

@@ -34,7 +34,8 @@ Departures from the paper, and what it leaves open:
   words or tokens needs `batch_weight`, their number.
 - The average of Eq 10 is over all sampled coalitions, those without the rank included.
 - The coalitions come from `generator`, the same ones at every `score()`. Standard errors are
-  reported.
+  reported, and `settle` stops before all coalitions are measured if the ranks are sure enough: see
+  settling.py.
 - The paper's ablations are one argument each: `coalitions=0` (plain sensitivity), 18 or 900 masks,
   `importance="magnitude"` (|w| in place of |w · ∂L/∂w|), and the training data as `batches`.
 - The second stage may use any form of the layer: `gate=0.0` again as in the paper, or plain LoRA.
@@ -43,8 +44,11 @@ Departures from the paper, and what it leaves open:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -52,7 +56,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from tqdm.auto import tqdm
 
-from ..checks import require, require_batches, require_function, warn_caller
+from ..budget import flat_scores
+from ..checks import as_generator, require, require_batches, require_function, warn_caller
 from ..distributed import (
     check_same,
     from_first,
@@ -71,9 +76,11 @@ from ..measure import (
     repeatable,
     with_hint_at_one_batch,
 )
-from ..shapley import coalition_masks, standard_error
+from ..shapley import COALITIONS_PER_REPEAT, coalition_masks, standard_error
 from ..tensor_bytes import checksum
 from .allocator import RankScoreAllocator
+from .constraints import Constraints
+from .dominance import dominant_modules
 from .masked_gates import (
     Adapter,
     WeightedBatch,
@@ -86,6 +93,8 @@ from .masked_gates import (
     weighted_batches,
     wide,
 )
+from .settling import Draws, SettlingAllocator, Value
+from .stability import Stability, of_mean, resampled_stability
 
 Importance = Literal["sensitivity", "magnitude"]
 
@@ -115,7 +124,22 @@ def san(ipt_gate: Tensor, ipt_P: Tensor, ipt_Q: Tensor) -> Tensor:
     return ipt_gate + in_P + in_Q
 
 
-class ShapLoRA(RankScoreAllocator):
+class Sample(NamedTuple):
+    """What was measured of some coalitions."""
+
+    layers: dict[str, LoRALinear]  # whose ranks are the players
+    sans: Tensor  # SAN of every player in every coalition, (coalitions, players)
+
+    def scores(self) -> Tensor:
+        """Eqs 9, 10: (players,)"""
+        return self.sans.mean(0)
+
+    def pairs(self) -> Tensor | None:
+        """The means over a coalition and its complement, (pairs, players); None without pairs."""
+        return (self.sans[0::2] + self.sans[1::2]) / 2 if len(self.sans) > 1 else None
+
+
+class ShapLoRA(RankScoreAllocator, SettlingAllocator[Sample]):
     """Ranks after a first training, by their Shapley sensitivity; one global pruning by score.
 
     To train anew, give the Allocation to `wrap` and the untouched model. To prune in place, give it
@@ -124,9 +148,11 @@ class ShapLoRA(RankScoreAllocator):
     Args:
         model: with gated LoRA layers, wrap(model, ranks, gate=0.0), trained; not changed.
         loss_fn: (model, batch) -> scalar mean loss.
-        batches: validation data, iterated once by each `score()` and held until it ends.
-        coalitions: how many; a multiple of 18 (see `shapley.coalition_masks`). 0: no coalitions,
-            all ranks are on, the paper's ablation "sensitivity".
+        batches: validation data, iterated once by each `score()` or
+            `settle()` and held until it ends.
+        coalitions: how many, with `settle` at most; a multiple of 18 (see
+            `shapley.coalition_masks`). 0: no coalitions, all ranks are on, the paper's ablation
+            "sensitivity".
         importance: "magnitude" takes ipt(w) = |w| in Eq 7, without data and coalitions: an
             ablation.
         batch_weight: batch -> number, what the mean loss of a batch is a mean over. Default: the
@@ -145,9 +171,11 @@ class ShapLoRA(RankScoreAllocator):
     adapters alone; and two forward passes of one batch, to see that the loss repeats. float16
     adapters lose small gradients: wrap with dtype=torch.float32.
 
-    After `score()`, `standard_errors` holds those of the scores, {name: (r,)}, over the pairs of a
-    coalition and its complement (empty without coalitions). They treat the fixed grid of p as
-    random, so they are too large rather than too small.
+    After `score()` or `settle()`, `standard_errors` holds those of the scores, {name: (r,)}, over
+    the pairs of a coalition and its complement (empty without coalitions). They treat the fixed
+    grid of p as random, so they are too large rather than too small. `stability` and `settle` rest
+    on the same pairs, and say nothing about how the scores would change with other validation data.
+    A call that raises leaves the errors and the scores as they were.
 
     Raises:
         TypeError: an argument of the wrong kind; a single mapping as `batches`.
@@ -170,9 +198,14 @@ class ShapLoRA(RankScoreAllocator):
     {'0': (2,), '1': (1,)}
     >>> shaplora.allocate(2).keep  # the rank whose gate is almost 0 is pruned
     {'0': tensor([ True, False]), '1': tensor([True])}
+    >>> shaplora.stability(2).max_moved  # with other coalitions
+    0
+    >>> shaplora.settle(2).coalitions  # so many of the 90 are enough
+    18
     """
 
     method = "ShapLoRA"
+    _more = "Give a larger coalitions="
 
     def __init__(
         self,
@@ -212,6 +245,7 @@ class ShapLoRA(RankScoreAllocator):
             generator = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         self.seed = generator
         self.standard_errors: dict[str, Tensor] = {}
+        self._sample: Sample | None = None  # of the last run
         # Refuse a model that cannot be scored, and a wrong number of coalitions, at once.
         self._masks(scorable_layers(model))
 
@@ -226,21 +260,30 @@ class ShapLoRA(RankScoreAllocator):
                 is not deterministic or takes no gradient through a layer that it calls; a model
                 that was not trained, whose gates or scores are all zero.
         """
+        layers = self._trained_layers()
+        if self.importance == "magnitude":
+            return self._adopt(Sample(layers, _all_san(_magnitudes(layers))[None]))
+        return self._adopt(Sample(layers, self._sensitivities(layers)))
+
+    def _trained_layers(self) -> dict[str, LoRALinear]:
         layers = scorable_layers(self.model)
         if not any(adapter.gate.any() for adapter in adapters(layers).values()):
             raise ValueError(
                 "every gate is zero, as wrap(model, ranks, gate=0.0) leaves them: "
                 "train the model first"
             )
-        if self.importance == "magnitude":
-            sample = _all_san(_magnitudes(layers))[None]
-        else:
-            sample = self._sensitivities(layers)
-        scores = by_module(sample.mean(0), layers)  # Eqs 9, 10
+        return layers
+
+    def _adopt(self, sample: Sample) -> dict[str, Tensor]:
+        """Make a sample the one that this object answers from, unless its scores are wrong."""
+        scores = by_module(sample.scores(), sample.layers)  # Eqs 9, 10
         self._check_scores(scores)
-        pairs = (sample[0::2] + sample[1::2]) / 2 if len(sample) > 1 else None
-        self.standard_errors = {} if pairs is None else by_module(standard_error(pairs), layers)
-        return self.store_scores(scores)
+        stored = self.store_scores(scores)
+        pairs = sample.pairs()
+        errors = None if pairs is None else standard_error(pairs)
+        self.standard_errors = {} if errors is None else by_module(errors, sample.layers)
+        self._sample = sample
+        return stored
 
     def _masks(self, layers: Mapping[str, LoRALinear]) -> Tensor:
         """The coalitions: bool (coalitions, ranks of all layers). Without coalitions one of all."""
@@ -252,6 +295,15 @@ class ShapLoRA(RankScoreAllocator):
     def _sensitivities(self, layers: Mapping[str, LoRALinear]) -> Tensor:
         """SAN of every player in every coalition: (coalitions, players)."""
         masks = self._masks(layers)
+        with self._measuring(layers, masks) as sensitivities:
+            return sensitivities(masks)
+
+    @contextmanager
+    def _measuring(
+        self, layers: Mapping[str, LoRALinear], masks: Tensor
+    ) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Inside the block, a function measures some of the `masks`: it returns SAN of every player
+        in these coalitions, (coalitions, players)."""
         loss_fn = with_hint_at_one_batch(self.loss_fn, self.batches)
         # Leaving inference mode also turns gradients on.
         with (
@@ -263,17 +315,26 @@ class ShapLoRA(RankScoreAllocator):
             batches = repeatable(self.model, loss_fn, self.batches)
             if self.group is None:
                 data = weighted_batches(batches, self.batch_weight)
-                return self._sensitivities_of(masks, layers, data, cut_off)
-            check_same(self.model, self.group)
-            advice = "Give ShapLoRA the same coalitions= and generator= on all processes."
-            require_same("what coalitions are drawn", checksum({"": masks}), advice, self.group)
-            data = on_all(lambda: weighted_batches(batches, self.batch_weight), self.group)
-            self._require_same_data(data, self.group)
-            return shared_out(
-                masks,
-                lambda own: self._sensitivities_of(own, layers, data, cut_off),
-                self.group,
-            )
+            else:
+                check_same(self.model, self.group)
+                advice = "Give ShapLoRA the same coalitions= and generator= on all processes."
+                require_same("what coalitions are drawn", checksum({"": masks}), advice, self.group)
+                data = on_all(lambda: weighted_batches(batches, self.batch_weight), self.group)
+                self._require_same_data(data, self.group)
+            processes = 1 if self.group is None else dist.get_world_size(self.group)
+            with self._progress_bar(math.ceil(len(masks) / processes)) as bar:
+
+                def measure(some: Tensor) -> Tensor:
+                    return self._sensitivities_of(some, layers, data, cut_off, bar)
+
+                if self.group is None:
+                    yield measure
+                else:
+                    yield partial(shared_out, measure=measure, group=self.group)
+
+    def _progress_bar(self, total: int) -> Any:
+        disable = None if self.progress else True  # None: show it where there is a terminal
+        return tqdm(total=total, desc="coalitions", disable=disable, leave=False)
 
     def _sensitivities_of(
         self,
@@ -281,13 +342,14 @@ class ShapLoRA(RankScoreAllocator):
         layers: Mapping[str, LoRALinear],
         data: list[WeightedBatch],
         cut_off: set[str],
+        bar: Any,
     ) -> Tensor:
         """SAN of every player in these coalitions: (coalitions, players)."""
-        disable = None if self.progress else True  # None: show it where there is a terminal
         sample = []
-        for mask in tqdm(masks, desc="coalitions", disable=disable, leave=False):
+        for mask in masks:
             with coalition(layers, mask):  # Eq 6
                 sample.append(self._sensitivity(layers, data, cut_off))
+            bar.update()
         return torch.stack(sample)
 
     @torch.no_grad()
@@ -338,6 +400,58 @@ class ShapLoRA(RankScoreAllocator):
                     "the model (use_reentrant=False)"
                 )
         return _all_san(_importance(w, gradients[name]) for name, w in weights.items())
+
+    def _equal_scores(self) -> dict[str, Tensor]:
+        layers = scorable_layers(self.model)
+        return {name: torch.ones(layer.rank, device="cpu") for name, layer in layers.items()}
+
+    def _last_measurement(self) -> Sample:
+        self._require_coalitions("stability")
+        if self._sample is None:
+            raise RuntimeError("stability needs scores: call score() first")
+        self._require_fresh_scores()
+        return self._sample
+
+    def _require_coalitions(self, asked: str) -> None:
+        if self.coalitions == 0 or self.importance == "magnitude":
+            raise RuntimeError(
+                f"{asked} needs a sample of coalitions, by which scores vary: "
+                'ShapLoRA(…, coalitions=90, importance="sensitivity")'
+            )
+
+    def _looks(self) -> Generator[Sample, None, None]:
+        self._require_coalitions("settle")
+        layers = self._trained_layers()
+        masks = self._masks(layers)
+        with self._measuring(layers, masks) as sensitivities:
+            sans = sensitivities(masks[:COALITIONS_PER_REPEAT])
+            while True:
+                sample = Sample(layers, sans)
+                self._check_scores(by_module(sample.scores(), layers))
+                yield sample
+                if len(sans) == len(masks):
+                    return
+                sans = torch.cat([sans, sensitivities(masks[len(sans) : 2 * len(sans)])])
+
+    def _agreed(self, value: Value) -> Value:
+        return value if self.group is None else from_first(value, self.group)
+
+    def _stability_of(self, sample: Sample, constraints: Constraints, draws: Draws) -> Stability:
+        pairs = sample.pairs()
+        assert pairs is not None  # _require_coalitions() has asked
+        by_name = by_module(sample.scores(), sample.layers)
+        stability = resampled_stability(
+            lambda scores: scores,
+            lambda scores: self._divide(by_module(scores, sample.layers), constraints),
+            of_mean(sample.scores(), pairs),
+            confidence=draws.confidence,
+            resamples=draws.resamples,
+            generator=as_generator(draws.generator),
+            coalitions=len(sample.sans),
+            scored=list(flat_scores({name: score.tolist() for name, score in by_name.items()})),
+        )
+        dominant = dominant_modules(stability.allocation.ranks, constraints, {})
+        return replace(stability, dominant=tuple(dominant))
 
     def _check_scores(self, scores: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless the scores are finite, and not all zero."""

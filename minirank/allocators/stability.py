@@ -1,24 +1,29 @@
 """How sure is an allocation, and how much data is enough for it?
 
-`SensitivityLoRA.stability` asks which ranks would change within the sampling error of the scores.
-`SensitivityLoRA.settle` asks it again and again while it measures, and stops when the ranks are
-sure enough. Both are in sensitivity.py; the statistics are here:
+`stability` of SensitivityLoRA and ShapLoRA asks which ranks would change within the sampling error
+of the scores. `settle` asks it again and again while it measures, and stops when the ranks are sure
+enough. Both are in settling.py; the statistics are here:
 
-1. Calibration batches are measured in groups. Leaving out each group in turn (the jackknife) tells
-   how the metrics of the diagonals vary with the data, random vectors included. For groups of
-   unequal weight this is the delete-a-group jackknife of Busing, Meijer and van der Leeden (1999).
-2. New metrics of all modules are drawn jointly from a t-distribution with these errors.
+1. How does what was measured vary?
+   - SensitivityLoRA measures calibration batches in groups. Leaving out each group in turn (the
+     jackknife) tells how the metrics of the diagonals vary with the data, random vectors included.
+     For groups of unequal weight this is the delete-a-group jackknife of Busing, Meijer and van der
+     Leeden (1999).
+   - ShapLoRA's scores are means over pairs of a coalition and its complement (`of_mean`).
+2. New metrics of all modules, or scores of all ranks, are drawn jointly from a t-distribution with
+   these errors.
 3. They go through the remaining equations, to the scores and ranks that could as well have come
    out.
 
-The paper of Sensitivity-LoRA states no sampling errors: all of this is an addition. 95 % intervals
-of θ cover 95 % in simulation (the tests ask for 92 to 98).
+The papers state no sampling errors: all of this is an addition. 95 % intervals of θ cover 95 % in
+simulation (the tests ask for 92 to 98).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -66,6 +71,20 @@ class Jackknife(NamedTuple):
 
     value: Tensor  # (n,), of all batches
     deviations: Tensor  # D, (groups, n): Dᵀ D is the covariance of `value`
+
+
+def of_mean(mean: Tensor, samples: Tensor) -> Jackknife:
+    """A mean of independent samples, and how it varies.
+
+    Args:
+        mean: (n,)
+        samples: (groups, n), of which it is the mean.
+
+    >>> of_mean(torch.tensor([2.0]), torch.tensor([[1.0], [2.0], [3.0]])).deviations.square().sum()
+    tensor(0.3333)
+    """
+    groups = len(samples)
+    return Jackknife(mean, (samples - samples.mean(0)) / math.sqrt(groups * (groups - 1)))
 
 
 class Group(NamedTuple):
@@ -227,7 +246,11 @@ def resample(value: Tensor, deviations: Tensor, count: int, generator: torch.Gen
     normal = standard_normal(groups)
     chi_squared = standard_normal(groups - 1).square().sum(1, keepdim=True)
     widening = ((groups - 1) / chi_squared).sqrt()
-    return value + widening * (normal @ deviations)
+    # A matrix product rounds some columns otherwise than others, and ties would not stay ties.
+    error = torch.zeros(count, len(value), dtype=torch.float64, device="cpu")
+    for factor, deviation in zip(normal.unbind(1), deviations, strict=True):
+        error.addcmul_(factor[:, None], deviation)
+    return value + widening * error
 
 
 @dataclass(frozen=True)
@@ -239,14 +262,18 @@ class Stability:
         confidence: the share of the resampled allocations that the intervals and `max_moved` hold.
         intervals: {module: (lowest, highest) rank}. Each module's interval holds for that module
             by itself, not for all modules at once.
-        score_intervals: {module: (lowest, highest) score}.
+        score_intervals: {what is scored: (lowest, highest) score}: "encoder.query" for a module,
+            "rank 2 of encoder.query" for a method that scores every rank.
         max_moved: the smallest m such that, in a share `confidence` of the resampled allocations,
             at most m ranks are in another module than in `allocation`.
         same: the share of the resampled allocations that equal `allocation`.
-        groups: groups of batches that the errors rest on.
-        batches: batches in these groups.
+        groups: how many measurements the errors rest on: groups of batches, or pairs of a coalition
+            and its complement.
+        batches: batches in these groups; 0 for ShapLoRA.
         dominant: modules that take so much of the budget that `allocate` warns of them. How sure
             the ranks are says nothing about that.
+        coalitions: coalitions in the pairs of ShapLoRA, each with its complement, as its
+            `coalitions=` counts them; 0 for SensitivityLoRA.
     """
 
     allocation: Allocation
@@ -258,6 +285,12 @@ class Stability:
     groups: int
     batches: int
     dominant: tuple[str, ...] = ()
+    coalitions: int = 0
+
+    @property
+    def measured(self) -> str:
+        """What was measured: "40 batches", or "90 coalitions"."""
+        return f"{self.coalitions} coalitions" if self.coalitions else f"{self.batches} batches"
 
     @property
     def open(self) -> dict[str, tuple[int, int]]:
@@ -269,10 +302,11 @@ class Stability:
     def __str__(self) -> str:
         ranks = self.allocation.ranks
         moved = f"at most {self.max_moved}" if self.max_moved else "none"
+        others = "other coalitions" if self.coalitions else "other data of this kind"
         lines = [
             f"{self.allocation.method}, {self.allocation.total_rank} ranks: with "
             f"{self.confidence:.0%} confidence {moved} of them would move",
-            f"with other data of this kind (from {self.batches} batches); {len(self.open)} of "
+            f"with {others} (from {self.measured}); {len(self.open)} of "
             f"{len(ranks)} modules are open, {self.same:.0%} of resampled allocations are the same",
         ]
         width = max((len(name) for name in self.open), default=0)
@@ -297,22 +331,22 @@ def resampled_stability(
     confidence: float,
     resamples: int,
     generator: torch.Generator,
-    batches: int,
+    batches: int = 0,
+    coalitions: int = 0,
+    scored: Sequence[str] | None = None,
 ) -> Stability:
     """Which ranks change when the metrics are drawn anew within their errors.
 
     Args:
-        score: metrics (n,) → one score per module, in the order of divide(scores).ranks.
+        score: metrics (n,) → scores.
         divide: scores → Allocation.
-        batches: for the report.
+        batches, coalitions: for the report.
+        scored: what the scores are of. None: of the modules, in the order of divide(scores).ranks.
 
     Raises:
         ValueError: `confidence` or `resamples` is out of its range, or whatever `divide` raises.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be above 0 and below 1 (0.95: 95 %), got {confidence!r}")
-    if resamples < 2:
-        raise ValueError(f"resamples must be at least 2, got {resamples}")
+    check_draws(confidence, resamples)
     allocation = divide(score(metrics.value))
     drawn = resample(metrics.value, metrics.deviations, resamples, generator)
     scores = torch.stack([score(one) for one in drawn])
@@ -328,12 +362,21 @@ def resampled_stability(
             name: (int(low), int(high))
             for name, (low, high) in _intervals(names, ranks, confidence).items()
         },
-        _intervals(names, scores, confidence),
+        _intervals(names if scored is None else scored, scores, confidence),
         int(moved.quantile(confidence, interpolation="higher")),
         float((moved == 0).double().mean()),
         len(metrics.deviations),
         batches,
+        coalitions=coalitions,
     )
+
+
+def check_draws(confidence: float, resamples: int) -> None:
+    """Raise ValueError unless allocations can be drawn so."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be above 0 and below 1 (0.95: 95 %), got {confidence!r}")
+    if resamples < 2:
+        raise ValueError(f"resamples must be at least 2, got {resamples}")
 
 
 def _moved_ranks(ranks: Tensor, allocation: Allocation) -> Tensor:
@@ -347,10 +390,12 @@ def _moved_ranks(ranks: Tensor, allocation: Allocation) -> Tensor:
     return torch.maximum(change.clamp(min=0).sum(1), (-change).clamp(min=0).sum(1))
 
 
-def _intervals(names: list[str], values: Tensor, confidence: float) -> dict[str, tuple[Any, Any]]:
-    """{module: (low, high)}: they hold a share `confidence` of the module's values.
+def _intervals(
+    names: Sequence[str], values: Tensor, confidence: float
+) -> dict[str, tuple[Any, Any]]:
+    """{name: (low, high)}: they hold a share `confidence` of its values.
 
-    values: (resamples, modules).
+    values: (resamples, names).
     """
     low = values.quantile((1 - confidence) / 2, dim=0, interpolation="lower").tolist()
     high = values.quantile((1 + confidence) / 2, dim=0, interpolation="higher").tolist()

@@ -368,6 +368,17 @@ def test_the_dependence_on_the_coalitions_is_judged(tmp_path):
     assert all(-1.001 < value < 1.001 for value in figures["spearman"].values())
 
 
+def test_what_settling_saves_is_judged(tmp_path):
+    pytest.importorskip("tokenizers")
+    out = tmp_path / "figures.json"
+    assert "planted, training 0" in run(
+        "shaplora_settling.py", "--quick", "--out", out, cwd=tmp_path
+    )
+    figures = json.loads(out.read_text())["figures"]
+    assert [line["max_moved"] for line in figures] == [0, 2, 4, 7, 14]
+    assert all(18 <= line["measured"] <= 36 for line in figures)
+
+
 def test_spearman_shares_the_ranks_of_ties(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import torch

@@ -126,7 +126,9 @@ def pooled_stability(batches):
 def _sure_ranks(allocator):
     theta = allocator.score()
     stability, ranks = allocator.stability(BUDGET), allocator.allocate(BUDGET).ranks
-    settled = allocator.settle(BUDGET, max_moved=4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the ranks are not settled")
+        settled = allocator.settle(BUDGET, max_moved=4)
     return (
         theta,
         ranks,
@@ -225,6 +227,20 @@ def shapley_scores(batches, coalitions, group=None):
 
 def shared_shapley_scores(batches, coalitions):
     return shapley_scores(batches, coalitions, dist.group.WORLD)
+
+
+def settled_shapley_scores(batches, max_moved, group=None):
+    shaplora = ShapLoRA(
+        trained_trial(), cross_entropy, batches, coalitions=36, group=group, progress=False
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the ranks are not settled")
+        result = shaplora.settle(4, max_moved=max_moved)
+    return shaplora._scores, shaplora.standard_errors, (result.coalitions, result.max_moved)
+
+
+def shared_settled_shapley_scores(batches, max_moved):
+    return settled_shapley_scores(batches, max_moved, dist.group.WORLD)
 
 
 def sharded_shapley_scores(batches):
