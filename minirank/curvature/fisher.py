@@ -44,7 +44,7 @@ def empirical_fisher(
     diagonal where the predicted probabilities are how often each label occurs, and vanishes where
     the model fits the labels perfectly. Entries are never negative.
     Variance: none on `batches`; the standard errors are over batches, as samples of more such data.
-    Cost: one forward and one backward pass per batch; for one batch also three products with the
+    Cost: one forward and one backward pass per batch; for one batch also two products with the
     Hessian, to see that samples do not interact. (This is not checked for a model that FSDP2 has
     sharded, which cannot be differentiated twice.)
 
@@ -106,4 +106,4 @@ def _mean_square(layer_calls: list[Call], gradients: list[Tensor]) -> Tensor:
     g = stack_positions([gradient.detach() for gradient in gradients], independent=True)[None]
     x = stacked_inputs(layer_calls, independent=True)
     squares, _ = outer_products(g, g, x, x)  # g: (1, n, T, d_out); x: (n, T, d_in)
-    return len(x) * squares
+    return squares.mul_(len(x))

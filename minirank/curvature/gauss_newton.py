@@ -24,7 +24,7 @@ from ..layers.names import named_modules, plain_name
 from ..layers.targets import Targets
 from ..measure import LossFn, batch_length
 from .averaging import check_tolerance
-from .diagnostics import check_independent
+from .diagnostics import Product, check_independent
 from .estimate import Estimate
 from .layer_outputs import (
     Calls,
@@ -113,7 +113,9 @@ def gauss_newton(
 
     def exact_diagonals(batch: Any) -> BatchDiagonals:
         forward = _forward(objective, head, output, batch, independent)
-        _check(forward)
+        _check_all_through_output(forward)
+        if independent:
+            check_independent([forward.y], all_shifts(forward.calls))
         return _exact_diagonals(forward, chunk_size)
 
     if samples is None:
@@ -127,8 +129,9 @@ def gauss_newton(
     ) -> Mapping[str, ProbedDiagonal | None]:
         forward = _forward(objective, head, output, batch, independent)
         if first_pass:
-            _check(forward)
-        return _squared_gradients(forward, random_signs(forward.y, count, generator))
+            _check_all_through_output(forward)
+        xi = random_signs(forward.y, count, generator)
+        return _squared_gradients(forward, xi, check=first_pass and independent)
 
     return mean_over_probes(
         objective, probe_batch, samples=samples, tolerance=tolerance, chunk_size=chunk_size
@@ -186,24 +189,30 @@ def _with_columns(y: Tensor, calls: Calls) -> Tensor:
     return y[:, None] if several_samples else y[None]
 
 
-def _check(forward: _Forward) -> None:
-    """Raise ValueError if samples interact, or if the loss depends on a layer not only through y.
+def _check_all_through_output(forward: _Forward) -> None:
+    """Raise ValueError if the loss depends on a layer not only through y.
 
-    If all ways lead through y, the chain rule gives ∂L/∂z = (∂y/∂z)ᵀ ∂L/∂y.
+    If all ways lead through y, the chain rule gives ∂L/∂z = (∂y/∂z)ᵀ ∂L/∂y. The loss was taken with
+    y as data, so a derivative that is left takes another way.
     """
     shifts = all_shifts(forward.calls)
-    if forward.independent:
-        check_independent([forward.y], shifts)
-    of_output, *direct = torch.autograd.grad(
-        forward.loss, [forward.output_shift, *shifts], retain_graph=True, materialize_grads=True
+    if not shifts:
+        return
+    direct = torch.autograd.grad(forward.loss, shifts, retain_graph=True, allow_unused=True)
+    if all(gradient is None for gradient in direct):
+        return
+    (of_output,) = torch.autograd.grad(
+        forward.loss, [forward.output_shift], retain_graph=True, materialize_grads=True
     )
     through_output = vector_jacobian_products(
         [forward.y], shifts, [of_output.view(1, *forward.y.shape)]
     )
     half_of_the_digits = torch.finfo(forward.y.dtype).eps ** 0.5
     for gradient, through in zip(direct, through_output, strict=True):
-        allowed = half_of_the_digits * float(gradient.abs().max())
-        if float((gradient - through[0]).abs().max()) > allowed:
+        if gradient is None:
+            continue
+        allowed = half_of_the_digits * float((gradient + through[0]).abs().max())
+        if float(gradient.abs().max()) > allowed:
             raise ValueError(
                 "the loss depends on a layer by another way than the output (an auxiliary loss, a "
                 "second head), which gauss_newton cannot see: name an output= through which all "
@@ -232,12 +241,19 @@ def _unit_vectors(y: Tensor, chunk_size: int) -> Iterator[Tensor]:
         yield xi.view(-1, n, T, C)
 
 
-def _squared_gradients(forward: _Forward, xi: Tensor) -> dict[str, ProbedDiagonal | None]:
-    """The squares of the gradient of y along S ξ, for each ξ of (K, n, T, C)."""
-    gradients = by_layer(
-        vector_jacobian_products([forward.y], all_shifts(forward.calls), [forward.half(xi)]),
-        forward.calls,
-    )
+def _squared_gradients(
+    forward: _Forward, xi: Tensor, *, check: bool = False
+) -> dict[str, ProbedDiagonal | None]:
+    """The squares of the gradient of y along S ξ, for each ξ of (K, n, T, C).
+
+    check: whether it is checked that samples do not interact.
+    """
+    shifts, S_xi = all_shifts(forward.calls), forward.half(xi)
+    products = vector_jacobian_products([forward.y], shifts, [S_xi])
+    if check:
+        first_of_each = Product([S_xi[0]], [product[0] for product in products])
+        check_independent([forward.y], shifts, first_of_each)
+    gradients = by_layer(products, forward.calls)
     squares: dict[str, ProbedDiagonal | None] = dict.fromkeys(forward.calls)
     for name, layer_calls in forward.calls.items():
         if layer_calls:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..layers.targets import Targets
 from ..measure import LossFn, batch_length
-from .diagnostics import check_independent
+from .diagnostics import Product, check_independent
 from .estimate import Estimate
 from .layer_outputs import (
     Call,
@@ -186,10 +186,11 @@ def hutchinson_outputs(
         gradients = output_gradients(loss, calls, differentiable=True)
         flat_gradients = in_call_order(gradients)
         shifts = all_shifts(calls)
-        if check:
-            check_independent(flat_gradients, shifts)
         signs = [random_signs(shift, count, generator) for shift in shifts]
         products = vector_jacobian_products(flat_gradients, shifts, signs)
+        if check:
+            first_of_each = Product([v[0] for v in signs], [Hv[0] for Hv in products])
+            check_independent(flat_gradients, shifts, first_of_each)
         v, Hv = by_layer(signs, calls), by_layer(products, calls)
         probed: dict[str, ProbedDiagonal | None] = dict.fromkeys(layers)
         for name, layer_calls in calls.items():

@@ -198,8 +198,10 @@ def vector_jacobian_products(
         )
     filled = []
     for product, variable in zip(products, variables, strict=True):
-        zeros = variable.new_zeros(count, *variable.shape)
-        filled.append(zeros if product is None else product if count > 1 else product[None])
+        if product is None:
+            filled.append(variable.new_zeros(count, *variable.shape))
+        else:
+            filled.append(product if count > 1 else product[None])
     return filled
 
 

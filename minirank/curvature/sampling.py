@@ -104,7 +104,7 @@ def _one_pass(
             if probed is None:
                 diagonals.add(name, None, weight * count)
                 continue
-            diagonals.add(name, probed.total / count, weight * count)
+            diagonals.add(name, probed.total.div_(count), weight * count)
             weighted = probed.traces * weight
             trace_sums[name] = trace_sums[name] + weighted if name in trace_sums else weighted
     if weight_sum == 0:
