@@ -10,12 +10,14 @@ ranks are found in the training itself. `study.py` has the protocol.
     … after warm-up          the same, on the model after a fifth of a uniform LoRA training
     shaplora, plain, …       ShapLoRA after a first training with twice the budget; "roomy": with
                              `max_rank` everywhere. "plain" leaves the coalitions out
-    singular values          of what a roomy first training has changed
-    l1ra                     with the paper's settings, and with the best of a search
+    singular values          of what a roomy first training has changed; "of outputs": with each
+                             input weighted by its mean square
+    l1ra                     with the paper's settings; from the budget with compare.py's; and
+                             from room, pruned to the budget at half of the training
     eva, adalora             PEFT's own: ranks that EVA finds, trained here; AdaLoRA's last ranks,
                              trained anew ("retrained"); and AdaLoRA as it is
 
-First trainings run at the middle of the grid of learning rates.
+First trainings run at `Task.first_rate`.
 """
 
 from __future__ import annotations
@@ -25,18 +27,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from study import (
-    KNOWN,
-    LARGEST,
-    UNIFORM,
-    Arm,
-    Context,
-    Ranks,
-    Trained,
-    best_known,
-    largest,
-    uniform,
-)
+from study import Arm, Context, Ranks, Trained, best_known, largest, uniform
+from study_results import KNOWN, LARGEST, UNIFORM
 from torch import nn
 
 from minirank import (
@@ -47,7 +39,6 @@ from minirank import (
     curvature,
     merge,
     unwrap,
-    wrap,
 )
 
 WARM_UP = 5  # one part in so many of a training comes before scoring "after warm-up"
@@ -74,14 +65,7 @@ def one_kind(kind: str, context: Context) -> Ranks | None:
 def warmed_up(context: Context) -> nn.Module:
     """The plain model after a short training of uniform LoRA, merged into its weights."""
     task = context.task
-    model = context.model()
-    wrap(
-        model,
-        uniform(context),
-        scaling=task.scaling,
-        trainable=task.trainable,
-        generator=context.seed,
-    )
+    model = context.wrapped(uniform(context))
     optimizer = task.optimizer(model, task.first_rate)
     task.train(model, context.seed, optimizer, steps=max(1, task.steps // WARM_UP))
     merge(model)
@@ -118,18 +102,10 @@ def sensitivity(
 def first_training(context: Context, size: str, gate: float | None) -> nn.Module:
     """LoRA at a larger size: "double" the budget, or "roomy", `max_rank` everywhere."""
     task = context.task
-    model = context.model()
     ranks = dict(context.upper)
     if size == "double":
         ranks = context.divide(dict.fromkeys(context.names, 1.0), budget=2 * context.budget)
-    wrap(
-        model,
-        ranks,
-        scaling=task.scaling,
-        gate=gate,
-        trainable=task.trainable,
-        generator=context.seed,
-    )
+    model = context.wrapped(ranks, gate)
     gate_lr = None if gate is None else task.gate_factor * task.first_rate
     optimizer = task.optimizer(model, task.first_rate, gate_lr)
     task.train(model, context.seed, optimizer, steps=task.steps)
@@ -154,10 +130,13 @@ def shaplora(context: Context, size: str, **options: Any) -> Ranks:
     return context.allocate(allocator)
 
 
-def by_singular_values(context: Context, size: str, gate: float | None = None) -> Ranks:
-    key = ("first", size, "plain" if gate is None else "gated")
-    model = context.shared(key, lambda: first_training(context, size, gate))
-    allocator = SingularValues(model)
+def by_singular_values(context: Context, size: str, *, of_outputs: bool = False) -> Ranks:
+    task = context.task
+    model = context.shared(
+        ("first", size, "plain"), lambda: first_training(context, size, gate=None)
+    )
+    data = (task.loss_fn, task.calibration(context.seed)) if of_outputs else ()
+    allocator = SingularValues(model, *data)
     allocator.score()
     return context.allocate(allocator)
 
@@ -173,47 +152,64 @@ def l1ra(
     gate_lr: float,
     weight_decay: float = 0.0,
     updates: int = 20,
+    start: float = 0.0,
     stop: float = 1.0,
+    roomy: bool = False,
+    min_rank: int = 1,
+    on_step: Callable[[L1RA], object] | None = None,
 ) -> Trained:
     """L1RA from uniform ranks.
 
     Args:
+        weight_decay: of A and B.
         updates: in the whole training.
-        stop: the share of the training in which ranks move.
+        start, stop: shares of the training, between which ranks move.
+        roomy: begin with `max_rank` everywhere. The first update then prunes down to the budget.
+        on_step: called with the allocator after each optimizer step, before the gates shrink.
     """
     task = context.task
-    model = context.model()
-    wrap(
-        model,
-        uniform(context),
-        scaling=task.scaling,
-        gate=1.0,
-        trainable=task.trainable,
-        generator=context.seed,
-    )
-    optimizer = task.optimizer(model, lr, gate_lr)
+    model = context.wrapped(dict(context.upper) if roomy else uniform(context), gate=1.0)
+    optimizer = task.optimizer(model, lr)  # L1RA takes the gates out, into a group without decay
     for group in optimizer.param_groups:
-        group["weight_decay"] = weight_decay  # L1RA sets that of the gates back to 0
+        group["weight_decay"] = weight_decay
     allocator = L1RA(
         model,
         optimizer,
         l1=l1,
         gate_lr=gate_lr,
         interval=max(1, task.steps // updates),
+        start=round(start * task.steps),
         stop=round(stop * task.steps),
         budget=context.budget,
         unit="parameters",
+        min_rank=min_rank,
         max_rank=task.max_rank,
         generator=context.seed,
     )
-    task.train(
-        model,
-        context.seed,
-        optimizer,
-        steps=task.steps,
-        on_step=lambda _: allocator.step(),
-    )
+
+    def after_step(_: int) -> None:
+        if on_step is not None:
+            on_step(allocator)
+        allocator.step()
+
+    task.train(model, context.seed, optimizer, steps=task.steps, on_step=after_step)
     return Trained(model, allocator.ranks)
+
+
+def l1ra_from_room(context: Context, lr: float) -> Trained:
+    """The best setting of planted_teacher_l1ra.py: the penalty alone takes half of the training."""
+    l1 = 0.1
+    return l1ra(
+        context,
+        lr,
+        l1=l1,
+        gate_lr=2 / (l1 * context.task.steps),
+        weight_decay=0.1,
+        start=0.5,
+        stop=0.5,
+        roomy=True,
+        min_rank=0,
+    )
 
 
 # ---- PEFT's own ----------------------------------------------------------------------------------
@@ -223,12 +219,12 @@ def eva(context: Context) -> Ranks:
     from peft_ranks import eva_ranks
 
     task = context.task
-    rank = max(1, round(context.budget / sum(context.costs.values())))
+    rank = context.average_rank
     ranks = eva_ranks(
         context.model(),
         context.names,
         task.calibration(context.seed),
-        lambda model, batch: task.loss_fn(model, batch),
+        task.loss_fn,
         rank=rank,
         max_rank=max(task.max_rank, rank),
     )
@@ -239,7 +235,7 @@ def adalora_training(context: Context, lr: float) -> Trained:
     from peft_ranks import adalora
 
     task = context.task
-    rank = max(1, round(context.budget / sum(context.costs.values())))
+    rank = context.average_rank
 
     def train(model: nn.Module, on_step: Callable[[int], object]) -> None:
         optimizer = task.optimizer(model, lr)
@@ -254,6 +250,7 @@ def adalora_training(context: Context, lr: float) -> Trained:
         scaling=task.scaling,
         train=train,
         trainable=task.trainable,
+        seed=context.seed,
     )
     return Trained(model, ranks)
 
@@ -285,7 +282,8 @@ ARMS: dict[str, Arm] = {
     "adalora retrained": Arm(adalora_retrained),
     "adalora": Arm(train=adalora_training),
     "l1ra, published": Arm(train=partial(l1ra, l1=5e-3, gate_lr=2e-2)),
-    "l1ra, searched": Arm(train=partial(l1ra, l1=0.3, gate_lr=0.05, stop=0.5)),
+    "l1ra, from the budget": Arm(train=partial(l1ra, l1=0.3, gate_lr=0.05, stop=0.5)),
+    "l1ra, from room": Arm(train=l1ra_from_room),
     "shaplora": Arm(partial(shaplora, size="double")),
     "plain": Arm(partial(shaplora, size="double", coalitions=0)),
     "magnitude": Arm(partial(shaplora, size="double", importance="magnitude")),
@@ -293,5 +291,6 @@ ARMS: dict[str, Arm] = {
     "plain, roomy": Arm(partial(shaplora, size="roomy", coalitions=0)),
     "magnitude, roomy": Arm(partial(shaplora, size="roomy", importance="magnitude")),
     "singular values": Arm(partial(by_singular_values, size="roomy")),
+    "singular values of outputs": Arm(partial(by_singular_values, size="roomy", of_outputs=True)),
     "singular values, double": Arm(partial(by_singular_values, size="double")),
 }

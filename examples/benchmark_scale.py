@@ -158,6 +158,9 @@ def measure(rank: int, count: int, port: int, path: str) -> None:
     if rank == 0:
         torch.save(results, path)
     dist.destroy_process_group()
+    # DDP keeps the group and its threads alive. A thread that frees a tensor while the interpreter
+    # is torn down aborts the process, so this process ends without that teardown.
+    os._exit(0)
 
 
 def measured(counts: Sequence[int]) -> dict[int, Measured]:

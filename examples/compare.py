@@ -263,18 +263,17 @@ def adalora_as_is(model: Tagger, data: Data, options: Options, seed: int) -> Tra
         trained = train(student, data.train, steps=options.steps, seed=seed, on_step=on_step)
         result.update(trained)
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # PEFT draws the adapters' start from the global generator
-        student, ranks = train_by_adalora(
-            model,
-            list(plan.ranks),
-            rank=rank,
-            start_rank=max(rank + 1, round(1.5 * rank)),
-            steps=options.steps,
-            scaling=SCALING,
-            train=train_the_copy,
-            trainable=["head"],
-        )
+    student, ranks = train_by_adalora(
+        model,
+        list(plan.ranks),
+        rank=rank,
+        start_rank=max(rank + 1, round(1.5 * rank)),
+        steps=options.steps,
+        scaling=SCALING,
+        train=train_the_copy,
+        trainable=["head"],
+        seed=seed,
+    )
     costs = {name: cost + 1 for name, cost in plan.costs.items()}  # an entry of E besides A and B
     allocation = replace(plan, ranks=ranks, costs=costs, method="AdaLoRA as is")
     return Trained(allocation, 0.0, result, model=student)

@@ -182,14 +182,14 @@ def adalora(
     train: Callable[[nn.Module, Callable[[int], None]], None],
     trainable: Sequence[str] = (),
     orthogonality: float = 0.5,
+    seed: int = 0,
 ) -> tuple[nn.Module, dict[str, int]]:
     """Train a copy of the model by PEFT's AdaLoRA, which prunes ranks by their importance.
 
     A layer computes W x + scaling · B (E ∘ A x), with start_rank triplets of a row of A, an entry
     of E and a column of B. PEFT trains all of them for the first 10 % of the steps, prunes down
     along a cubic curve, and trains the triplets that are left for the last 30 %. It prunes by
-    setting entries of E to 0, every max(1, steps // 100) steps. A and B start from PyTorch's global
-    generator: call torch.manual_seed first.
+    setting entries of E to 0, every max(1, steps // 100) steps.
 
     The scaling is constant: PEFT multiplies by alpha / (start_rank + 1e-5) whatever the rank is
     later, and alpha is chosen accordingly.
@@ -211,6 +211,7 @@ def adalora(
             steps - 1, while the gradients are still there (before the next zero_grad).
         trainable: full names of further modules to train, such as ["head"].
         orthogonality: the penalty's weight, PEFT's orth_reg_weight (0.5 is its default).
+        seed: of the starts of A and B. PyTorch's global generator is left as it was.
 
     Returns:
         The trained PEFT model, and {target: final rank, 0 where none}, in the order of `targets`.
@@ -256,7 +257,9 @@ def adalora(
         orth_reg_weight=0.0,
         target_modules=exact_pattern(targets),
     )
-    adapted: nn.Module = peft.get_peft_model(copy.deepcopy(model), config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # PEFT draws from the global generator
+        adapted: nn.Module = peft.get_peft_model(copy.deepcopy(model), config)
     tuner: Any = adapted.base_model
     layers = {
         name: module

@@ -107,8 +107,8 @@ class PlantedTeacher(Task):
         budget_factor: the budget over the parameters of the planted ranks.
     """
 
-    max_rank = 8
     rates = (1.2e-2, 2.4e-2, 4.8e-2)
+    first_rate = 2.4e-2
     seeds = tuple(range(10))
     tuning_seeds = tuple(range(5))
 
@@ -122,9 +122,8 @@ class PlantedTeacher(Task):
         self.planted, self.budget_factor, self.steps = planted, budget_factor, steps
         self.spectral_norm = spectral_norm
         self.max_rank = max(*planted, 8)
-        self.name = (
-            f"planted ranks {', '.join(map(str, planted))}, budget {budget_factor:g} of the need"
-        )
+        drawn = ", ".join(map(str, planted))
+        self.name = f"planted ranks {drawn}; budget {budget_factor:g} of the need"
         self._teachers: dict[int, Teacher] = {}
 
     def teacher(self, seed: int) -> Teacher:

@@ -49,6 +49,7 @@ from typing import Any, NamedTuple
 
 import torch
 from compare import mean_and_error, plus_minus
+from tagging import warm_up_then_decay
 from torch import Tensor, nn
 
 from minirank import Allocation, Allocator, SensitivityLoRA, UniformRanks, curvature, unwrap, wrap
@@ -151,6 +152,18 @@ def load_text(
     return Text(*parts)
 
 
+def load(folder: Path | None, *, quick: bool) -> tuple[nn.Module, Text]:
+    """SmolLM2 and the manual pages below the folder; if quick, a tiny Llama and some bytes."""
+    if quick:
+        brown = (Path(__file__).parent / "data" / "brown_dev.txt").read_text()
+        pages = [brown[at : at + 1000] for at in range(0, 20_000, 1000)]
+        return tiny_llama(), load_text(pages, lambda page: list(page.encode()), 32, (16, 8, 8))
+    if folder is None:
+        raise SystemExit("give --text FOLDER, or --quick: see the first lines of smollm2.py")
+    model, tokens = load_smollm2()
+    return model, load_text(manual_pages(folder), tokens, 128, (400, 16, 32))
+
+
 def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
     """Mean loss per token."""
     loss: Tensor = model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
@@ -222,10 +235,7 @@ def train(
 ) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    warmup = max(1, steps // 6)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-    )
+    schedule = warm_up_then_decay(optimizer, steps, max(1, steps // 6))
     order = sequence_order(len(text.train), batch_size, seed)
     model.train()
     for _ in range(steps):
@@ -369,16 +379,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write all figures to this JSON file; resume it")
     arguments = parser.parse_args()
 
-    if arguments.quick:
-        model = tiny_llama()
-        brown = (Path(__file__).parent / "data" / "brown_dev.txt").read_text()
-        pages = [brown[at : at + 1000] for at in range(0, 20_000, 1000)]
-        text = load_text(pages, lambda page: list(page.encode()), 32, (16, 8, 8))
-    elif arguments.text is None:
-        raise SystemExit("give --text FOLDER, or --quick: see this file's first lines")
-    else:
-        model, tokens = load_smollm2()
-        text = load_text(manual_pages(arguments.text), tokens, 128, (400, 16, 32))
+    model, text = load(arguments.text, quick=arguments.quick)
     steps = arguments.steps or (2 if arguments.quick else 20)
     options = {"model": type(model).__name__, "rank": arguments.rank}
     options |= {"steps": steps, "batch": arguments.batch}

@@ -26,9 +26,6 @@ runs again.
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +33,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from compare import mean_and_error, plus_minus
+from study_results import (
+    LARGEST,
+    UNIFORM,
+    Results,
+    has_headroom,
+    headroom_line,
+    paired,
+    save_plot,
+    table,
+)
+from tagging import warm_up_then_decay
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -44,7 +51,6 @@ from minirank import UniformRanks, linear_targets, wrap
 from minirank.budget import proportional_ranks
 
 Ranks = dict[str, int]
-UNIFORM, LARGEST, KNOWN = "uniform", "uniform, largest", "best known"
 
 
 class Task(ABC):
@@ -55,6 +61,7 @@ class Task(ABC):
         rank: the average rank, by which `budget` is counted unless a task counts another way.
         max_rank: no module gets more ranks, in any arm.
         rates: the grid of learning rates.
+        first_rate: the learning rate of first trainings.
         steps: of one training.
         seeds, tuning_seeds: see the protocol. The tuning seeds come first.
         scaling: of every adapter.
@@ -67,6 +74,7 @@ class Task(ABC):
     rank: int
     max_rank: int
     rates: tuple[float, ...]
+    first_rate: float
     steps: int
     seeds: tuple[int, ...]
     tuning_seeds: tuple[int, ...]
@@ -82,6 +90,10 @@ class Task(ABC):
     @abstractmethod
     def loss_fn(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean loss of a batch."""
+
+    def training_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss to train by. Default: `loss_fn`."""
+        return self.loss_fn(model, batch)
 
     def batch_weight(self, batch: Any) -> float:
         """What the loss of the batch is a mean over. Default: its number of samples."""
@@ -142,14 +154,11 @@ class Task(ABC):
 
         Gradients are clipped to norm 1. `on_step(step)` is called after each optimizer step.
         """
-        warmup = max(1, steps // 10)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda t: min((t + 1) / warmup, (steps - t) / max(1, steps - warmup))
-        )
+        schedule = warm_up_then_decay(optimizer, steps, max(1, steps // 10))
         data = self.training_batches(seed)
         model.train()
         for step in range(steps):
-            loss = self.loss_fn(model, next(data))
+            loss = self.training_loss(model, next(data))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -161,10 +170,10 @@ class Task(ABC):
 
     # ---- what follows from these ----------------------------------------------------------------
 
-    @property
-    def first_rate(self) -> float:
-        """The learning rate of first trainings: the middle of the grid."""
-        return self.rates[len(self.rates) // 2]
+    def about(self) -> dict[str, Any]:
+        """What `Results` keeps of a task."""
+        seeds, tuning = list(self.seeds), list(self.tuning_seeds)
+        return {"name": self.name, "seeds": seeds, "tuning_seeds": tuning}
 
     def names(self, model: nn.Module) -> list[str]:
         return list(linear_targets(model, self.targets))
@@ -190,67 +199,6 @@ class Task(ABC):
         return self.rank * sum(self.costs(self.model(seed)).values())
 
 
-# ---- results -------------------------------------------------------------------------------------
-
-
-class Results:
-    """All figures of one study, in a file that grows with every run.
-
-    Args:
-        path: None keeps them in memory.
-        settings: what the runs depend on. A file with other settings is refused.
-    """
-
-    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
-        self.path = path
-        self.content: dict[str, Any] = {"settings": dict(settings), "ranks": [], "runs": []}
-        if path is not None and path.exists():
-            self.content = json.loads(path.read_text())
-            if self.content["settings"] != json.loads(json.dumps(dict(settings))):
-                raise SystemExit(
-                    f"{path} holds runs with {self.content['settings']}, not {dict(settings)}: "
-                    "give another --out"
-                )
-
-    def save(self) -> None:
-        if self.path is not None:
-            unfinished = self.path.with_suffix(".part")
-            unfinished.write_text(json.dumps(self.content, indent=1) + "\n")
-            unfinished.replace(self.path)
-
-    def find(self, table: str, **keys: Any) -> dict[str, Any] | None:
-        records: list[dict[str, Any]] = self.content[table]
-        return next((r for r in records if all(r[k] == v for k, v in keys.items())), None)
-
-    def add(self, table: str, record: dict[str, Any]) -> None:
-        self.content[table].append(record)
-        self.save()
-
-    def tried(self, arm: str, seeds: Sequence[int]) -> dict[float, float]:
-        """{learning rate: mean development loss} over the seeds, of rates that all of them had."""
-        by_rate: dict[float, dict[int, float]] = {}
-        for run in self.content["runs"]:
-            if run["arm"] == arm and run["seed"] in seeds:
-                by_rate.setdefault(run["lr"], {})[run["seed"]] = run["dev"]
-        return {
-            rate: statistics.fmean(losses.values())
-            for rate, losses in sorted(by_rate.items())
-            if len(losses) == len(seeds)
-        }
-
-    def best_rate(self, arm: str, seeds: Sequence[int]) -> float:
-        tried = self.tried(arm, seeds)
-        return min(tried, key=lambda rate: tried[rate])
-
-    def losses(self, arm: str, task: Task, figure: str = "test") -> dict[int, float]:
-        """{seed: loss at the arm's learning rate}"""
-        if not self.tried(arm, task.tuning_seeds):
-            return {}
-        rate = self.best_rate(arm, task.tuning_seeds)
-        runs = (self.find("runs", arm=arm, seed=seed, lr=rate) for seed in task.seeds)
-        return {run["seed"]: run[figure] for run in runs if run is not None}
-
-
 # ---- arms ----------------------------------------------------------------------------------------
 
 
@@ -258,7 +206,8 @@ class Context:
     """One task and seed, and what several arms share there: first trainings run once.
 
     Attributes:
-        seconds: processor seconds of what the present arm has used, shared trainings included.
+        shared_seconds: processor seconds that the present arm owes for shared trainings that its
+            own clock has not seen.
     """
 
     def __init__(self, task: Task, seed: int) -> None:
@@ -313,11 +262,27 @@ class Context:
     def cost_of(self, ranks: Mapping[str, int]) -> int:
         return sum(rank * self.costs[name] for name, rank in ranks.items())
 
+    @property
+    def average_rank(self) -> int:
+        """The whole number nearest to the average rank at the budget, at least 1."""
+        return max(1, round(self.budget / sum(self.costs.values())))
+
+    def wrapped(self, ranks: Mapping[str, int], gate: float | None = None) -> nn.Module:
+        """The model with adapters of these ranks, before the training."""
+        model, task = self.model(), self.task
+        wrap(
+            model,
+            ranks,
+            scaling=task.scaling,
+            gate=gate,
+            trainable=task.trainable,
+            generator=self.seed,
+        )
+        return model
+
     def train(self, ranks: Mapping[str, int], lr: float) -> nn.Module:
         """Plain LoRA with these ranks."""
-        model = self.model()
-        task = self.task
-        wrap(model, ranks, scaling=task.scaling, trainable=task.trainable, generator=self.seed)
+        model, task = self.wrapped(ranks), self.task
         task.train(model, self.seed, task.optimizer(model, lr), steps=task.steps)
         return model
 
@@ -385,7 +350,8 @@ def run_arm(
     if arm.train is not None:
         context.shared_seconds = 0.0
         model, ranks = arm.train(context, lr)
-        results.add("ranks", _ranks_record(name, context, ranks, 0.0) | {"lr": lr})
+        # Written together with the run below, so that an interruption loses both or none.
+        results.add("ranks", _ranks_record(name, context, ranks, 0.0) | {"lr": lr}, save=False)
     else:
         assert arm.ranks is not None
         record = results.find("ranks", arm=name, seed=seed)
@@ -422,7 +388,7 @@ def run(task: Task, arms: Mapping[str, Arm], results: Results, *, gate: bool = T
     first = [name for name in (UNIFORM, LARGEST) if name in arms]
     run_some(task, arms, first, results)
     if gate and LARGEST in arms:
-        mean, error = paired(results.losses(LARGEST, task), results.losses(UNIFORM, task))
+        mean, error = paired(results.losses(LARGEST), results.losses(UNIFORM))
         print(headroom_line(mean, error))
         if not has_headroom(mean, error):
             return False
@@ -441,8 +407,7 @@ def run_some(task: Task, arms: Mapping[str, Arm], names: Sequence[str], results:
                 rates: Sequence[float] = task.rates
             else:
                 # An arm without figures for the tuning seeds knows no ranks for this task.
-                known = results.tried(name, tuning)
-                rates = [results.best_rate(name, tuning)] if known else []
+                rates = [results.best_rate(name)] if results.tried(name) else []
             for lr in rates:
                 if results.find("runs", arm=name, seed=seed, lr=lr) is not None:
                     progress.skip()
@@ -450,90 +415,6 @@ def run_some(task: Task, arms: Mapping[str, Arm], names: Sequence[str], results:
                 context = context or Context(task, seed)
                 line = run_arm(results, arms, name, context, lr)
                 progress.step(line) if line else progress.skip()
-
-
-# ---- judging -------------------------------------------------------------------------------------
-
-
-def paired(losses: Mapping[int, float], base: Mapping[int, float]) -> tuple[float, float | None]:
-    """Mean and standard error of losses - base, over the seeds that both have."""
-    return mean_and_error([losses[seed] - base[seed] for seed in losses if seed in base])
-
-
-def has_headroom(mean: float, error: float | None) -> bool:
-    """Whether a difference in loss is below zero by two standard errors."""
-    return error is not None and mean < -2 * error
-
-
-def headroom_line(mean: float, error: float | None) -> str:
-    verdict = "headroom" if has_headroom(mean, error) else "no headroom"
-    difference = plus_minus(mean, error, 4, "+")
-    return f"gate: uniform ranks of the largest size differ by {difference}: {verdict}"
-
-
-def gap_closed(
-    losses: Mapping[int, float], uniform: Mapping[int, float], best: Mapping[int, float]
-) -> tuple[float, float | None]:
-    """The share of the gap between uniform and best losses that is closed: mean, standard error.
-
-    It is taken per seed: (uniform - loss) / (uniform - best). 1 is as good as the best, 0 as
-    uniform, and below 0 is worse than uniform.
-
-    >>> gap_closed({0: 0.25, 1: 1.0}, {0: 1.0, 1: 1.0}, {0: 0.0, 1: 0.0})
-    (0.375, 0.375)
-    """
-    shares = [
-        (uniform[s] - losses[s]) / (uniform[s] - best[s])
-        for s in losses
-        if s in uniform and s in best
-    ]
-    return mean_and_error(shares)
-
-
-def table(task: Task, arms: Sequence[str], results: Results, seeds: Sequence[int]) -> str:
-    """One row for each arm that has figures, over these seeds."""
-
-    def of(arm: str) -> dict[int, float]:
-        return {s: v for s, v in results.losses(arm, task).items() if s in seeds}
-
-    base, best = of(UNIFORM), of(KNOWN)
-    width = max(len(name) for name in arms)
-    rates = ", ".join(f"{rate:g}" for rate in task.rates)
-    lines = [
-        f"{task.name}: {task.steps} steps, at most {task.max_rank} ranks a layer, "
-        f"seeds {', '.join(map(str, seeds))}; learning rates {rates}",
-        f"{'arm':<{width}} {'parameters':>10} {'lr':>6} {'test loss':>18} {'difference':>20} "
-        f"{'gap closed':>14} {'to find, s':>10}",
-    ]
-    for arm in arms:
-        losses = of(arm)
-        if not losses:
-            continue
-        rate = results.best_rate(arm, task.tuning_seeds)
-        records = [
-            r
-            for r in results.content["ranks"]
-            if r["arm"] == arm and r["seed"] in losses and r.get("lr", rate) == rate
-        ]
-        parameters = statistics.fmean(r["parameters"] for r in records)
-        seconds = statistics.fmean(r["seconds"] for r in records)
-        loss = plus_minus(*mean_and_error(list(losses.values())), digits_of(base))
-        difference = gap = ""
-        if arm != UNIFORM:
-            difference = plus_minus(*paired(losses, base), digits_of(base), "+")
-        if best:
-            gap = plus_minus(*gap_closed(losses, base, best), 2, "+")
-        lines.append(
-            f"{arm:<{width}} {parameters:>10,.0f} {rate:>6g} {loss:>18} {difference:>20} "
-            f"{gap:>14} {seconds:>10.1f}"
-        )
-    return "\n".join(lines)
-
-
-def digits_of(losses: Mapping[int, float]) -> int:
-    """So many decimals that the mean loss has four digits that count."""
-    mean = statistics.fmean(losses.values()) if losses else 1.0
-    return max(4, 3 - math.floor(math.log10(mean))) if mean > 0 else 4
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -569,7 +450,7 @@ def run_study(
     """Run a task with the arms of arms.py, and print its table.
 
     Args:
-        settings: what the runs depend on, besides the task's steps, rates and largest rank.
+        settings: what the runs depend on, besides the task's steps, first rate and largest rank.
         arms: by default. None: all.
         halves: report on the tuning seeds and on the others apart.
     """
@@ -591,12 +472,12 @@ def run_study(
     chosen = {name: arm for name, arm in ARMS.items() if name in {UNIFORM, *names}}
     results = Results(
         options.out,
+        task.about(),
         {
             **settings,
             "steps": task.steps,
             "max_rank": task.max_rank,
-            "rates": list(task.rates),
-            "tuning_seeds": list(task.tuning_seeds),
+            "first_rate": task.first_rate,
             "torch": torch.__version__,
         },
     )
@@ -606,34 +487,6 @@ def run_study(
         others = [seed for seed in task.seeds if seed not in task.tuning_seeds]
         groups = [list(task.tuning_seeds), others, list(task.seeds)]
     for seeds in groups:
-        print(f"\n{table(task, list(chosen), results, seeds)}")
+        print(f"\n{table(results, list(chosen), seeds)}")
     if options.plot is not None:
-        save_plot(options.plot, task, list(chosen), results, groups[-1])
-
-
-def save_plot(
-    path: Path, task: Task, arms: Sequence[str], results: Results, seeds: Sequence[int]
-) -> None:
-    """One dot for each arm: the loss over that of uniform ranks, each seed in grey."""
-    from matplotlib.figure import Figure
-
-    base = results.losses(UNIFORM, task)
-    ratios = {}
-    for arm in arms:
-        losses = results.losses(arm, task)
-        values = [losses[s] / base[s] for s in seeds if s in losses and s in base]
-        if values and arm != UNIFORM:
-            ratios[arm] = values
-    figure = Figure(figsize=(7, 0.8 + 0.28 * len(ratios)), layout="constrained")
-    axes = figure.subplots()
-    for y, values in enumerate(ratios.values()):
-        axes.plot(values, [y] * len(values), ".", color="0.75", markersize=5)
-        axes.plot(statistics.geometric_mean(values), y, "o", color="C0")
-    axes.set_yticks(range(len(ratios)), list(ratios))
-    axes.invert_yaxis()
-    axes.axvline(1.0, color="0.4", linewidth=1)
-    if any(min(values) < 0.5 for values in ratios.values()):
-        axes.set_xscale("log")
-    axes.set_xlabel("test loss over that of uniform ranks (blue: geometric mean over the seeds)")
-    axes.set_title(task.name, fontsize=10)
-    figure.savefig(path, dpi=130)
+        save_plot(options.plot, results, list(chosen), groups[-1])

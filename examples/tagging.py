@@ -220,6 +220,15 @@ def make_optimizer(
     )
 
 
+def warm_up_then_decay(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Learning rates that rise over `warmup` of the steps, then fall linearly to 0."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    )
+
+
 def train(
     model: nn.Module,
     train_examples: list[Example],
@@ -247,9 +256,7 @@ def train(
     Returns: {"seconds": ..., "loss": mean training loss of the last 20 steps}.
     """
     optimizer = optimizer or make_optimizer(model, lr, head_lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-    )
+    schedule = warm_up_then_decay(optimizer, steps, warmup)
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     losses: list[float] = []

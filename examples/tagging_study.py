@@ -20,7 +20,9 @@ uneven by construction, and lie at opposite ends of the encoder ("surgical fine-
 2210.11466). A score that does not look at the task cannot be right for both.
 
 The tagger that meets a shift was trained as in "brown", by LoRA with 8 ranks everywhere which were
-then merged. It is trained once, and kept in `--tagger FILE` if that is given.
+then merged. It is trained once, and kept in `--tagger FILE` if that is given. (`--quick` trains
+another one for two steps, and leaves the file alone.) At a rate of 1.2e-2 some trainings on the
+shifted data diverged, to a loss of 3.3, so that rate is not in the grid.
 """
 
 from __future__ import annotations
@@ -76,13 +78,13 @@ class Tagging(Task):
         if shift == "brown":
             self.name = "MiniLM tags the Brown corpus"
             self.rank, self.max_rank, self.steps, self.batch_size = 2, 16, 250, 24
-            self.rates = (1.5e-3, 3e-3, 6e-3)
+            self.rates, self.first_rate = (3e-3, 6e-3), 3e-3
             self.trainable = ("head",)
             self.gate_factor = 100.0
         else:
             self.name = f"a tagger whose {shift} are permuted"
             self.rank, self.max_rank, self.steps, self.batch_size = 1, 8, 100, 16
-            self.rates = (3e-3, 6e-3, 1.2e-2)
+            self.rates, self.first_rate = (4e-3, 6e-3), 6e-3
             self.gate_factor = 30.0
 
     def model(self, seed: int) -> Tagger:
@@ -201,7 +203,7 @@ ARMS = (
     "fisher after warm-up",
     "eva",
     "adalora",
-    "l1ra, searched",
+    "l1ra, from room",
     "plain, roomy",
     "magnitude, roomy",
     "singular values",
@@ -218,7 +220,8 @@ def main() -> None:
         data = data._replace(train=data.train[:48], dev=data.dev[:24], test=data.test[:24])
     tagger = None
     if options.task != "brown":
-        tagger = trained_tagger(data, 2 if options.quick else 250, options.tagger)
+        steps, file = (2, None) if options.quick else (250, options.tagger)
+        tagger = trained_tagger(data, steps, file)
     task = Tagging(options.task, data, tagger)
     if options.quick:
         task.steps = 2

@@ -24,6 +24,7 @@ from .layers.lora import LoRALinear
 from .layers.merge import merge, unmerge
 from .layers.resize import resize
 from .layers.targets import linear_targets
+from .layers.unpack import pack_attention, unpack_attention
 from .layers.wrap import disabled, lora_layers, unwrap, wrap
 
 __version__ = "0.2.0"
@@ -49,6 +50,7 @@ __all__ = [
     "load_adapter",
     "lora_layers",
     "merge",
+    "pack_attention",
     "read_adapter",
     "reference",
     "resize",
@@ -56,6 +58,7 @@ __all__ = [
     "shapley",
     "testing",
     "unmerge",
+    "unpack_attention",
     "unwrap",
     "wrap",
 ]

@@ -9,9 +9,13 @@ Which one?
     L1RA             l1ra.py         during training       a gated model and its optimizer
     ShapLoRA         shaplora.py     after one training,   validation data, and 90 forward and
                                      before a second       backward passes over it
+    SingularValues   singular_       after one training,   the trained model, and a forward pass
+                     values.py       before a second       over some data
 
-Start with uniform ranks, and measure on your own task before you expect a gain: what was found is
-in examples/results/README.md. Compare methods by `unit="parameters"`, because ranks that move to
+Start with uniform ranks, and train them once more with room, say four times the ranks. If that does
+not lower the loss, no division of the budget will. If it does, the trained model shows where ranks
+are needed: `SingularValues` (examples/two_trainings.py; what was found with each method is in
+examples/results/README.md). Compare methods by `unit="parameters"`, because ranks that move to
 wide layers cost more parameters there.
 
 All methods return an `Allocation`, for `wrap` or `resize`. L1RA moves ranks by itself, in `step()`:

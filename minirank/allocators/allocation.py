@@ -33,6 +33,9 @@ class Allocation:
         coverage: which part of the model's matrices the modules are, and what is left out and why.
             It prints below the table, unless the modules are all there is. None: not known. `==`
             does not compare it.
+        full: the modules that keep every rank that they had, where the method judged existing ranks
+            and the bounds would have allowed more. A line below the table counts them: with more
+            ranks in the first training they might have got more.
 
     >>> allocation = Allocation({"0.query": 4, "0.value": 1}, {"0.query": 16, "0.value": 24}, 5)
     >>> allocation.total_rank, allocation.parameters
@@ -51,6 +54,7 @@ class Allocation:
     method: str = ""
     keep: Mapping[str, Tensor] | None = None
     coverage: Coverage | None = None
+    full: tuple[str, ...] = ()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Allocation) and self._comparable() == other._comparable()
@@ -117,6 +121,15 @@ class Allocation:
         return f"{self.total_rank:,} ranks, {self.parameters:,} parameters ({budget})"
 
     def __str__(self) -> str:
-        left_out = str(self.coverage or "")
-        table = f"{self.method or 'Allocation'}: {self._totals()}\n{draw_table(self.ranks)}"
-        return f"{table}\n{left_out}" if left_out else table
+        heading = f"{self.method or 'Allocation'}: {self._totals()}"
+        parts = [heading, draw_table(self.ranks), self._note_of_full(), str(self.coverage or "")]
+        return "\n".join(part for part in parts if part)
+
+    def _note_of_full(self) -> str:
+        if not self.full:
+            return ""
+        keep = "keeps" if len(self.full) == 1 else "keep"
+        return (
+            f"{len(self.full)} of {len(self.ranks)} modules {keep} every rank of the first "
+            "training, and might take more: give it more ranks, or set max_rank."
+        )

@@ -215,7 +215,16 @@ class RankScoreAllocator(Allocator):
         self, budget: int, *, unit: Unit = "ranks", min_rank: Bound = 0, max_rank: Bound = None
     ) -> Allocation:
         self._require_fresh_scores()
-        return super().allocate(budget, unit=unit, min_rank=min_rank, max_rank=max_rank)
+        allocation = super().allocate(budget, unit=unit, min_rank=min_rank, max_rank=max_rank)
+        if self.grows:
+            return allocation
+        assert self._scores is not None  # super().allocate needs them
+        bounds = super()._constraints(self._scores, budget, unit, min_rank, max_rank).upper
+        held = {name: len(score) for name, score in self._scores.items()}
+        if allocation.ranks == held:
+            return allocation  # nothing was pruned
+        full = [n for n, r in allocation.ranks.items() if 0 < r == held[n] < bounds[n]]
+        return replace(allocation, full=tuple(full))
 
     def _require_fresh_scores(self) -> None:
         """Raise RuntimeError if a layer has other ranks than those that were scored."""

@@ -47,10 +47,32 @@ Departures from the paper and its authors' code:
 - A schedule-free optimizer's two iterates of a gate are both shrunk (gates.py).
 - `scaling` is fixed when a layer is made, and stays when its rank changes.
 
-How to choose λ: Adam moves a gate by about η_c per step, whatever the scale of the loss, and the
-shrinkage by η_c λ. So λ is of use between 0, where no gate reaches zero, and 1, where every gate
-does. The authors' 1e-3 and 5e-3 moved no rank in trainings of some hundred steps here; 0.3 with
-weight decay on A and B did.
+How to choose λ (measured in examples/planted_teacher_l1ra.py): two speeds decide, and a start.
+
+- By the penalty alone a gate takes 1 / (η_c λ) steps from 1 to 0: 10,000 to 50,000 with the
+  paper's values. In trainings of some hundred steps these moved no rank.
+- Adam moves a gate by about η_c times −m̂/√v̂ of its gradient. This pull lies between −1 and 1,
+  whatever the scale of the loss, and gates stop falling where it is λ. So λ is of use between 0 and
+  1.
+- Of every rank, c ∂L/∂c = ⟨b, ∂L/∂b⟩: as a gate shrinks, its B grows, and where B is trained
+  nothing holds the gate. Weight decay on A and B keeps B from making up for its gate.
+- Ranks that start at the budget are all in use. Where one module has too few, the others learn what
+  they can in its place, and their gates are pulled as strongly: in the study needed and unneeded
+  layers both settled at a pull of λ, and no gate came to zero. With room (more ranks at the start
+  than the budget), the gates of unneeded layers fell to 0.001, those of needed ones stayed above
+  0.38.
+
+So start with room, and let the first update prune down to the budget (`start`, `budget`):
+
+    wrap(model, dict.fromkeys(names, 4 * rank), gate=1.0, scaling=2.0)
+    optimizer = torch.optim.AdamW(adapters, lr=lr, weight_decay=0.1)
+    l1ra = L1RA(model, optimizer, budget=rank * len(names), min_rank=0, interval=steps // 20,
+                start=steps // 2, stop=steps // 2, l1=0.1, gate_lr=20 / steps)
+
+The penalty alone then takes half of the training, and the ranks that are left train in the other
+half. It closed 0.92 ± 0.04 of the gap between uniform and planted ranks, on teachers that the
+search had not seen. Without a penalty (l1=0) the same closed 0.86 ± 0.06, and the best setting from
+the budget 0.15 ± 0.10. All of it is from one task, in trainings of 600 steps.
 """
 
 from __future__ import annotations
@@ -105,7 +127,7 @@ class L1RA(RankScoreAllocator):
             that gradient accumulation puts off shrinks nothing. A wrapper that has the optimizer as
             its `optimizer`, such as accelerate's, will do too.
         l1: λ, the weight of the penalty. The default is the paper's value, which moves no rank in
-            trainings of some hundred steps: start with 0.3. 0 shrinks nothing.
+            trainings of some hundred steps: see "How to choose λ" above. 0 shrinks nothing.
         gate_lr: η_c, the gates' own learning rate.
         interval: T, optimizer steps between updates; 5 to 10 % of the training in the paper.
         start: the first optimizer step that can be followed by an update.
@@ -362,8 +384,8 @@ class L1RA(RankScoreAllocator):
             warn_caller(
                 f"{IDLE_UPDATES} updates in a row pruned no rank, and every gate is still above "
                 f"{IDLE_GATE}. With l1={self.l1:g} and gate_lr={self.gate_lr:g}, the penalty alone "
-                f"takes {steps:,} steps from a gate of 1 to 0: take a larger l1 (start with 0.3), "
-                "or l1=0 if no rank is to move",
+                f"takes {steps:,} steps from a gate of 1 to 0: take a larger l1 (start with 0.3) "
+                "or gate_lr, or l1=0 if no rank is to move",
             )
         return update
 

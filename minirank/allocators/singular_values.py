@@ -16,19 +16,25 @@ training, and it is here since it found planted ranks best (examples/results/REA
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import require_batches, require_function
+from ..curvature.input_moment import DEFAULT_MASK, Mask, second_moment_of
 from ..layers.lora import LoRALinear
 from ..layers.resize import separate_layers
+from ..measure import LossFn
 from .allocator import Ranks, RankScoreAllocator
 from .constraints import Constraints
 
 
-def singular_values(layer: LoRALinear) -> Tensor:
+def singular_values(layer: LoRALinear, second_moment: Tensor | None = None) -> Tensor:
     """The singular values of the layer's ΔW, largest first: (r,), float64, on the CPU.
+
+    With the mean squares of the layer's inputs, (d_in,), they are those of ΔW · diag(√E[x²]).
 
     >>> from minirank import wrap
     >>> layer = wrap(nn.Sequential(nn.Linear(3, 2)), {"0": 2}, scaling=2.0)["0"]
@@ -37,7 +43,9 @@ def singular_values(layer: LoRALinear) -> Tensor:
     >>> singular_values(layer)  # two ranks, and one direction
     tensor([10.,  0.], dtype=torch.float64)
     """
-    left, right = (factor.detach().cpu().double() for factor in layer.factors())
+    left, right = (factor.detach().cpu() for factor in layer.factors(torch.float64))
+    if second_moment is not None:
+        right = right * second_moment.detach().cpu().double().sqrt()
     # ΔW = left · right is (d_out, d_in). R of a QR decomposition has the same singular values, and
     # is no larger than (r, r).
     core = torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T
@@ -58,11 +66,18 @@ class SingularValues(RankScoreAllocator):
 
     Args:
         model: with LoRA layers, trained; of any form, with gates or without.
+        loss_fn, batches: some data of the task, as for `curvature.input_second_moment`. Modules
+            differ in the size of their inputs, and with data the values are those of
+            ΔW · diag(√E[x²]): what the change does to the module's outputs, for inputs that do not
+            correlate. Without data they are those of ΔW.
+        mask: which tokens are real, as for `curvature.input_second_moment`.
 
-    Cost: the first training. `score` runs no pass and takes no data.
+    Cost: the first training; with data, a forward pass over the batches.
 
     Raises:
-        ValueError: no LoRA layer, or two that share a parameter.
+        TypeError: `loss_fn` or `batches` is of the wrong kind.
+        ValueError: no LoRA layer, or two that share a parameter; one of `loss_fn` and `batches`
+            without the other.
 
     Source: the best approximation of a given rank (Eckart and Young, 1936). No paper's method.
 
@@ -73,17 +88,32 @@ class SingularValues(RankScoreAllocator):
     >>> for layer, ones in zip(layers.values(), (1, 2)):  # as if trained
     ...     layer.lora_A.data, layer.lora_B.data = torch.eye(2, 4), torch.eye(4, 2)
     ...     layer.lora_B.data[ones:] = 0.0
-    >>> singular_values = SingularValues(model)
-    >>> singular_values.score()
+    >>> allocator = SingularValues(model)
+    >>> allocator.score()
     {'0': tensor([1., 0.], dtype=torch.float64), '1': tensor([1., 1.], dtype=torch.float64)}
-    >>> singular_values.allocate(3).ranks
+    >>> allocator.allocate(3).ranks
     {'0': 1, '1': 2}
     """
 
     method = "singular values"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn | None = None,
+        batches: Iterable[Any] | None = None,
+        *,
+        mask: Mask = DEFAULT_MASK,
+    ) -> None:
         super().__init__(model)
+        if (loss_fn is None) != (batches is None):
+            raise ValueError("give loss_fn and batches together, or neither: values of ΔW alone")
+        if batches is not None:
+            require_function("loss_fn", loss_fn)
+            require_batches(batches)
+        self.loss_fn = loss_fn
+        self.batches = batches
+        self.mask = mask
         self._layers()
 
     def _layers(self) -> dict[str, LoRALinear]:
@@ -93,18 +123,29 @@ class SingularValues(RankScoreAllocator):
         return layers
 
     def score(self) -> dict[str, Tensor]:
-        """The singular values of every module's ΔW, stored for `allocate`.
+        """The singular values of every module's change, stored for `allocate`.
 
         Returns:
             {name: singular values, largest first, (r,), float64}.
 
         Raises:
-            ValueError: they are all zero, as before any training, or one is not finite.
+            ValueError: they are all zero, as before any training, or one is not finite; or as for
+                `curvature.input_second_moment`.
+
+        Warns:
+            IdleLayerWarning: no token of the batches reaches some layers, whose values are then 0.
         """
-        scores = {name: singular_values(layer) for name, layer in self._layers().items()}
-        for name, values in scores.items():
-            if not values.isfinite().all():
-                raise ValueError(f"ΔW of {name!r} is not finite: did the training diverge?")
+        layers = self._layers()
+        for name, layer in layers.items():
+            # Looked for here, since LAPACK may return finite numbers for a matrix with a NaN.
+            if not all(factor.isfinite().all() for factor in layer.factors()):
+                raise ValueError(
+                    f"the adapter of {name!r} is not finite: did the training diverge?"
+                )
+        moments: Mapping[str, Tensor] = {}
+        if self.loss_fn is not None and self.batches is not None:
+            moments = second_moment_of(layers, self.model, self.loss_fn, self.batches, self.mask)
+        scores = {n: singular_values(layer, moments.get(n)) for n, layer in layers.items()}
         if not any(values.any() for values in scores.values()):
             raise ValueError(
                 "every ΔW is zero, as wrap(model, ranks) leaves it: train the model first"

@@ -104,6 +104,19 @@ def input_second_moment(
         "above 1 (100: a hundred times the median token)",
     )
     layers = linear_targets(model, targets)
+    return second_moment_of(layers, model, loss_fn, batches, mask, outlier_factor, tolerance)
+
+
+def second_moment_of(
+    layers: Mapping[str, nn.Module],
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    mask: Mask = DEFAULT_MASK,
+    outlier_factor: float | None = None,
+    tolerance: float | None = None,
+) -> Estimate:
+    """`input_second_moment` of layers of any kind, LoRA layers too: {name: layer}."""
     average = BatchAverage(layers)
     mean_squares = _MeanSquares(outlier_factor)
     batch_means = {name: _BatchMean(name, mean_squares) for name in layers}

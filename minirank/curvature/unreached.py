@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import quoted_names, warn_caller
+from ..layers.coverage import is_out_proj
 from ..measure import LossFn, called, scalar_loss
 
 
@@ -48,11 +49,18 @@ def idle_layers(
         raise ValueError(
             f"{quoted_names(read)}: the weight is used, but the module is never called. Another "
             "module reads the weight, so nothing can be measured there. Leave it out of the scores "
-            f"({_targets_without(read, layers)}). It can still get an adapter of a rank that you "
-            "choose: this works if the weight is read anew at every forward pass, but adapter "
-            "dropout has no effect"
+            f"({_targets_without(read, layers)}){_or_unpacked(read, layers)}. It can still get an "
+            "adapter of a rank that you choose: this works if the weight is read anew at every "
+            "forward pass, but adapter dropout has no effect"
         )
     return tuple(unreached) if len(unreached) < len(layers) else ()
+
+
+def _or_unpacked(names: Sequence[str], layers: Mapping[str, nn.Module]) -> str:
+    """What else to do, if one of these layers is the out_proj of an nn.MultiheadAttention."""
+    if any(is_out_proj(module) for name in names for module in layers[name].modules()):
+        return ", or unpack_attention(model) first, which gives linear layers that are called"
+    return ""
 
 
 def _targets_without(names: Sequence[str], layers: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import warn_caller
+from ..layers.attention import UnpackedAttention
 from ..layers.linear import is_transposed
 from ..layers.lora import LoRALinear
 from ..layers.targets import exact_key, exact_pattern, modules_by_name
@@ -149,9 +150,11 @@ def _folded_B(name: str, layer: LoRALinear, factor: float) -> Tensor:
 def _warn_of_fast_paths(model: nn.Module) -> None:
     """Warn of encoder layers that read the weights of adapted modules; at export_peft's call."""
     for name, module in modules_by_name(model).items():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(
-            isinstance(linear, LoRALinear) for linear in (module.linear1, module.linear2)
-        ):
+        if not isinstance(module, nn.TransformerEncoderLayer):
+            continue
+        if isinstance(module.self_attn, UnpackedAttention):  # no fast path
+            continue
+        if any(isinstance(linear, LoRALinear) for linear in (module.linear1, module.linear2)):
             warn_caller(
                 f"evaluating {name!r} in PEFT, its fast path would leave the adapters of linear1 "
                 "and linear2 out: call torch.backends.mha.set_fastpath_enabled(False) there",

@@ -39,5 +39,6 @@ def check_places(model: nn.Module, names: Iterable[str]) -> None:
         if isinstance(base, NonDynamicallyQuantizableLinear):
             raise ValueError(
                 f"{name!r}: nn.MultiheadAttention reads its weight without calling it, so that "
-                "PEFT's adapter has no effect there: leave it out (resize it to 0)"
+                "PEFT's adapter has no effect there: leave it out (resize it to 0), or "
+                "unpack_attention(model) before wrap(), and in PEFT likewise"
             )

@@ -15,7 +15,13 @@ from ..checks import quoted_names, warn_caller
 from ..layers.hints import did_you_mean
 from ..layers.lora import RANK_DIM, LoRALinear
 from ..layers.names import each_once, named_parameters
-from ..layers.targets import first_names, layer_shape, modules_by_name, refuse_peft
+from ..layers.targets import (
+    first_names,
+    layer_shape,
+    modules_by_name,
+    refuse_peft,
+    unpacking_hint,
+)
 from ..layers.wrap import lora_layers, resolve_ranks
 from ..placement import require_unsharded
 
@@ -163,7 +169,7 @@ def find_modules(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dic
         raise ValueError(
             f"the model has no {quoted_names(missing)}, which the file has an adapter for: is it "
             "the whole model that was saved, or a part of it? "
-            f"{did_you_mean(missing[0], modules)}"
+            f"{unpacking_hint(model, missing[0]) or did_you_mean(missing[0], modules)}"
         )
     positions = {name: i for i, name in enumerate(resolve_ranks(model, dict.fromkeys(shapes, 0)))}
     for name, shape in shapes.items():

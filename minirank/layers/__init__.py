@@ -7,19 +7,21 @@
     pretrained.py       what save_pretrained writes of a wrapped model, and who can read it
     replaced.py         parameters that layers replaced, and optimizers that still hold them
     lora.py             the layer itself: LoRALinear
+    attention.py        attention that calls its linear layers q, k, v and out
     coverage.py         which part of a model's matrices targets reach, and what is left out
     hints.py            what a name or glob that matches nothing was meant to be
     targets.py          which modules get ranks: linear_targets
     unmoved.py          adapters that never move, since the optimizer was made before wrap
     wrap.py             layers go in and come out: wrap, unwrap, disabled, lora_layers
+    unpack.py           packed attention becomes linear layers, and back: unpack_attention
     optimizers.py       what counts as an optimizer, and what schedule-free ones keep
     optimizer_state.py  what an optimizer knows of each rank, slice by slice
     resize.py           other ranks in the middle of training: resize
 
-A file imports only from files above it. In this folder, only `wrap`, `resize`, `merge`, `unmerge`
-and `unwrap` change a model. Each checks everything first, so a call that raises leaves the model
-unchanged. (`disabled` switches adapters off for a block, and making a `LoRALinear` freezes the
-module that it is given.)
+A file imports only from files above it. In this folder, only `wrap`, `resize`, `merge`, `unmerge`,
+`unwrap`, `unpack_attention` and `pack_attention` change a model. Each checks everything first, so
+a call that raises leaves the model unchanged. (`disabled` switches adapters off for a block, and
+making a `LoRALinear` freezes the module that it is given.)
 
 One layer serves all three methods: y = W x + b + s · B (gate ⊙ A x).
 
@@ -67,4 +69,7 @@ gradient for good: while it has an adapter, or is measured, it is kept from that
 nn.MultiheadAttention reads its out_proj's weight without calling the module. An adapter there
 works, but nothing can be measured there and adapter dropout has no effect, so that out_proj is
 selected by its exact name alone. Its packed in_proj_weight is no linear layer and is not adapted.
+`unpack_attention` gives such a module linear layers q, k, v and out that it calls, which are
+targets like any others, and `pack_attention` puts the module back. Between the two, state_dicts and
+files have the names of the linear layers; a model that reads them, in PEFT too, is unpacked first.
 """

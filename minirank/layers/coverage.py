@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from ..checks import is_integer, shortened
 from ..packed import most_packed_weights, own_tensors, stored_weight
+from .attention import is_packed_attention
 from .linear import linear_shape
 from .lora import LoRALinear
 from .names import each_once, named_modules
@@ -28,8 +29,8 @@ TABLE_WIDTH = 100
 
 # {kind of weight: why it is left out}, in the order of the table
 REASONS = {
-    "attention in_proj": "a parameter, not a layer",
-    "attention out_proj": "read by its parent, never called",
+    "attention in_proj": "a parameter; see unpack_attention",
+    "attention out_proj": "never called; see unpack_attention",
     "stack of experts": "a 3-D parameter, not layers",
     "bare matrix": "a parameter, not a layer",
     "convolution": "not linear",
@@ -237,7 +238,7 @@ def _kind_of_parameter(module: nn.Module, key: str, parameter: nn.Parameter) -> 
     """The kind of a parameter that multiplies activations, else None."""
     if parameter.ndim < 2 or not parameter.is_floating_point() or NO_MATRIX.search(key):
         return None
-    if isinstance(module, nn.MultiheadAttention):
+    if is_packed_attention(module):
         return "attention in_proj"
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return "recurrent weight"

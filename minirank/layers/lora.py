@@ -22,7 +22,7 @@ from .data_parallel import require_averaged
 from .linear import is_transposed, linear_shape, weight_place
 from .merge import Mergeable
 from .pretrained import calling_save_pretrained, untied, warn_that_from_pretrained_cannot_read_it
-from .replaced import note_replaced, successor
+from .replaced import note_replaced, successors
 
 RANK_DIM = {"lora_A": 0, "lora_B": 1, "gate": 0}  # the axis of each parameter that counts ranks
 
@@ -210,7 +210,7 @@ class LoRALinear(Mergeable):
             self._parameters.update(before)
         for name, old in before.items():
             if self._parameters[name] is not old:  # with assign=True too
-                note_replaced(self, name, old)
+                note_replaced([(self, name)], old)
 
     def _rank_to_adopt(self, state_dict: Mapping[str, Any], prefix: str) -> int | None:
         """The rank of the layer's tensors in a state, if it is another one and all of them fit.
@@ -320,9 +320,9 @@ def _with_rank(parameter: nn.Parameter, axis: int, rank: int) -> nn.Parameter:
     """
     shape = list(parameter.shape)
     shape[axis] = rank
-    shared = successor(parameter)
-    if shared is not None and list(shared.shape) == shape:
-        return shared
+    for shared in successors(parameter):
+        if list(shared.shape) == shape:
+            return shared
     return nn.Parameter(parameter.new_empty(shape), requires_grad=parameter.requires_grad)
 
 

@@ -117,7 +117,7 @@ def merge(model: nn.Module, *, untie: bool = False) -> list[str]:
     for name, layer in layers.items():
         require_here(name, dict(layer.named_parameters()), "merge")
     _require_no_fsdp2(model, layers)
-    owners = {} if untie else _owners_of_storages(model)
+    owners = {} if untie else owners_of_storages(model)
     weights = {}
     for name, layer in layers.items():
         _require_plain_weight(name, layer.base)
@@ -193,7 +193,7 @@ def _require_plain_weight(name: str, base: nn.Module) -> None:
 
 def _require_no_tie(name: str, layer: Mergeable, owners: Mapping[int, set[str]]) -> None:
     own_name = f"{name}.base.weight" if name else "base.weight"
-    others = owners.get(layer.base_weight.untyped_storage().data_ptr(), set()) - {own_name}
+    others = owners.get(storage_key(layer.base_weight), set()) - {own_name}
     if others:
         raise ValueError(
             f"the weight of {name!r} is tied to {', '.join(sorted(others))}, which would not get "
@@ -202,15 +202,25 @@ def _require_no_tie(name: str, layer: Mergeable, owners: Mapping[int, set[str]])
         )
 
 
-def _owners_of_storages(model: nn.Module) -> dict[int, set[str]]:
-    """{storage address: names of the parameters and buffers in it}."""
+def owners_of_storages(model: nn.Module) -> dict[int, set[str]]:
+    """{storage_key of a tensor: names of the parameters and buffers in that storage}
+
+    >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    >>> model[1].weight = model[0].weight
+    >>> sorted(owners_of_storages(model)[storage_key(model[0].weight)])
+    ['0.weight', '1.weight']
+    """
     owners: dict[int, set[str]] = {}
     for module_name, module in each_once(named_modules(model)).items():
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and _has_storage(tensor):
-                storage = tensor.untyped_storage().data_ptr()
-                owners.setdefault(storage, set()).add(joined(module_name, key))
+            if tensor is not None:
+                owners.setdefault(storage_key(tensor), set()).add(joined(module_name, key))
     return owners
+
+
+def storage_key(tensor: Tensor) -> int:
+    """A number that names the tensor's storage or, if its values are not there, itself."""
+    return tensor.untyped_storage().data_ptr() if _has_storage(tensor) else -id(tensor)
 
 
 def _has_storage(tensor: Tensor) -> bool:

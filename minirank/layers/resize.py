@@ -284,7 +284,7 @@ def _put_in(change: _Change, slots: Mapping[int, Slot]) -> None:
     for key, new in change.parameters.items():
         old = change.layer.get_parameter(key)
         setattr(change.layer, key, new)
-        note_replaced(change.layer, key, old)
+        note_replaced([(change.layer, key)], old)
         if key in change.states:
             slot = slots[id(old)]
             slot.group["params"][slot.place] = new

@@ -10,11 +10,12 @@ from torch import nn
 
 from ..checks import LONGEST_NAME, quoted_names, shortened, warn_caller
 from ..placement import require_unsharded
+from .attention import PACKED_NAMES, is_packed_attention
 from .coverage import NOT_SELECTED, coverage, is_out_proj, percent, tied_heads
 from .hints import did_you_mean
 from .linear import linear_shape
 from .lora import LoRALinear
-from .names import name_variants, named_modules, plain_name
+from .names import joined, name_variants, named_modules, plain_name
 
 Targets = str | Sequence[str] | type[nn.Module] | Callable[[str, nn.Module], bool] | None
 
@@ -24,9 +25,10 @@ def linear_targets(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mo
 
     LoRA layers and what is inside them are not listed. A module with several names is listed once,
     under its first name. The out_proj of an nn.MultiheadAttention is listed only if its exact name
-    is given, since nothing can be measured there. A tied head (a linear layer whose weight is an
-    embedding's) is listed if a name, glob or function selects it, but not by None or a type: an
-    adapter there makes two weights out of the one in files.
+    is given, since nothing can be measured there; `unpack_attention` makes it a layer like others.
+    A tied head (a linear layer whose weight is an embedding's) is listed if a name, glob or
+    function selects it, but not by None or a type: an adapter there makes two weights out of the
+    one in files.
 
     Args:
         model: any module; `linear_shape` says what counts as linear-like. The wrappers of
@@ -132,6 +134,8 @@ def _explain_no_target(model: nn.Module, linear: Mapping[str, nn.Module], target
     wrapped = sum(isinstance(module, LoRALinear) for module in model.modules())
     tied = tied_heads(modules_by_name(model)) & linear.keys()
     hint = f". To adapt the tied head, give its name: {quoted_names(sorted(tied))}" if tied else ""
+    if any(map(is_packed_attention, model.modules())):
+        hint += ". unpack_attention(model) gives every nn.MultiheadAttention four linear layers"
     return (
         f"expected at least one linear layer to give ranks to, but targets={targets!r} selects "
         f"none in {type(model).__name__}: it has {len(linear)} linear layers and "
@@ -285,6 +289,24 @@ def exact_key(name: str) -> str:
 # ---- words for errors ---------------------------------------------------------------------------
 
 
+def unpacking_hint(model: nn.Module, pattern: str) -> str:
+    """What to do if a name or glob means parts of an nn.MultiheadAttention; else an empty string.
+
+    >>> unpacking_hint(nn.TransformerEncoderLayer(4, 2), "*.q")[:46]
+    "'self_attn' is an nn.MultiheadAttention, which"
+    """
+    for name, module in modules_by_name(model).items():
+        if is_packed_attention(module):
+            inside = [joined(name, key) for key in ("q", "k", "v", "out", *PACKED_NAMES)]
+            meant = [name, *inside]
+            if any(fnmatchcase(part, v) for part in meant for v in name_variants(pattern)):
+                return (
+                    f"{name!r} is an nn.MultiheadAttention, which stacks its projections in one "
+                    "parameter. unpack_attention(model) gives it linear layers q, k, v and out"
+                )
+    return ""
+
+
 def explain_no_match(model: nn.Module, pattern: str, *, globs: bool = False) -> str:
     """Why `pattern` selects no linear layer of `model`, and what to write instead.
 
@@ -296,6 +318,9 @@ def explain_no_match(model: nn.Module, pattern: str, *, globs: bool = False) -> 
     """
     modules, linear = modules_by_name(model), _linear_modules(model)
     module = modules.get(plain_name(pattern, modules))
+    packed = unpacking_hint(model, pattern)
+    if packed and not any(fnmatchcase(name, pattern) for name in linear):
+        return f"{pattern!r} is no layer: {packed}"
     if isinstance(module, LoRALinear):
         return (
             f"{pattern!r} already has an adapter: unwrap() the model first, or change the rank by "
@@ -314,7 +339,8 @@ def explain_no_match(model: nn.Module, pattern: str, *, globs: bool = False) -> 
     if all(is_out_proj(linear[name]) for name in matched):
         return (
             f"{pattern!r} matches only an nn.MultiheadAttention's out_proj: give its exact name to "
-            "adapt it"
+            "adapt it alone. unpack_attention(model) gives the attention linear layers q, k, v and "
+            "out"
         )
     return (
         f"{pattern!r} is a glob, where exact names are expected: it matches "

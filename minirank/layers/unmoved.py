@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..checks import warn_caller
+from .replaced import successors
 
 STEPS_WITHOUT_CHANGE = 3  # before the warning
 
@@ -78,7 +79,8 @@ def _begin(optimizer: Optimizer) -> None:
     layers = list(_wrapped)
     if not layers:
         return
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    held = {id(held_now) for p in parameters for held_now in [p, *successors(p)]}
     trained = [layer for layer in layers if id(layer._parameters.get("lora_B")) in held]
     for layer in trained:
         _wrapped.discard(layer)

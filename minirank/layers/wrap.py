@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
@@ -182,7 +182,7 @@ def insert_layers(
         _warn_of_repacking(model)
         return layers
     except BaseException:
-        _replace(model, {id(layer): layer.base for layer in layers.values()})
+        replace_modules(model, {id(layer): layer.base for layer in layers.values()})
         for parameter, requires_grad in before.items():
             _restore_flag(parameter, requires_grad)
         raise
@@ -389,11 +389,19 @@ def _restore_flag(parameter: nn.Parameter, requires_grad: bool) -> None:
 
 def _put_in(model: nn.Module, layers: Iterable[LoRALinear]) -> None:
     """Put every layer into the places of its base."""
-    _replace(model, {id(layer.base): layer for layer in layers})
+    replace_modules(model, {id(layer.base): layer for layer in layers})
 
 
-def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
-    """Put new[id(old)] into every slot of the model that holds `old`."""
+def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """Put new[id(old)] into every slot of the model that holds `old`.
+
+    >>> model = nn.Sequential(nn.ReLU())
+    >>> replace_modules(model, {id(model[0]): nn.GELU()})
+    >>> model
+    Sequential(
+      (0): GELU(approximate='none')
+    )
+    """
     for parent in modules_by_name(model).values():
         for key, child in parent._modules.items():
             if id(child) in new:
@@ -427,15 +435,20 @@ def unwrap(model: nn.Module) -> list[str]:
     layers = lora_layers(model)
     if model in layers.values():
         raise TypeError("the model itself is a LoRALinear, which no parent holds: take its .base")
-    for layer in layers.values():
+    take_out(model, layers.values())
+    return list(layers)
+
+
+def take_out(model: nn.Module, layers: Collection[LoRALinear]) -> None:
+    """Put the original modules back into the places of these layers of the model."""
+    for layer in layers:
         layer.base.requires_grad_(False)
     # Only now: of two layers with a tied weight the second was made when it was frozen already.
-    for layer in layers.values():
+    for layer in layers:
         _restore_requires_grad(layer)
         layer.weight_set_aside = None
         forget_wrapped(layer)
-    _replace(model, {id(layer): layer.base for layer in layers.values()})
-    return list(layers)
+    replace_modules(model, {id(layer): layer.base for layer in layers})
 
 
 def _restore_requires_grad(layer: LoRALinear) -> None:

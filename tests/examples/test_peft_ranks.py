@@ -27,13 +27,15 @@ class Two(nn.Module):
     def __init__(self):
         super().__init__()
         self.rich, self.poor = nn.Linear(32, 8), nn.Linear(32, 8)
-        self.rich_too = nn.Linear(32, 8)  # a name that starts like another one
+        self.inner = nn.ModuleDict({"rich": nn.Linear(32, 8)})  # a name that ends like another
         self.head = nn.Linear(8, 1)
 
     def forward(self, x):
         along = torch.linspace(1, 2, 32, dtype=x.dtype)
         poor = x[..., :1] * along
-        return self.head(torch.tanh(self.rich(x)) + self.poor(poor) + self.rich_too(x.flip(-1)))
+        return self.head(
+            torch.tanh(self.rich(x)) + self.poor(poor) + self.inner["rich"](x.flip(-1))
+        )
 
 
 TARGETS = ["poor", "rich"]
@@ -76,7 +78,7 @@ def test_eva_gives_least_to_a_layer_whose_input_has_rank_one(peft_ranks):
 def test_eva_uses_the_budget_and_max_rank(peft_ranks):
     pytest.importorskip("peft")
     batches = [torch.randn(64, 32, dtype=torch.float64) for _ in range(4)]
-    targets = ["rich_too", "poor", "rich"]
+    targets = ["inner.rich", "poor", "rich"]
     ranks = peft_ranks.eva_ranks(two(), targets, batches, call, rank=4, max_rank=7)
     assert sum(ranks.values()) == 12
     assert max(ranks.values()) <= 7
@@ -238,7 +240,7 @@ def test_adalora_ends_with_the_planned_total_and_finds_the_planted_layer(peft_ra
     nonzero = {name: int((entry != 0).sum()) for name, entry in entries.items()}
     assert nonzero == ranks
     assert not torch.equal(inner.head.weight, model.head.weight)
-    assert torch.equal(inner.rich_too.weight, model.rich_too.weight)
+    assert torch.equal(inner.inner["rich"].weight, model.inner["rich"].weight)
     assert torch.equal(inner.rich.base_layer.weight, model.rich.weight)
     assert not any(p._backward_hooks for p in trained.parameters())
     unchanged(model, before, names)
@@ -275,7 +277,7 @@ def test_adaloras_penalty_has_the_gradient_that_pefts_own_loss_has(peft_ranks):
             target_r=1,
             total_step=9,
             orth_reg_weight=0.0 if ours else weight,
-            target_modules=TARGETS,
+            target_modules="poor|rich",
         )
         adapted = peft.get_peft_model(model, config)
         x = torch.randn(16, 32, dtype=torch.float64)

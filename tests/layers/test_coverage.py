@@ -184,8 +184,8 @@ def test_an_allocation_tells_what_is_left_out():
     assert allocation.coverage.share == 0.5
     assert str(allocation).splitlines()[-3:] == [
         "The targets reach 50 % of the model's matrix entries. Left out:",
-        "   38 %  1 × attention in_proj (a parameter, not a layer): self_attn",
-        "   12 %  1 × attention out_proj (read by its parent, never called): self_attn.out_proj",
+        "   38 %  1 × attention in_proj (a parameter; see unpack_attention): self_attn",
+        "   12 %  1 × attention out_proj (never called; see unpack_attention): self_attn.out_proj",
     ]
     twin = Allocation(allocation.ranks, allocation.costs, 4, method="uniform")
     assert twin.coverage is None

@@ -15,7 +15,9 @@ from minirank import (
     SensitivityLoRA,
     ShapLoRA,
     ShareAllocator,
+    SingularValues,
     UniformRanks,
+    lora_layers,
     testing,
     wrap,
 )
@@ -78,6 +80,13 @@ def warmed_up(**options):
     return ShapLoRA(model, loss_fn, batches(), progress=False, **options)
 
 
+def trained():
+    model = wrapped()
+    for layer in lora_layers(model).values():
+        layer.lora_B.data.normal_(generator=torch.Generator().manual_seed(1))
+    return model
+
+
 ALLOCATORS = {
     "uniform": lambda: UniformRanks(Block()),
     "sensitivity": lambda: SensitivityLoRA(Block(), loss_fn, batches(), progress=False),
@@ -86,6 +95,8 @@ ALLOCATORS = {
     "ShapLoRA": lambda: warmed_up(coalitions=18, generator=torch.Generator().manual_seed(2)),
     "ShapLoRA without coalitions": lambda: warmed_up(coalitions=0),
     "ShapLoRA by magnitude": lambda: warmed_up(importance="magnitude"),
+    "singular values": lambda: SingularValues(trained()),
+    "singular values with data": lambda: SingularValues(trained(), loss_fn, batches()),
 }
 
 
