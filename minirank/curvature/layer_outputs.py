@@ -243,7 +243,7 @@ def stack_positions(per_call: Sequence[Tensor], independent: bool, batched: bool
     for x in per_call:
         n = x.shape[first] if independent and x.ndim > first + 1 else 1
         parts.append(x.reshape(*x.shape[:first], n, -1, x.shape[-1]))
-    return torch.cat(parts, -2)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 
 def stacked_inputs(layer_calls: Sequence[Call], independent: bool) -> Tensor:

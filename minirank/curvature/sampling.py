@@ -118,8 +118,9 @@ def _one_pass(
 def random_signs(like: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` vectors of ±1 with equal chance, (count, *like.shape), drawn on the generator's
     device."""
-    bits = torch.randint(0, 2, (count, *like.shape), generator=generator, device=generator.device)
-    return (2 * bits - 1).to(like)
+    shape, device = (count, *like.shape), generator.device
+    bits = torch.randint(0, 2, shape, generator=generator, device=device, dtype=torch.int8)
+    return bits.mul_(2).sub_(1).to(like)
 
 
 def check_sampling(
