@@ -40,7 +40,8 @@ def shifted_outputs(layers: Mapping[str, nn.Module]) -> Iterator[Calls]:
     """Record every call of the layers; its output gets a shift of zeros that requires gradients."""
 
     def zeros(name: str, x: Tensor, output: Tensor) -> Tensor:
-        return torch.zeros_like(output, requires_grad=True)
+        zero = output.detach().new_zeros(())
+        return zero.expand(output.shape).requires_grad_()  # in the memory of one number
 
     with _recorded_calls(layers, zeros) as calls:
         yield calls

@@ -6,6 +6,7 @@ batches. The user's argument `samples` counts probes. Elsewhere "sample" means a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -119,8 +120,13 @@ def random_signs(like: Tensor, count: int, generator: torch.Generator) -> Tensor
     """`count` vectors of ±1 with equal chance, (count, *like.shape), drawn on the generator's
     device."""
     shape, device = (count, *like.shape), generator.device
-    bits = torch.randint(0, 2, shape, generator=generator, device=device, dtype=torch.int8)
-    return bits.mul_(2).sub_(1).to(like)
+    number = math.prod(shape)
+    # Every bit of a random byte is a sign.
+    random_bytes = torch.randint(
+        0, 256, (-(-number // 8), 1), generator=generator, device=device, dtype=torch.uint8
+    )
+    bits = random_bytes >> torch.arange(8, dtype=torch.uint8, device=device) & 1
+    return bits.flatten()[:number].view(shape).to(like).mul_(2).sub_(1)
 
 
 def check_sampling(
