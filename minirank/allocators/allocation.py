@@ -36,6 +36,8 @@ class Allocation:
         full: the modules that keep every rank that they had, where the method judged existing ranks
             and the bounds would have allowed more. A line below the table counts them: with more
             ranks in the first training they might have got more.
+        stacks: those of the modules that are stacks of experts. In PEFT they are no target_modules
+            but `target_parameters`.
 
     >>> allocation = Allocation({"0.query": 4, "0.value": 1}, {"0.query": 16, "0.value": 24}, 5)
     >>> allocation.total_rank, allocation.parameters
@@ -55,6 +57,7 @@ class Allocation:
     keep: Mapping[str, Tensor] | None = None
     coverage: Coverage | None = None
     full: tuple[str, ...] = ()
+    stacks: tuple[str, ...] = ()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Allocation) and self._comparable() == other._comparable()
@@ -99,10 +102,19 @@ class Allocation:
         return {key: scaling * rank for key, rank in self.rank_pattern.items()}
 
     @property
-    def target_modules(self) -> str:
+    def target_modules(self) -> str | list[str]:
         """For peft.LoraConfig(target_modules=…): a regular expression that matches the full names
-        of the modules with a rank above 0, and no other name."""
-        return exact_pattern(name for name, rank in self.ranks.items() if rank > 0)
+        of the modules with a rank above 0, and no other name. Stacks of experts are left out; if
+        there is nothing else, this is [], as PEFT wants it beside `target_parameters`."""
+        stacks = self.target_parameters
+        names = [name for name, r in self.ranks.items() if r > 0 and name not in self.stacks]
+        return [] if stacks and not names else exact_pattern(names)
+
+    @property
+    def target_parameters(self) -> list[str] | None:
+        """For peft.LoraConfig(target_parameters=…): the stacks of experts with a rank above 0. None
+        without any."""
+        return [name for name in self.stacks if self.ranks[name] > 0] or None
 
     def plot(self, path: str | None = None) -> Any:
         """A heat map of the ranks, layers down and kinds of module across.

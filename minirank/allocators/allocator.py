@@ -37,8 +37,9 @@ from torch import Tensor, nn
 
 from ..budget import best_ranks, proportional_ranks
 from ..layers.coverage import coverage
+from ..layers.experts import LoRAExperts
 from ..layers.lora import LoRALinear
-from ..layers.targets import modules_by_name, refuse_peft
+from ..layers.targets import expert_stacks, modules_by_name, refuse_peft
 from .allocation import Allocation, Unit
 from .constraints import Bound, Constraints, constraints_for
 from .dominance import warn_of_dominance
@@ -120,7 +121,16 @@ class Allocator(ABC):
         constraints = self._constraints(self._scores, budget, unit, min_rank, max_rank)
         allocation = self._divide(self._scores, constraints)
         warn_of_dominance(allocation, constraints, self._massive_inputs())
-        return replace(allocation, coverage=coverage(self.model, self._scores))
+        stacks = {*expert_stacks(self.model)} | {
+            name
+            for name, layer in modules_by_name(self.model).items()
+            if isinstance(layer, LoRAExperts)
+        }
+        return replace(
+            allocation,
+            coverage=coverage(self.model, self._scores),
+            stacks=tuple(name for name in allocation.ranks if name in stacks),
+        )
 
     def _constraints(
         self,

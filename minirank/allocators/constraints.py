@@ -10,7 +10,7 @@ from torch import nn
 from ..checks import is_integer, quoted_names, require
 from ..layers.hints import did_you_mean
 from ..layers.names import with_plain_names
-from ..layers.targets import layer_shape, modules_by_name
+from ..layers.targets import layer_shape, modules_and_stacks, rank_cost
 from .allocation import Unit
 
 Bound = int | Mapping[str, int] | None  # for all modules, or by name
@@ -21,7 +21,7 @@ class Constraints(NamedTuple):
 
     budget: int
     unit: Unit
-    costs: dict[str, int]  # trainable parameters of one rank: d_out + d_in
+    costs: dict[str, int]  # trainable parameters of one rank: d_out + d_in, for each expert
     lower: dict[str, int]
     upper: dict[str, int]  # at most min(d_out, d_in)
 
@@ -56,12 +56,12 @@ def constraints_for(
             min(d_out, d_in).
     """
     check_unit(unit)
-    modules = modules_by_name(model)
+    modules = modules_and_stacks(model)
     shapes = {name: _shape(name, modules) for name in names}
     return Constraints(
         budget,
         unit,
-        {name: d_out + d_in for name, (d_out, d_in) in shapes.items()},
+        {name: rank_cost(modules[name]) for name in shapes},
         _lower_bounds(min_rank, shapes),
         _upper_bounds(max_rank, shapes),
     )

@@ -297,7 +297,7 @@ class L1RA(RankScoreAllocator):
         """What the present ranks take, in `unit`."""
         if self.unit == "ranks":
             return sum(self.ranks.values())
-        return sum(x.rank * (x.in_features + x.out_features) for x in self._layers.values())
+        return sum(layer.rank * layer.rank_cost for layer in self._layers.values())
 
     # ---- training -------------------------------------------------------------------------------
 

@@ -26,8 +26,8 @@ class Adapter(NamedTuple):
     """The adapter of one layer in ShapLoRA's letters, or its gradients or importances."""
 
     gate: Tensor  # λ, (r,)
-    P: Tensor  # lora_B, (d_out, r)
-    Q: Tensor  # lora_A, (r, d_in)
+    P: Tensor  # lora_B, (d_out, r), or (experts, d_out, r)
+    Q: Tensor  # lora_A, (r, d_in), or (experts, r, d_in)
 
 
 def scorable_layers(model: nn.Module) -> dict[str, LoRALinear]:

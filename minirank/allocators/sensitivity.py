@@ -58,7 +58,7 @@ from ..curvature.input_moment import input_second_moment
 from ..curvature.unreached import IdleLayerWarning, warn_of_idle_layers
 from ..distributed import Pooled, from_first, number_of_shards
 from ..layers.linear import linear_shape
-from ..layers.targets import Targets, linear_targets
+from ..layers.targets import Targets, layers_called
 from ..layers.wrap import lora_layers
 from ..measure import LossFn, with_hint_at_one_batch
 from .allocation import Allocation, Unit
@@ -528,10 +528,10 @@ def _plain_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     named."""
     adapted = list(lora_layers(model)) if targets is None else []
     if not adapted:
-        return linear_targets(model, targets)
+        return layers_called(model, targets)
     advice = "score the plain model before wrap(), or unwrap(model) first"
     try:
-        plain = linear_targets(model)
+        plain = layers_called(model)
     except ValueError as error:
         raise ValueError(
             f"every linear layer has an adapter ({quoted_names(adapted)}), and SensitivityLoRA "

@@ -102,12 +102,17 @@ def ipt(w: Tensor, gradient: Tensor) -> Tensor:
 def san(ipt_gate: Tensor, ipt_P: Tensor, ipt_Q: Tensor) -> Tensor:
     """Eq 7, of every rank of one module. ipt_gate: (r,); ipt_P: (d_out, r); ipt_Q: (r, d_in) → (r,)
 
+    A stack of experts has one more axis in front of P and Q, over which the means go too.
+
     (`minirank.reference.san` takes the parameters and their gradients instead.)
 
     >>> san(torch.tensor([10.0]), torch.tensor([[1.0], [3.0]]), torch.tensor([[4.0, 6.0]]))
     tensor([17.])
     """
-    return ipt_gate + ipt_P.mean(0) + ipt_Q.mean(1)
+    in_P, in_Q = ipt_P.mean(-2), ipt_Q.mean(-1)  # (r,), or (experts, r)
+    if in_P.ndim == 2:
+        in_P, in_Q = in_P.mean(0), in_Q.mean(0)
+    return ipt_gate + in_P + in_Q
 
 
 class ShapLoRA(RankScoreAllocator):

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import require_batches, require_function
+from ..checks import quoted_names, require_batches, require_function
 from ..curvature.input_moment import DEFAULT_MASK, Mask, second_moment_of
+from ..layers.experts import LoRAExperts
 from ..layers.lora import LoRALinear
 from ..layers.resize import separate_layers
 from ..measure import LossFn
@@ -34,7 +35,9 @@ from .constraints import Constraints
 def singular_values(layer: LoRALinear, second_moment: Tensor | None = None) -> Tensor:
     """The singular values of the layer's ΔW, largest first: (r,), float64, on the CPU.
 
-    With the mean squares of the layer's inputs, (d_in,), they are those of ΔW · diag(√E[x²]).
+    With the mean squares of the layer's inputs, (d_in,), they are those of ΔW · diag(√E[x²]). In a
+    stack of experts, which gains or loses one rank of all experts together, the k-th is the root of
+    the sum of squares of all experts' k-th.
 
     >>> from minirank import wrap
     >>> layer = wrap(nn.Sequential(nn.Linear(3, 2)), {"0": 2}, scaling=2.0)["0"]
@@ -48,8 +51,10 @@ def singular_values(layer: LoRALinear, second_moment: Tensor | None = None) -> T
         right = right * second_moment.detach().cpu().double().sqrt()
     # ΔW = left · right is (d_out, d_in). R of a QR decomposition has the same singular values, and
     # is no larger than (r, r).
-    core = torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T
+    core = torch.linalg.qr(left).R @ torch.linalg.qr(right.mT).R.mT
     values: Tensor = torch.linalg.svdvals(core)
+    if values.ndim == 2:
+        values = values.norm(dim=0)
     missing = layer.rank - len(values)  # if the rank exceeds a side of W
     return torch.cat([values, values.new_zeros(missing)])
 
@@ -77,7 +82,7 @@ class SingularValues(RankScoreAllocator):
     Raises:
         TypeError: `loss_fn` or `batches` is of the wrong kind.
         ValueError: no LoRA layer, or two that share a parameter; one of `loss_fn` and `batches`
-            without the other.
+            without the other; or with them a stack of experts, whose inputs cannot be measured.
 
     Source: the best approximation of a given rank (Eckart and Young, 1936). No paper's method.
 
@@ -114,7 +119,13 @@ class SingularValues(RankScoreAllocator):
         self.loss_fn = loss_fn
         self.batches = batches
         self.mask = mask
-        self._layers()
+        stacks = [name for name, layer in self._layers().items() if isinstance(layer, LoRAExperts)]
+        if stacks and batches is not None:
+            raise ValueError(
+                f"{quoted_names(stacks)}: a stack of experts is a parameter that its module reads, "
+                "so that its inputs cannot be measured: give no loss_fn and batches, for values of "
+                "ΔW alone in all modules"
+            )
 
     def _layers(self) -> dict[str, LoRALinear]:
         layers = separate_layers(self.model)

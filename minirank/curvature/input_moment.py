@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checks import require, require_batches, warn_caller
 from ..layers.linear import linear_shape, weight_place
-from ..layers.targets import Targets, linear_targets
+from ..layers.targets import Targets, layers_called
 from ..measure import LossFn, measuring, scalar_loss
 from .averaging import BatchAverage, check_tolerance
 from .estimate import Estimate
@@ -103,7 +103,7 @@ def input_second_moment(
         outlier_factor,
         "above 1 (100: a hundred times the median token)",
     )
-    layers = linear_targets(model, targets)
+    layers = layers_called(model, targets)
     return second_moment_of(layers, model, loss_fn, batches, mask, outlier_factor, tolerance)
 
 

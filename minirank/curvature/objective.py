@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..checks import require, require_batches
 from ..layers.linear import applies_weight
-from ..layers.targets import Targets, linear_targets
+from ..layers.targets import Targets, layers_called
 from ..measure import LossFn, differentiable_loss, differentiable_twice, repeatable
 from ..packed import require_not_repacked, why_no_backward
 from ..placement import is_offloaded, is_sharded
@@ -57,7 +57,7 @@ def curvature_targets(
     Raises ValueError if one does not compute W x + b or lets no gradient pass, or if its weight is
     where the estimator cannot follow.
     """
-    layers = linear_targets(model, targets)
+    layers = layers_called(model, targets)
     require_not_repacked(model)
     if second_derivatives and any(map(is_sharded, model.parameters())):
         raise ValueError(

@@ -6,6 +6,7 @@ base_fingerprint.py  whether a model is the one that the adapter was trained bes
 peft_export.py       export_peft: a folder that PEFT reads
 peft_import.py       import_peft: a folder that PEFT wrote
 peft_folder.py       what the two share
+peft_experts.py      stacks of experts in PEFT's folder: target_parameters
 saved_layer.py       a LoRA layer without its base, and the checks that all formats share
 safetensors_file.py  the safetensors format, and files that are written whole or not at all
 
@@ -15,8 +16,9 @@ it is complete on the disk. Loading checks everything before it touches the mode
 **Our file** is one safetensors file.
 
 - Tensors: `<module>.lora_A` (r, d_in), `<module>.lora_B` (d_out, r), and `<module>.gate` (r,) where
-  the layer has gates. What trained beside the adapters is there under its own name. All are bit for
-  bit what the model had, in its types.
+  the layer has gates. In a stack of experts A and B have one more axis in front. What trained
+  beside the adapters is there under its own name. All are bit for bit what the model had, in its
+  types.
 - Metadata, under "minirank" (JSON): the format's number (2); for each layer its rank, shape, alpha,
   reference rank, scaling, start value of gates, dropout, and whether it is enabled; a fingerprint
   of each base module; which parameters beside the adapters require a gradient; the further names
@@ -55,6 +57,11 @@ what is done here about them:
   two of them match one name, what PEFT loads is not always what it trained.
 - Some loaders (vLLM, diffusers) ignore alpha_pattern, and scale wrongly. For these,
   export_peft(…, portable=True) multiplies the scaling into B and sets every alpha to the rank.
+- Stacks of experts are PEFT's target_parameters, written for PEFT 0.21 or newer (peft_experts.py).
+  import_peft does not read them.
+- PEFT turns the expression in target_modules of some models with stacks (Mixtral, Qwen3-MoE) into
+  suffixes, and adapts all modules that end so. The others get a B of zeros, which changes nothing,
+  and PEFT warns that their keys are missing.
 - PEFT has no gates: they are multiplied into B. It has one dropout for all layers: the largest of
   them is written. It has no rank 0: such layers are left out.
 - PEFT adapts nn.Linear and transformers' Conv1D, not other modules that compute the same.

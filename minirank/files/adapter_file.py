@@ -30,7 +30,7 @@ from ..checks import quoted_names, warn_caller
 from ..distributed import on_all
 from ..layers.lora import RANK_DIM, LoRALinear
 from ..layers.names import named_buffers, named_parameters, plain_name, with_plain_names
-from ..layers.targets import as_patterns, first_names, modules_by_name
+from ..layers.targets import as_patterns, first_names, modules_and_stacks
 from ..layers.wrap import insert_layers
 from ..tensor_bytes import checksum
 from .base_fingerprint import base_fingerprint, is_base_sharded, same_base
@@ -347,7 +347,7 @@ def load_adapter(
     """
     read = _on_all(lambda: read_adapter(path), group)
     adapter = _with_names_of(model, read)
-    shapes = {name: layer.shape for name, layer in adapter.layers.items()}
+    shapes = {name: layer.full_shape for name, layer in adapter.layers.items()}
     names = _on_all(lambda: find_modules(model, shapes), group)
     if not other_base:
         _check_base(model, adapter.layers, group)
@@ -377,7 +377,7 @@ def _with_names_of(model: nn.Module, adapter: SavedAdapter) -> SavedAdapter:
 
     Names such as "_orig_mod.fc" are in files of early versions of minirank.
     """
-    modules = modules_by_name(model)
+    modules = modules_and_stacks(model)
     tensors = {**named_parameters(model), **named_buffers(model)}
 
     def plain(names: Iterable[str]) -> tuple[str, ...]:
@@ -396,7 +396,7 @@ def _with_names_of(model: nn.Module, adapter: SavedAdapter) -> SavedAdapter:
 def _check_base(
     model: nn.Module, layers: Mapping[str, SavedLayer], group: ProcessGroup | None
 ) -> None:
-    modules = modules_by_name(model)
+    modules = modules_and_stacks(model)
     known = {name: layer for name, layer in layers.items() if layer.base_fingerprint is not None}
     sharded = [name for name in known if is_base_sharded(modules[name])]
     if sharded and group is None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.experts import ExpertStack
 from ..layers.linear import is_packed
 from ..packed import dequantizes_itself, left_as_they_are, require_not_repacked
 from ..placement import is_sharded
@@ -52,6 +53,8 @@ def _all_tensors(module: nn.Module) -> dict[str, Tensor]:
         with left_as_they_are([module]):  # bitsandbytes changes a layer that it saves
             state = module.state_dict()
         return plain_tensors({key: v for key, v in state.items() if isinstance(v, Tensor)})
+    if isinstance(module, ExpertStack):  # the same numbers the other way round are another base
+        return {"transposed weight" if module.transposed else "weight": module.weight}
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {name: _gathered(tensor) for name, tensor in tensors.items()}
 

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from ..checks import warn_caller
 from ..layers.attention import UnpackedAttention
+from ..layers.experts import LoRAExperts
 from ..layers.linear import is_transposed
 from ..layers.lora import LoRALinear
 from ..layers.targets import exact_key, exact_pattern, modules_by_name
+from .peft_experts import require_stacks_as_in_peft, stack_tensors, stacks_among
 from .peft_folder import CONFIG_FILE, PREFIX, TENSORS_FILE, check_places
 from .safetensors_file import safetensors_bytes, write_files
 from .saved_layer import SavedLayer, savable_layers, warn_of_losses
@@ -55,7 +57,8 @@ def export_peft(
     Raises:
         ValueError: there is no LoRA layer with ranks; one is merged, disabled or not finite; or
             PEFT would compute another function (a module in several places, and out_proj of
-            nn.MultiheadAttention). The old files are left as they were.
+            nn.MultiheadAttention), or cannot load it (a stack of experts in a model with adapter
+            dropout, and some others). The old files are left as they were.
         OSError: from the file system. The old files are left as they were.
 
     >>> import json, tempfile, torch
@@ -77,8 +80,12 @@ def export_peft(
     }
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = _folded_B(name, layer, factors[name])
+        A, B = layer.lora_A.detach(), _folded_B(name, layer, factors[name])
+        if isinstance(layer, LoRAExperts):
+            tensors |= stack_tensors(model, name, stacks_among(layers), A, B)
+        else:
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = A
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = B
     config = _configuration(layers, alphas) | {
         "task_type": task_type,
         "base_model_name_or_path": base_model_name_or_path,
@@ -107,6 +114,7 @@ def _exportable_layers(model: nn.Module) -> dict[str, LoRALinear]:
             "every layer has rank 0, which PEFT's files cannot say: there is nothing to export"
         )
     check_places(model, layers)
+    require_stacks_as_in_peft(model, layers)
     for name, layer in layers.items():
         if not layer.enabled:
             raise ValueError(
@@ -118,12 +126,15 @@ def _exportable_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 def _configuration(layers: Mapping[str, LoRALinear], alphas: Mapping[str, float]) -> dict[str, Any]:
     """PEFT's LoraConfig. It has one dropout for all layers: here the largest."""
-    return {
+    stacks = stacks_among(layers)
+    linear = {name: layer for name, layer in layers.items() if name not in stacks}
+    of_stacks = {"target_parameters": stacks} if stacks else {}
+    return of_stacks | {
         "peft_type": "LORA",
         "inference_mode": True,
         "r": max(layer.rank for layer in layers.values()),
         "lora_alpha": max(alphas.values()),
-        "target_modules": exact_pattern(layers),
+        "target_modules": exact_pattern(linear) if linear else [],
         "rank_pattern": {exact_key(name): layer.rank for name, layer in layers.items()},
         "alpha_pattern": {exact_key(name): alpha for name, alpha in alphas.items()},
         "lora_dropout": max(layer.dropout for layer in layers.values()),

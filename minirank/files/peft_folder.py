@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..checks import quoted_names
+from ..layers.experts import LoRAExperts
 from ..layers.lora import LoRALinear
 from ..layers.targets import all_names, first_names, modules_by_name
 
@@ -29,6 +30,9 @@ def check_places(model: nn.Module, names: Iterable[str]) -> None:
     places = Counter(id(child) for parent in parents for child in parent._modules.values())
     for name in names:
         module = modules[name]
+        if isinstance(module, LoRAExperts):  # PEFT wraps the module that holds the stack
+            name = name.rpartition(".")[0]
+            module = modules[name]
         if places[id(module)] > 1:
             same = aliases[first[name]]
             raise ValueError(

@@ -102,7 +102,7 @@ def import_peft(
     config, tensors = _read_config(Path(folder, CONFIG_FILE)), _read_tensors(Path(folder))
     try:
         layers = with_plain_names(_layers(config, tensors), modules_by_name(model))
-        names = find_modules(model, {name: layer.shape for name, layer in layers.items()})
+        names = find_modules(model, {name: layer.full_shape for name, layer in layers.items()})
         check_places(model, names)
         builders = {first: layers[name].build_around for name, first in names.items()}
         return insert_layers(model, builders, trainable)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import quoted_names, warn_caller
+from ..layers.experts import ExpertStack, lora_layer
 from ..layers.hints import did_you_mean
 from ..layers.lora import RANK_DIM, LoRALinear
 from ..layers.names import each_once, named_parameters
 from ..layers.targets import (
     first_names,
     layer_shape,
-    modules_by_name,
+    modules_and_stacks,
     refuse_peft,
     unpacking_hint,
 )
@@ -30,7 +31,8 @@ from ..placement import require_unsharded
 class SavedLayer:
     """A LoRA layer without its base."""
 
-    # lora_A (r, d_in), lora_B (d_out, r), and gate (r,) where the layer has gates
+    # lora_A (r, d_in), lora_B (d_out, r), in a stack of experts with a first axis for them; and
+    # gate (r,) where the layer has gates
     tensors: Mapping[str, Tensor]
     alpha: float
     reference_rank: float
@@ -58,16 +60,21 @@ class SavedLayer:
 
     @property
     def rank(self) -> int:
-        return self.tensors["lora_A"].shape[0]
+        return self.tensors["lora_A"].shape[RANK_DIM["lora_A"]]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(d_out, d_in)"""
-        return self.tensors["lora_B"].shape[0], self.tensors["lora_A"].shape[1]
+        return self.tensors["lora_B"].shape[-2], self.tensors["lora_A"].shape[-1]
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """(d_out, d_in), in a stack of experts (experts, d_out, d_in)"""
+        return (*self.tensors["lora_A"].shape[:-2], *self.shape)
 
     def build_around(self, base: nn.Module) -> LoRALinear:
         """A LoRALinear that holds `base`, with these tensors in their own type, on its device."""
-        layer = LoRALinear(
+        layer = lora_layer(
             base,
             0,
             alpha=self.alpha,
@@ -103,7 +110,9 @@ class SavedLayer:
                 f"{name!r} has the tensors {sorted(self.tensors)}, expected {sorted(expected)}"
             )
         shapes = {key: tuple(value.shape) for key, value in self.tensors.items()}
-        if any(len(shape) != (1 if key == "gate" else 2) for key, shape in shapes.items()):
+        A, B, gate = shapes["lora_A"], shapes["lora_B"], shapes.get("gate", (0,))
+        fit = len(A) == len(B) and len(A) in (2, 3) and A[:-2] == B[:-2]  # 3: a stack of experts
+        if not fit or len(gate) != 1:
             raise ValueError(
                 f"{name!r} has shapes {shapes}: expected lora_A (r, d_in), lora_B (d_out, r), "
                 "gate (r,)"
@@ -151,11 +160,11 @@ def savable_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return layers
 
 
-def find_modules(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+def find_modules(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """Where the adapters of a file belong in a plain model.
 
     Args:
-        shapes: {name in the file: (d_out, d_in)}.
+        shapes: {name in the file: its `full_shape`}.
 
     Returns: {name in the file: first name of that module in `model`}, in the order of the model.
 
@@ -163,7 +172,7 @@ def find_modules(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dic
     the file has several adapters for.
     """
     refuse_peft(model)
-    modules, first = modules_by_name(model), first_names(model)
+    modules, first = modules_and_stacks(model), first_names(model)
     missing = [name for name in shapes if name not in modules]
     if missing:
         raise ValueError(
@@ -173,11 +182,14 @@ def find_modules(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dic
         )
     positions = {name: i for i, name in enumerate(resolve_ranks(model, dict.fromkeys(shapes, 0)))}
     for name, shape in shapes.items():
-        actual = layer_shape(modules[name])
+        module = modules[name]
+        actual: tuple[int, ...] | None = layer_shape(module)
+        if isinstance(module, ExpertStack):
+            actual = (module.experts, *module.shape)
         if actual != shape:
+            sizes = "(d_out, d_in)" if len(shape) == 2 else "(experts, d_out, d_in)"
             raise ValueError(
-                f"{name!r}: the file's adapter is for (d_out, d_in) = {shape}, the model has "
-                f"{actual}"
+                f"{name!r}: the file's adapter is for {sizes} = {shape}, the model has {actual}"
             )
     if len(positions) < len(shapes):
         adapters = Counter(first[name] for name in shapes)

@@ -7,6 +7,7 @@
     pretrained.py       what save_pretrained writes of a wrapped model, and who can read it
     replaced.py         parameters that layers replaced, and optimizers that still hold them
     lora.py             the layer itself: LoRALinear
+    experts.py          LoRAExperts: adapters for parameters that stack the weights of experts
     attention.py        attention that calls its linear layers q, k, v and out
     coverage.py         which part of a model's matrices targets reach, and what is left out
     hints.py            what a name or glob that matches nothing was meant to be
@@ -47,7 +48,7 @@ Loading a state_dict adopts its ranks, layer by layer. A layer that gets other r
 parameters, so make the optimizer, L1RA and the scheduler after loading. Where they exist already,
 call resize(model, ranks, optimizer) with the saved ranks first: then loading replaces nothing.
 (L1RA's state has them as state["ranks"]; of any state they are
-{name: state[f"{name}.lora_A"].shape[0] for name in lora_layers(model)}.) An optimizer that still
+{name: state[f"{name}.lora_A"].shape[-2] for name in lora_layers(model)}.) An optimizer that still
 holds replaced parameters is stopped at its next step, by a hook on all optimizers (replaced.py).
 
 A module that a model holds in several places is one module. Any of its names selects it, results
@@ -65,6 +66,11 @@ otherwise, and the output has the base's type. `merge` refuses them, since W + Î
 without loss; `weight` dequantises where the module says how, or raises; `unwrap` always works.
 bitsandbytes' 4-bit layer would repack its weight when it is evaluated on the CPU, and lose its
 gradient for good: while it has an adapter, or is measured, it is kept from that.
+
+A stack of experts, a 3-D parameter, is a target if it is named, as the parameter is. Its W, Î”W, A
+and B have one more axis in front, for the experts, and its rank counts for all of them. Nothing can
+be measured there, so that default targets leave it out, and SensitivityLoRA and curvatures refuse
+it. experts.py has the rest.
 
 nn.MultiheadAttention reads its out_proj's weight without calling the module. An adapter there
 works, but nothing can be measured there and adapter dropout has no effect, so that out_proj is

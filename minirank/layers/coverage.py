@@ -23,15 +23,17 @@ from ..packed import most_packed_weights, own_tensors, stored_weight
 from .attention import is_packed_attention
 from .linear import linear_shape
 from .lora import LoRALinear
-from .names import each_once, named_modules
+from .names import each_once, joined, named_modules
 
 TABLE_WIDTH = 100
+
+STACK = "stack of experts"
 
 # {kind of weight: why it is left out}, in the order of the table
 REASONS = {
     "attention in_proj": "a parameter; see unpack_attention",
     "attention out_proj": "never called; see unpack_attention",
-    "stack of experts": "a 3-D parameter, not layers",
+    STACK: "a 3-D parameter; adapted if named",
     "bare matrix": "a parameter, not a layer",
     "convolution": "not linear",
     "recurrent weight": "not linear",
@@ -106,7 +108,7 @@ def coverage(model: nn.Module, names: Iterable[str]) -> Coverage:
     """How many of the model's matrix entries the modules `names` hold, and what else there is.
 
     Args:
-        names: of linear-like modules or LoRA layers.
+        names: of linear-like modules, stacks of experts or LoRA layers.
 
     >>> model = nn.Sequential(nn.Conv1d(4, 4, 1), nn.Linear(4, 8))
     >>> coverage(model, ["1"]).share
@@ -122,16 +124,18 @@ def coverage(model: nn.Module, names: Iterable[str]) -> Coverage:
 
     every_name = list(named_modules(model, enter=enter))
     modules, named = each_once(every_name), dict(every_name)
-    reached_ids = {id(named[name]) for name in names if name in named}
+    wanted = set(names)
+    reached_ids = {id(named[name]) for name in wanted if name in named}
     tied = tied_heads(modules)
     reached: dict[int, int] = {}  # {id of a weight: entries}
     left: dict[int, tuple[str, str, int]] = {}  # {id of a weight: (kind, module, entries)}
     for name, module in modules.items():
-        for kind, key, entries in _matrices(module, single[id(module)]):
-            if id(module) in reached_ids:
+        for kind, key, entries, weight in _matrices(module, single[id(module)]):
+            full_name = joined(name, weight) if kind == STACK else name
+            if id(module) in reached_ids or full_name in wanted:
                 reached[key] = entries
             else:
-                left.setdefault(key, ("tied head" if name in tied else kind, name, entries))
+                left.setdefault(key, ("tied head" if name in tied else kind, full_name, entries))
     groups: dict[str, list[tuple[str, int]]] = {kind: [] for kind in REASONS}
     for key, (kind, name, entries) in left.items():
         if key not in reached:
@@ -180,29 +184,50 @@ def is_embedding(module: nn.Module) -> bool:
     return hasattr(module, "num_embeddings") and hasattr(module, "embedding_dim")
 
 
+def stacked_parameters(module: nn.Module) -> list[str]:
+    """The names of those parameters of the module itself that stack the matrices of experts.
+
+    >>> import torch
+    >>> experts = nn.Module()
+    >>> experts.up, experts.bias = nn.Parameter(torch.ones(8, 3, 5)), nn.Parameter(torch.ones(8, 5))
+    >>> stacked_parameters(experts), stacked_parameters(nn.Conv1d(2, 2, 2))
+    (['up'], [])
+    """
+    if is_embedding(module) or _single_matrix(module) is not None:
+        return []
+    return [
+        key
+        for key, parameter in module._parameters.items()
+        if parameter is not None and _kind_of_parameter(module, key, parameter) == STACK
+    ]
+
+
 # ---- the matrices of one module -----------------------------------------------------------------
 
 
-def _matrices(module: nn.Module, single: tuple[str, int] | None) -> Iterator[tuple[str, int, int]]:
-    """(kind, id of the weight, entries) of each matrix that the module itself holds.
+def _matrices(
+    module: nn.Module, single: tuple[str, int] | None
+) -> Iterator[tuple[str, int, int, str]]:
+    """(kind, id of the weight, entries, the weight's name) of each matrix of the module itself.
 
     Args:
         single: its `_single_matrix`.
     """
     if single is not None:
         weight = stored_weight(module.base if isinstance(module, LoRALinear) else module)
-        yield single[0], id(module if weight is None else weight), single[1]
+        yield single[0], id(module if weight is None else weight), single[1], "weight"
     elif not is_embedding(module):
         for key, parameter in module._parameters.items():
             kind = None if parameter is None else _kind_of_parameter(module, key, parameter)
             if parameter is not None and kind is not None:
-                yield kind, id(parameter), parameter.numel()
+                yield kind, id(parameter), parameter.numel(), key
 
 
 def _single_matrix(module: nn.Module) -> tuple[str, int] | None:
     """(kind, entries) of a module that is one matrix, whatever it stores; else None."""
     if isinstance(module, LoRALinear):
-        return NOT_SELECTED, module.out_features * module.in_features
+        weights = math.prod(module.leading_shape)
+        return NOT_SELECTED, weights * module.out_features * module.in_features
     if any(is_lazy(p) for p in module._parameters.values() if p is not None):
         return "lazy layer", 0
     shape = linear_shape(module)
@@ -244,4 +269,4 @@ def _kind_of_parameter(module: nn.Module, key: str, parameter: nn.Parameter) -> 
         return "recurrent weight"
     if 1 in parameter.shape[:-1] or hasattr(module, "normalized_shape"):
         return None  # a table of positions, (1, n, d), or a norm over several dimensions
-    return "stack of experts" if parameter.ndim == 3 else "bare matrix"
+    return STACK if parameter.ndim == 3 else "bare matrix"

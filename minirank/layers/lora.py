@@ -24,7 +24,9 @@ from .merge import Mergeable
 from .pretrained import calling_save_pretrained, untied, warn_that_from_pretrained_cannot_read_it
 from .replaced import note_replaced, successors
 
-RANK_DIM = {"lora_A": 0, "lora_B": 1, "gate": 0}  # the axis of each parameter that counts ranks
+# The axis of each parameter that counts ranks, from the end: a stack has one more axis
+# in front (experts.py).
+RANK_DIM = {"lora_A": -2, "lora_B": -1, "gate": -1}
 
 
 class Scaling(NamedTuple):
@@ -99,7 +101,7 @@ class LoRALinear(Mergeable):
         generator: torch.Generator | int = 0,
     ) -> None:
         super().__init__()
-        self.out_features, self.in_features = _checked_shape(base)
+        self.out_features, self.in_features = self._checked_shape(base, dropout)
         _require_numbers(rank, (self.out_features, self.in_features), gate, dropout, dtype)
         if not isinstance(scaling, Scaling):
             scaling = fixed_scaling(max(rank, 1), scaling, alpha, reference_rank, rank_stabilized)
@@ -114,10 +116,38 @@ class LoRALinear(Mergeable):
         self.base_requires_grad = {name: p.requires_grad for name, p in base.named_parameters()}
         base.requires_grad_(False)
 
+    def _checked_shape(self, base: nn.Module, dropout: float) -> tuple[int, int]:
+        """(d_out, d_in) of a module that can get this layer. Raises TypeError or ValueError."""
+        if isinstance(base, LoRALinear):
+            raise TypeError(
+                "expected a module without an adapter, but this LoRALinear already has an adapter: "
+                "resize() changes its rank"
+            )
+        shape = linear_shape(base)
+        if shape is None:
+            raise TypeError(
+                "expected an nn.Linear-like module with a 2-D floating-point weight, got a "
+                f"{type(base).__name__}"
+            )
+        reason = why_no_backward(base)
+        if reason is not None:
+            raise ValueError(f"the base is a {type(base).__name__} without gradients: {reason}")
+        return shape
+
     @property
     def rank(self) -> int:
         """r, the number of ranks now."""
-        return self.lora_A.shape[0]
+        return self.lora_A.shape[RANK_DIM["lora_A"]]
+
+    @property
+    def leading_shape(self) -> tuple[int, ...]:
+        """What comes before (d_out, d_in) in the shape of W: () here, (experts,) for a stack."""
+        return ()
+
+    @property
+    def rank_cost(self) -> int:
+        """Trainable parameters of one rank, without its gate: d_in + d_out for each weight."""
+        return math.prod(self.leading_shape) * (self.in_features + self.out_features)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         # Assignments end here; to(), and load_state_dict() of the same rank, do not.
@@ -150,7 +180,8 @@ class LoRALinear(Mergeable):
             "device": generator.device,
             "dtype": torch.float32,
         }
-        A_shape, B_shape = (count, self.in_features), (self.out_features, count)
+        shapes = self._shapes(count)
+        A_shape, B_shape = shapes["lora_A"], shapes["lora_B"]
         B = torch.zeros(B_shape, device=device, dtype=dtype)
         if self.initial_gate is None:
             A = (2 * torch.rand(A_shape, **draw) - 1) / math.sqrt(self.in_features)
@@ -163,6 +194,14 @@ class LoRALinear(Mergeable):
         if self.initial_gate is not None:
             new["gate"] = torch.full((count,), self.initial_gate, device=device, dtype=dtype)
         return new
+
+    def _shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter with so many ranks."""
+        return {
+            "lora_A": (*self.leading_shape, rank, self.in_features),
+            "lora_B": (*self.leading_shape, self.out_features, rank),
+            "gate": (rank,),
+        }
 
     # ---- states ---------------------------------------------------------------------------------
 
@@ -220,14 +259,10 @@ class LoRALinear(Mergeable):
         mine = [name for name, parameter in self._parameters.items() if parameter is not None]
         saved = {name: state_dict.get(prefix + name) for name in RANK_DIM}
         shapes = {name: x.shape for name, x in saved.items() if isinstance(x, Tensor)}
-        if shapes.keys() != set(mine) or len(shapes["lora_A"]) != 2:
+        if shapes.keys() != set(mine) or len(shapes["lora_A"]) != self.lora_A.ndim:
             return None
-        rank = shapes["lora_A"][0]
-        expected = {
-            "lora_A": (rank, self.in_features),
-            "lora_B": (self.out_features, rank),
-            "gate": (rank,),
-        }
+        rank = shapes["lora_A"][RANK_DIM["lora_A"]]
+        expected = self._shapes(rank)
         fits = all(tuple(shape) == expected[name] for name, shape in shapes.items())
         # The values of a DTensor lie on several devices, in shards that another rank would change.
         plain = all(type(self.get_parameter(name).data) is Tensor for name in mine)
@@ -241,8 +276,7 @@ class LoRALinear(Mergeable):
         y: Tensor = call_as_it_is(self.base, x)
         if self.rank == 0 or self.merged or not self.enabled:
             return y
-        if self.training and not torch.compiler.is_compiling():
-            require_averaged(self.lora_A, self.lora_B)
+        self.require_averaged()
         if x.dtype != self.lora_A.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.dtype)
         if self.dropout:
@@ -255,6 +289,11 @@ class LoRALinear(Mergeable):
         # y + s h Bᵀ as one fused multiply-add: no scaled copy of h Bᵀ, no second pass over y.
         y_rows, h_rows = y.reshape(-1, self.out_features), h.reshape(-1, self.rank)
         return torch.addmm(y_rows, h_rows, self.lora_B.t(), alpha=self.scaling).view(y.shape)
+
+    def require_averaged(self) -> None:
+        """Raise RuntimeError if a DDP is training this layer, and does not know its parameters."""
+        if self.training and not torch.compiler.is_compiling():
+            require_averaged(self.lora_A, self.lora_B)
 
     def delta_weight(self) -> Tensor:
         """ΔW = s · B diag(gate) A, (d_out, d_in): float32 or better, differentiable."""
@@ -296,7 +335,7 @@ class LoRALinear(Mergeable):
         Every rank's part of ΔW has rank one, so its norm is that of its column times its row.
         """
         sB, A = self.factors()
-        norms: Tensor = sB.detach().norm(dim=0) * A.detach().norm(dim=1)
+        norms: Tensor = sB.detach().norm(dim=-2) * A.detach().norm(dim=-1)
         return norms
 
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -364,25 +403,6 @@ def fixed_scaling(
             f"rank {r_ref!r}, is out of the range of float64: give numbers nearer to 1"
         )
     return Scaling(r_ref, numerator, s)
-
-
-def _checked_shape(base: nn.Module) -> tuple[int, int]:
-    """(d_out, d_in) of a module that can get a LoRA layer. Raises TypeError."""
-    if isinstance(base, LoRALinear):
-        raise TypeError(
-            "expected a module without an adapter, but this LoRALinear already has an adapter: "
-            "resize() changes its rank"
-        )
-    shape = linear_shape(base)
-    if shape is None:
-        raise TypeError(
-            "expected an nn.Linear-like module with a 2-D floating-point weight, got a "
-            f"{type(base).__name__}"
-        )
-    reason = why_no_backward(base)
-    if reason is not None:
-        raise ValueError(f"the base is a {type(base).__name__} without gradients: {reason}")
-    return shape
 
 
 def _require_numbers(

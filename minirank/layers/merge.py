@@ -29,6 +29,7 @@ class Mergeable(nn.Module):
     """
 
     base: nn.Module
+    is_read = False  # whether others read the weight, and nobody calls the base
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +121,7 @@ def merge(model: nn.Module, *, untie: bool = False) -> list[str]:
     owners = {} if untie else owners_of_storages(model)
     weights = {}
     for name, layer in layers.items():
-        _require_plain_weight(name, layer.base)
+        _require_plain_weight(name, layer)
         _require_no_tie(name, layer, owners)
         weights[name] = _finite_merged_weight(name, layer)
     for name, layer in layers.items():
@@ -170,7 +171,8 @@ def _require_no_fsdp2(model: nn.Module, layers: Mapping[str, nn.Module]) -> None
             )
 
 
-def _require_plain_weight(name: str, base: nn.Module) -> None:
+def _require_plain_weight(name: str, layer: Mergeable) -> None:
+    base = layer.base
     if is_packed(base):
         raise ValueError(
             f"the weight of {name!r} is packed (a quantised {type(base).__name__}) and cannot take "
@@ -184,7 +186,7 @@ def _require_plain_weight(name: str, base: nn.Module) -> None:
             "parametrization?) and cannot take W + ΔW: keep the adapter unmerged, or remove the "
             "parametrization first"
         )
-    if not applies_weight(base):
+    if not layer.is_read and not applies_weight(base):
         raise ValueError(
             f"{name!r} is a {type(base).__name__} that does not compute W x + b from its weight: "
             "merging would change its function. Keep the adapter unmerged"

@@ -48,7 +48,7 @@ def carried_state(
     Args:
         state: the optimizer's entries for the old parameter.
         shape: of the old parameter.
-        axis: of the parameter, which counts its ranks.
+        axis: of the parameter, which counts its ranks; from the end if negative.
         keep: bool (old rank,), the surviving ranks.
         new_rank: survivors and new ranks together.
 
@@ -57,6 +57,7 @@ def carried_state(
     >>> carried_state(state, torch.Size([2, 3]), 0, keep, new_rank=1)
     ({'step': 7, 'exp_avg': tensor([[1., 1., 1.]])}, [])
     """
+    axis %= len(shape)
     carried: dict[str, Any] = {}
     lost: list[str] = []
     for entry, value in state.items():
@@ -83,8 +84,9 @@ def _is_quantised(value: Tensor) -> bool:
 
 
 # torch.optim.Adafactor's factored second moment: means over the other axis of the parameter, which
-# they keep at size 1. At rank 1 their shapes alone could not be told from a full moment's.
-FACTORS = {"row_var": 0, "col_var": 1}
+# they keep at size 1: here the one that they do not average. At rank 1 their shapes alone could not
+# be told from a full moment's.
+FACTORS = {"row_var": -2, "col_var": -1}
 
 
 def _possible_rank_axes(
@@ -96,8 +98,8 @@ def _possible_rank_axes(
     statistic that keeps some axes of the parameter and has averaged the others away (to size 1, or
     dropped). An entry that has averaged over the ranks does not depend on their number.
     """
-    if entry in FACTORS and len(shape) == len(parameter) == 2:
-        return {axis if FACTORS[entry] == axis else None}
+    if entry in FACTORS and len(shape) == len(parameter) >= 2:
+        return {axis if FACTORS[entry] % len(shape) == axis else None}
     if shape == parameter:
         return {axis}
     if len(shape) == len(parameter):

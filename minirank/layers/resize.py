@@ -243,7 +243,7 @@ class _Change:
 
     @property
     def new_rank(self) -> int:
-        return self.parameters["lora_A"].shape[0]
+        return self.parameters["lora_A"].shape[RANK_DIM["lora_A"]]
 
     def summary(self) -> Resized:
         return Resized(self.layer.rank, self.new_rank, self.keep, tuple(self.state_reset))

@@ -11,7 +11,15 @@ from torch import nn
 from ..checks import LONGEST_NAME, quoted_names, shortened, warn_caller
 from ..placement import require_unsharded
 from .attention import PACKED_NAMES, is_packed_attention
-from .coverage import NOT_SELECTED, coverage, is_out_proj, percent, tied_heads
+from .coverage import (
+    NOT_SELECTED,
+    coverage,
+    is_out_proj,
+    percent,
+    stacked_parameters,
+    tied_heads,
+)
+from .experts import ExpertStack
 from .hints import did_you_mean
 from .linear import linear_shape
 from .lora import LoRALinear
@@ -28,7 +36,8 @@ def linear_targets(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mo
     is given, since nothing can be measured there; `unpack_attention` makes it a layer like others.
     A tied head (a linear layer whose weight is an embedding's) is listed if a name, glob or
     function selects it, but not by None or a type: an adapter there makes two weights out of the
-    one in files.
+    one in files. Stacks of experts (experts.py), parameters and no modules, are selected by names
+    and globs that match no linear layer: "*.experts.*" in most models.
 
     Args:
         model: any module; `linear_shape` says what counts as linear-like. The wrappers of
@@ -39,15 +48,16 @@ def linear_targets(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mo
             function (name, module) -> bool: the modules that it accepts. Any name of a module
             with several names selects it.
 
-    Returns: {name: module}.
+    Returns: {name: module}; of a stack, {name of the parameter: ExpertStack}.
 
     Warns:
         UserWarning: `targets` is None, and this reaches fewer of the model's weights than it leaves
             out, such as a head alone.
 
     Raises:
-        ValueError: the model has no linear layer; a name, glob, type or function selects none; the
-            model has PEFT's modules; or FSDP1 or DeepSpeed ZeRO-3 keeps its parameters in pieces.
+        ValueError: the model has no linear layer; a name, glob, type or function selects none; a
+            stack is selected whose layout is not known; the model has PEFT's modules; or FSDP1 or
+            DeepSpeed ZeRO-3 keeps its parameters in pieces.
         TypeError: a list of anything but names.
 
     >>> from minirank import linear_targets
@@ -58,20 +68,46 @@ def linear_targets(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mo
     refuse_peft(model)
     require_unsharded(model)
     linear, names = _linear_modules(model), all_names(model)
+    stacks: dict[str, nn.Module] = {}
     if targets is None or isinstance(targets, type) or callable(targets):
         selected = _accepted_names(model, linear, names, targets)
     else:
         selected = set()
         for pattern in [targets] if isinstance(targets, str) else targets:
             matched = _matching_names(linear, names, pattern)
-            if not matched:
-                raise ValueError(explain_no_match(model, pattern, globs=True))
             selected |= matched
-    if not selected:
+            if not matched:
+                stacks |= _matching_stacks(model, pattern)
+    if not selected and not stacks:
         raise ValueError(_explain_no_target(model, linear, targets))
     if targets is None:
         _warn_of_small_part(model, selected)
-    return {name: module for name, module in linear.items() if name in selected}
+    if not stacks:
+        return {name: module for name, module in linear.items() if name in selected}
+    found = {name: linear[name] for name in selected} | stacks
+    return {name: found[name] for name in modules_and_stacks(model) if name in found}
+
+
+def layers_called(model: nn.Module, targets: Targets = None) -> dict[str, nn.Module]:
+    """`linear_targets` for those who measure the inputs of layers: stacks of experts are refused.
+
+    >>> list(layers_called(nn.Sequential(nn.Linear(2, 2))))
+    ['0']
+    """
+    layers = linear_targets(model, targets)
+    refuse_stacks([name for name, layer in layers.items() if isinstance(layer, ExpertStack)])
+    return layers
+
+
+def refuse_stacks(names: Sequence[str]) -> None:
+    """Raise ValueError, which names them, if there are any such stacks."""
+    if names:
+        raise ValueError(
+            f"{quoted_names(names)}: a stack of experts is a parameter that its module reads, so "
+            "that no inputs of single experts can be measured here. Leave it out of targets and "
+            "give it ranks of your own choice, wrap(model, {**allocation.ranks, name: rank}); or "
+            "take UniformRanks, L1RA, ShapLoRA or SingularValues without data, which need no inputs"
+        )
 
 
 def refuse_peft(model: nn.Module) -> None:
@@ -130,6 +166,17 @@ def _matching_names(
     return set()
 
 
+def _matching_stacks(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
+    """The stacks of experts, by first names, that one exact name or glob selects."""
+    stacks = expert_stacks(model)
+    matched = _matching_names(stacks, _aliases(stacks), pattern)
+    if not matched:
+        raise ValueError(explain_no_match(model, pattern, globs=True))
+    for name in matched:
+        _ = stacks[name].shape  # which raises if it is not known
+    return {name: stacks[name] for name in matched}
+
+
 def _explain_no_target(model: nn.Module, linear: Mapping[str, nn.Module], targets: Targets) -> str:
     wrapped = sum(isinstance(module, LoRALinear) for module in model.modules())
     tied = tied_heads(modules_by_name(model)) & linear.keys()
@@ -184,6 +231,38 @@ def modules_by_name(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]
     return dict(named_modules(module, prefix, enter=_is_no_adapter))
 
 
+def expert_stacks(model: nn.Module) -> dict[str, ExpertStack]:
+    """Every stack of experts without an adapter under each name of its parameter.
+
+    >>> import torch
+    >>> model = nn.Module()
+    >>> model.experts = nn.Module()
+    >>> model.experts.up, model.experts.is_transposed = nn.Parameter(torch.ones(8, 3, 5)), False
+    >>> expert_stacks(model)
+    {'experts.up': ExpertStack(8 experts, (3, 5))}
+    """
+    modules = modules_and_stacks(model)
+    return {name: stack for name, stack in modules.items() if isinstance(stack, ExpertStack)}
+
+
+def modules_and_stacks(model: nn.Module) -> dict[str, nn.Module]:
+    """`modules_by_name`, and after each module the `expert_stacks` that it holds.
+
+    >>> list(modules_and_stacks(nn.Sequential(nn.ReLU())))
+    ['', '0']
+    """
+    named: dict[str, nn.Module] = {}
+    made: dict[tuple[int, str], ExpertStack] = {}
+    for name, module in modules_by_name(model).items():
+        named[name] = module
+        for key in stacked_parameters(module):
+            place = (id(module), key)
+            if place not in made:
+                made[place] = ExpertStack(joined(name, key), module, key)
+            named[joined(name, key)] = made[place]
+    return named
+
+
 def _is_no_adapter(module: nn.Module) -> bool:
     return not isinstance(module, LoRALinear)
 
@@ -195,20 +274,25 @@ def all_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
     >>> all_names(nn.Sequential(shared, shared))
     {'': ('',), '0': ('0', '1')}
     """
+    return _aliases(modules_by_name(model))
+
+
+def _aliases(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
     names: dict[int, list[str]] = {}
-    for name, module in modules_by_name(model).items():
+    for name, module in modules.items():
         names.setdefault(id(module), []).append(name)
     return {aliases[0]: tuple(aliases) for aliases in names.values()}
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """{any name of a module: its first name}.
+    """{any name of a module or stack of experts: its first name}.
 
     >>> shared = nn.ReLU()
     >>> first_names(nn.Sequential(shared, shared))
     {'': '', '0': '0', '1': '0'}
     """
-    return {alias: name for name, aliases in all_names(model).items() for alias in aliases}
+    names = _aliases(modules_and_stacks(model))
+    return {alias: name for name, aliases in names.items() for alias in aliases}
 
 
 def as_patterns(patterns: str | Iterable[str], argument: str) -> list[str]:
@@ -254,14 +338,33 @@ def matching_modules(model: nn.Module, pattern: str, argument: str) -> dict[str,
 
 
 def layer_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(d_out, d_in) of a linear-like module or of a LoRA layer around one, else None.
+    """(d_out, d_in) of a linear-like module, a stack of experts, or a LoRA layer around one; else
+    None.
+
+    Raises ValueError for a stack whose layout is not known.
 
     >>> layer_shape(LoRALinear(nn.Linear(3, 5), 1))
     (5, 3)
     """
     if isinstance(module, LoRALinear):
         return module.out_features, module.in_features
-    return linear_shape(module)
+    return module.shape if isinstance(module, ExpertStack) else linear_shape(module)
+
+
+def rank_cost(module: nn.Module) -> int:
+    """Trainable parameters of one rank: d_out + d_in; in a stack of experts, that for each.
+
+    Args:
+        module: one that has a `layer_shape`.
+
+    >>> rank_cost(nn.Linear(3, 5))
+    8
+    """
+    if isinstance(module, LoRALinear):
+        return module.rank_cost
+    shape = layer_shape(module)
+    assert shape is not None
+    return sum(shape) * (module.experts if isinstance(module, ExpertStack) else 1)
 
 
 def exact_pattern(names: Iterable[str]) -> str:
@@ -326,17 +429,22 @@ def explain_no_match(model: nn.Module, pattern: str, *, globs: bool = False) -> 
             f"{pattern!r} already has an adapter: unwrap() the model first, or change the rank by "
             "resize()"
         )
+    stacks = expert_stacks(model)
     if module is not None:
         what = f"{pattern!r} is of type {type(module).__name__}, not a linear layer"
         if any(name.startswith(f"{pattern}.") for name in linear):
             inside = f"'{pattern}.*'" if globs else f"linear_targets(model, '{pattern}.*')"
             return f"{what}; for those inside it: {inside}"
+        stacked = [name for name in stacks if name.startswith(f"{pattern}.")]
+        if stacked:
+            return f"{what}; the stacks of experts inside it have names: {quoted_names(stacked)}"
         return f"{what} with a 2-D floating-point weight"
     matched = [name for name in linear if fnmatchcase(name, pattern)]
+    matched = matched or [name for name in stacks if fnmatchcase(name, pattern)]
     if not matched:
-        hint = did_you_mean(pattern, linear, globs=globs)
+        hint = did_you_mean(pattern, [*linear, *stacks], globs=globs)
         return f"{pattern!r} matches no linear layer of the model: {hint}"
-    if all(is_out_proj(linear[name]) for name in matched):
+    if all(name in linear and is_out_proj(linear[name]) for name in matched):
         return (
             f"{pattern!r} matches only an nn.MultiheadAttention's out_proj: give its exact name to "
             "adapt it alone. unpack_attention(model) gives the attention linear layers q, k, v and "

@@ -13,7 +13,8 @@ from torch.nn.parameter import is_lazy
 
 from ..checks import as_generator, is_integer, quoted_names, warn_caller
 from ..packed import REPACKS, require_not_repacked, why_no_backward, would_repack
-from ..placement import is_offloaded, require_unsharded
+from ..placement import is_offloaded, is_sharded, require_unsharded
+from .experts import ExpertStack, LoRAExperts, lora_layer, put_into, take_out_of
 from .linear import linear_shape
 from .lora import LoRALinear, fixed_scaling
 from .names import modules_in_wrappers, plain_name, without_wrappers
@@ -22,7 +23,9 @@ from .targets import (
     as_patterns,
     explain_no_match,
     first_names,
+    layer_shape,
     matching_modules,
+    modules_and_stacks,
     modules_by_name,
     refuse_peft,
 )
@@ -74,6 +77,9 @@ def wrap(
 ) -> dict[str, LoRALinear]:
     """Put a LoRALinear around each named linear layer; the model's function stays the same.
 
+    A stack of experts, a 3-D parameter, is named as the parameter is, and gets a `LoRAExperts`.
+    experts.py says how, and what it costs.
+
     Each call says what trains from now on: all adapters of the model, those of earlier calls too,
     and the modules in `trainable`. Everything else is frozen. A later call therefore names again
     what shall go on training.
@@ -105,7 +111,8 @@ def wrap(
             their gradients if they are evaluated.
 
     Raises:
-        ValueError: an unknown or already wrapped name, a rank out of range, two ranks for one
+        ValueError: an unknown or already wrapped name, a stack of experts whose layout is not known
+            or with dropout, a rank out of range, two ranks for one
             module, a module on the meta device, offloaded by accelerate, or one that no gradient
             passes through (quantised for inference); a model in FSDP1 or DeepSpeed ZeRO-3; or a
             name in `trainable` that matches nothing, only adapted layers, or parameters made under
@@ -131,7 +138,7 @@ def wrap(
     generator = as_generator(generator)
 
     def make_layer(module: nn.Module, rank: int) -> LoRALinear:
-        return LoRALinear(
+        return lora_layer(
             module,
             rank,
             scaling=common,
@@ -161,7 +168,7 @@ def insert_layers(
 
     Returns: the new layers by name. If anything raises, the model is left unchanged.
     """
-    modules = modules_by_name(model)
+    modules = modules_and_stacks(model)
     earlier = lora_layers(model)
     bases = [layer.base for layer in earlier.values()] + [modules[name] for name in makers]
     adapted = {id(parameter) for base in bases for parameter in base.parameters()}
@@ -172,7 +179,7 @@ def insert_layers(
     try:
         for name, make_layer in makers.items():
             layers[name] = make_layer(modules[name])
-        _put_in(model, layers.values())
+        _put_in(model, layers)
         for layer in layers.values():
             note_wrapped(layer)
         if trainable is not None:
@@ -182,7 +189,7 @@ def insert_layers(
         _warn_of_repacking(model)
         return layers
     except BaseException:
-        replace_modules(model, {id(layer): layer.base for layer in layers.values()})
+        _put_back(model, layers.values())
         for parameter, requires_grad in before.items():
             _restore_flag(parameter, requires_grad)
         raise
@@ -222,7 +229,7 @@ def resolve_ranks(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
         )
     require_unsharded(model)
     require_not_repacked(model)
-    first, modules = first_names(model), modules_by_name(model)
+    first, modules = first_names(model), modules_and_stacks(model)
     plain_names = {given: plain_name(given, first) for given in ranks}
     named_ids = {id(modules[name]) for name in plain_names.values() if name in modules}
     fixed_ids = modules_in_wrappers(model)
@@ -230,9 +237,11 @@ def resolve_ranks(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
     for given, rank in ranks.items():
         name = plain_names[given]
         module = modules.get(name)
-        shape = None if module is None or isinstance(module, LoRALinear) else linear_shape(module)
+        shape = None if module is None or isinstance(module, LoRALinear) else layer_shape(module)
         if module is None or shape is None:
             raise ValueError(explain_no_match(model, given))
+        if isinstance(module, ExpertStack):
+            _require_readable(name, module, modules[name.rpartition(".")[0]], fixed_ids)
         if id(module) in fixed_ids:
             raise ValueError(
                 f"{name!r} has a wrapper of its own (torch.compile?), which goes on calling the "
@@ -249,6 +258,28 @@ def resolve_ranks(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
                 "give it one rank"
             )
     return {name: resolved[name] for name in dict.fromkeys(first.values()) if name in resolved}
+
+
+def _require_readable(
+    name: str, stack: ExpertStack, holder: nn.Module, fixed_ids: Collection[int]
+) -> None:
+    """Raise ValueError unless the module that holds the stack can read another value there."""
+    if id(holder) in fixed_ids:
+        raise ValueError(
+            f"{name!r} lies in a module with a wrapper of its own (torch.compile?), which goes on "
+            "reading the parameter: wrap() the model first, then compile"
+        )
+    if is_sharded(stack.weight):
+        raise ValueError(
+            f"{name!r} is a stack of experts that is sharded (FSDP2, tensor or expert "
+            "parallelism), and the adapter needs all of it: take the unsharded model, or leave the "
+            "stack out"
+        )
+    if is_offloaded(holder):
+        raise ValueError(
+            f"{name!r} is offloaded by accelerate (device_map or cpu_offload), so that an adapter "
+            "beside it could not train: load the model onto devices that hold all of it, then wrap"
+        )
 
 
 def _require_rank(name: str, rank: int, shape: tuple[int, int]) -> None:
@@ -387,9 +418,24 @@ def _restore_flag(parameter: nn.Parameter, requires_grad: bool) -> None:
         parameter.requires_grad = requires_grad
 
 
-def _put_in(model: nn.Module, layers: Iterable[LoRALinear]) -> None:
+def _put_in(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
     """Put every layer into the places of its base."""
-    replace_modules(model, {id(layer.base): layer for layer in layers})
+    replace_modules(model, {id(layer.base): layer for layer in layers.values()})
+    modules = modules_by_name(model)
+    for name, layer in layers.items():
+        if isinstance(layer, LoRAExperts):
+            holder, _, key = name.rpartition(".")
+            put_into(modules[holder], key, layer)
+
+
+def _put_back(model: nn.Module, layers: Iterable[LoRALinear]) -> None:
+    """Put every base into the places of its layer."""
+    stacks = {id(layer) for layer in layers if isinstance(layer, LoRAExperts)}
+    for holder in modules_by_name(model).values():
+        for key, child in list(holder._modules.items()):
+            if id(child) in stacks:
+                take_out_of(holder, key)
+    replace_modules(model, {id(layer): layer.base for layer in layers})
 
 
 def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
@@ -448,7 +494,7 @@ def take_out(model: nn.Module, layers: Collection[LoRALinear]) -> None:
         _restore_requires_grad(layer)
         layer.weight_set_aside = None
         forget_wrapped(layer)
-    replace_modules(model, {id(layer): layer.base for layer in layers})
+    _put_back(model, layers)
 
 
 def _restore_requires_grad(layer: LoRALinear) -> None:

@@ -14,7 +14,7 @@ from ..allocators.allocation import Allocation, Unit
 from ..allocators.allocator import Allocator
 from ..allocators.constraints import Bound
 from ..allocators.dominance import PATTERN as DOMINANT
-from ..layers.targets import layer_shape, modules_by_name
+from ..layers.targets import layer_shape, modules_and_stacks, rank_cost
 from .model_state import unchanged
 from .report import ConformanceError, Report, Result
 
@@ -218,7 +218,7 @@ def _checked_modules(allocator: Allocator, scores: Any) -> dict[str, _Module]:
         raise _Broken("score()", "{module: score}", repr(scores))
     if not scores:
         raise _Broken("score()", "{module: score}", "no module")
-    known = modules_by_name(allocator.model)
+    known = modules_and_stacks(allocator.model)
     modules = {}
     for name, score in scores.items():
         entry = f"score of {name!r}"
@@ -233,7 +233,7 @@ def _checked_modules(allocator: Allocator, scores: Any) -> dict[str, _Module]:
             raise _Broken(entry, "finite numbers", str(score.tolist()))
         present = len(score) if score.ndim else None
         limit = min(shape) if present is None or allocator.grows else present
-        modules[name] = _Module(sum(shape), limit, present)
+        modules[name] = _Module(rank_cost(known[name]), limit, present)
     return modules
 
 

