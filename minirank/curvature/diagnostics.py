@@ -115,9 +115,10 @@ def _try_scaling(
         plain = product(vectors)
     else:
         vectors, plain = [known.vectors[index] for index in with_graph], known.result
-    scaled = product([_scale_samples(v, scales) for v in vectors])
+    scaled = product([v * _per_sample(scales, v) for v in vectors])
     differences = [
-        _largest(_scale_samples(p, scales) - s) for p, s in zip(plain, scaled, strict=True)
+        _largest(torch.addcmul(s, p, _per_sample(scales, p), value=-1))
+        for p, s in zip(plain, scaled, strict=True)
     ]
     sizes = [_largest(p) for p in plain]
     largest = max(sizes)
@@ -164,6 +165,6 @@ def _first_dimensions(values: Sequence[Tensor], variables: Sequence[Tensor]) -> 
     return {tensor.shape[0] if tensor.ndim > 1 else 1 for tensor in (*variables, *values)}
 
 
-def _scale_samples(x: Tensor, scales: Tensor) -> Tensor:
-    """x: (n, …). scales: (n,)."""
-    return x * scales.to(x).view(-1, *[1] * (x.ndim - 1))
+def _per_sample(scales: Tensor, x: Tensor) -> Tensor:
+    """The n scales in the shape that multiplies the samples of x, (n, …)."""
+    return scales.to(x).view(-1, *[1] * (x.ndim - 1))

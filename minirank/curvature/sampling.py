@@ -119,14 +119,15 @@ def _one_pass(
 def random_signs(like: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` vectors of ±1 with equal chance, (count, *like.shape), drawn on the generator's
     device."""
-    shape, device = (count, *like.shape), generator.device
+    shape = (count, *like.shape)
     number = math.prod(shape)
-    # Every bit of a random byte is a sign.
+    # Each of the eight bits of a random byte is a sign.
+    signs_of_byte = ((torch.arange(256)[:, None] >> torch.arange(8) & 1) * 2 - 1).to(like)
     random_bytes = torch.randint(
-        0, 256, (-(-number // 8), 1), generator=generator, device=device, dtype=torch.uint8
+        0, 256, (-(-number // 8),), generator=generator, device=generator.device
     )
-    bits = random_bytes >> torch.arange(8, dtype=torch.uint8, device=device) & 1
-    return bits.flatten()[:number].view(shape).to(like).mul_(2).sub_(1)
+    signs = signs_of_byte.index_select(0, random_bytes.to(like.device))
+    return signs.flatten()[:number].view(shape)
 
 
 def check_sampling(
