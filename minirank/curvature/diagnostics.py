@@ -29,6 +29,11 @@ class Product(NamedTuple):
     result: Sequence[Tensor]  # one per variable, of its shape
 
 
+def first_product(vectors: Sequence[Tensor], results: Sequence[Tensor]) -> Product:
+    """The first of the products that `vector_jacobian_products` gives for K vectors."""
+    return Product([v[0] for v in vectors], [result[0] for result in results])
+
+
 def check_independent(
     values: Sequence[Tensor], variables: Sequence[Tensor], known: Product | None = None
 ) -> None:

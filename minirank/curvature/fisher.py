@@ -19,6 +19,7 @@ from .layer_outputs import (
     all_shifts,
     in_call_order,
     output_gradients,
+    several_samples,
     shifted_outputs,
     stack_positions,
     stacked_inputs,
@@ -84,13 +85,11 @@ def empirical_fisher(
         nonlocal independence_checked
         with shifted_outputs(layers) as calls:
             loss = objective.loss(batch)
-        shifts = all_shifts(calls)
         # The first batch in which samples could interact must show that they do not.
-        several_samples = any(shift.ndim > 1 and shift.shape[0] > 1 for shift in shifts)
-        check = several_samples and not independence_checked and not sharded
+        check = several_samples(calls) and not independence_checked and not sharded
         gradients = output_gradients(loss, calls, differentiable=check)
         if check:
-            check_independent_gradients(in_call_order(gradients), shifts)
+            check_independent_gradients(in_call_order(gradients), all_shifts(calls))
             independence_checked = True
         return {
             name: _mean_square(layer_calls, gradients[name]) if layer_calls else None

@@ -24,12 +24,13 @@ from ..layers.names import named_modules, plain_name
 from ..layers.targets import Targets
 from ..measure import LossFn, batch_length
 from .averaging import check_tolerance
-from .diagnostics import Product, check_independent
+from .diagnostics import check_independent, first_product
 from .estimate import Estimate
 from .layer_outputs import (
     Calls,
     all_shifts,
     by_layer,
+    several_samples,
     shifted_outputs,
     stack_positions,
     stacked_inputs,
@@ -123,15 +124,24 @@ def gauss_newton(
 
     check_sampling(samples, tolerance, generator)
     assert generator is not None
+    checked_by_random_numbers = False
 
     def probe_batch(
         batch: Any, count: int, first_pass: bool
     ) -> Mapping[str, ProbedDiagonal | None]:
+        nonlocal checked_by_random_numbers
         forward = _forward(objective, head, output, batch, independent)
         if first_pass:
             _check_all_through_output(forward)
-        xi = random_signs(forward.y, count, generator)
-        return _squared_gradients(forward, xi, check=first_pass and independent)
+        shifts = all_shifts(forward.calls)
+        S_xi = forward.half(random_signs(forward.y, count, generator))
+        gradients = vector_jacobian_products([forward.y], shifts, [S_xi])
+        if first_pass and independent:
+            # In one batch, signs could hide an interaction: they can cancel by chance.
+            known = first_product([S_xi], gradients) if checked_by_random_numbers else None
+            check_independent([forward.y], shifts, known)
+            checked_by_random_numbers |= several_samples(forward.calls)
+        return _squares(forward, gradients)
 
     return mean_over_probes(
         objective, probe_batch, samples=samples, tolerance=tolerance, chunk_size=chunk_size
@@ -224,7 +234,10 @@ def _exact_diagonals(forward: _Forward, chunk_size: int) -> BatchDiagonals:
     """Σ of the squared gradients over all columns of S."""
     sums: dict[str, Tensor | None] = dict.fromkeys(forward.calls)
     for xi in _unit_vectors(forward.y, chunk_size):
-        for name, squares in _squared_gradients(forward, xi).items():
+        gradients = vector_jacobian_products(
+            [forward.y], all_shifts(forward.calls), [forward.half(xi)]
+        )
+        for name, squares in _squares(forward, gradients).items():
             if squares is not None:
                 before = sums[name]
                 sums[name] = squares.total if before is None else before + squares.total
@@ -241,19 +254,9 @@ def _unit_vectors(y: Tensor, chunk_size: int) -> Iterator[Tensor]:
         yield xi.view(-1, n, T, C)
 
 
-def _squared_gradients(
-    forward: _Forward, xi: Tensor, *, check: bool = False
-) -> dict[str, ProbedDiagonal | None]:
-    """The squares of the gradient of y along S ξ, for each ξ of (K, n, T, C).
-
-    check: whether it is checked that samples do not interact.
-    """
-    shifts, S_xi = all_shifts(forward.calls), forward.half(xi)
-    products = vector_jacobian_products([forward.y], shifts, [S_xi])
-    if check:
-        first_of_each = Product([S_xi[0]], [product[0] for product in products])
-        check_independent([forward.y], shifts, first_of_each)
-    gradients = by_layer(products, forward.calls)
+def _squares(forward: _Forward, per_call: list[Tensor]) -> dict[str, ProbedDiagonal | None]:
+    """The squared gradients by W, from K gradients by z: one tensor per call, (K, …, d_out)."""
+    gradients = by_layer(per_call, forward.calls)
     squares: dict[str, ProbedDiagonal | None] = dict.fromkeys(forward.calls)
     for name, layer_calls in forward.calls.items():
         if layer_calls:

@@ -18,8 +18,8 @@ def outer_products(u: Tensor, v: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, 
     Memory: at most four times the result, or BLOCK numbers for each of three tensors.
     """
     if x.shape[1] == 1 and y is x:  # one position: Σ_n u_ni v_ni x_nj²
-        uv, squares = (u * v)[:, :, 0], x[:, 0].square()
-        return uv.sum(0).t() @ squares, uv.sum(2) @ squares.sum(1)
+        uv, xx = (u * v)[:, :, 0], x[:, 0].square()
+        return uv.sum(0).t() @ xx, uv.sum(2) @ xx.sum(1)
     squares = v is u and y is x
     total = x.new_zeros(u.shape[-1], x.shape[-1])
     traces = x.new_zeros(len(u))
@@ -37,13 +37,16 @@ def outer_products(u: Tensor, v: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, 
 def _add_by_sample(
     total: Tensor, u: Tensor, v: Tensor, x: Tensor, y: Tensor, squares: bool
 ) -> None:
-    """total += Σ over n of (Σ_t u_nti x_ntj)(Σ_t v_nti y_ntj); `squares`: both factors are equal."""
+    """total += Σ over n of (Σ_t u_nti x_ntj)(Σ_t v_nti y_ntj).
+
+    squares: whether both factors are equal.
+    """
     left = torch.empty_like(total)
     right = left if squares else torch.empty_like(total)
-    for n in range(len(x)):
-        torch.mm(u[n].t(), x[n], out=left)
+    for u_n, v_n, x_n, y_n in zip(u.mT, v.mT, x, y, strict=True):
+        torch.mm(u_n, x_n, out=left)
         if not squares:
-            torch.mm(v[n].t(), y[n], out=right)
+            torch.mm(v_n, y_n, out=right)
         total.addcmul_(left, right)
 
 

@@ -122,7 +122,8 @@ def random_signs(like: Tensor, count: int, generator: torch.Generator) -> Tensor
     shape = (count, *like.shape)
     number = math.prod(shape)
     # Each of the eight bits of a random byte is a sign.
-    signs_of_byte = ((torch.arange(256)[:, None] >> torch.arange(8) & 1) * 2 - 1).to(like)
+    byte, bit = (torch.arange(size, device=like.device) for size in (256, 8))
+    signs_of_byte = ((byte[:, None] >> bit & 1) * 2 - 1).to(like)
     random_bytes = torch.randint(
         0, 256, (-(-number // 8),), generator=generator, device=generator.device
     )
