@@ -1,42 +1,53 @@
 """What one estimate of the curvature costs, in training passes, and where its time goes.
 
     python examples/benchmark_passes.py
-    python examples/benchmark_passes.py --model minilm
+    python examples/benchmark_passes.py --model minilm      # or smollm2, see smollm2.py
+    python examples/benchmark_passes.py --model small       # the exact diagonal as well
+    PYTHONPATH=/tmp/other python examples/benchmark_passes.py --before minirank_before
 
 One pass is forward and backward with the gradients of all targets. An estimate is the empirical
 Fisher, one random vector of the sampled Gauss-Newton diagonal, or one of Hutchinson's; each counts
 its one-time checks. The default model is four transformer blocks of width 192 on 12 batches of 16
-sequences of 24 positions. MiniLM reads 192 sentences.
+sequences of 24 positions. MiniLM reads 12 batches of 4 sentences, and SmolLM2 12 batches of 2
+sequences of 32 tokens.
+
+With --before, another version of minirank takes its turns too: a copy of its folder under another
+name, which can be imported.
 
 All contenders take turns in one process, and the processor's time counts, so that other processes
-disturb little. Figures are medians of the repeats, and ratios of these medians. With --memory, each
-contender also runs once in a process of its own, whose peak is reported beside that of the pass.
+disturb little. Figures are medians of the repeats, and ratios of these medians. The peak of the
+memory is the largest sum of the tensors that live together, the model's own not counted, in a run
+on the first two batches.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
+import importlib
 import json
-import multiprocessing
-import resource
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timing import Work, interleaved, table
 from torch import Tensor, nn
 
-from minirank.curvature import empirical_fisher, gauss_newton, hutchinson_outputs
 from minirank.layers.targets import linear_targets
 
-Task = tuple[nn.Module, Callable[[nn.Module, Any], Tensor], list[Any], str | None]
-
 PASS = "one pass"
+
+
+class Task(NamedTuple):
+    model: nn.Module
+    loss_fn: Callable[[nn.Module, Any], Tensor]
+    batches: list[Any]
+    targets: str | None = None
+    output: str = ""  # the module whose output is Gauss-Newton's y
 
 
 class Block(nn.Module):
@@ -61,8 +72,7 @@ class Block(nn.Module):
         return result
 
 
-def stack(quick: bool) -> Task:
-    width, positions, samples, count = (12, 4, 3, 2) if quick else (192, 24, 16, 12)
+def stack(width: int, positions: int, samples: int, count: int) -> Task:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         blocks = [Block(width, 4) for _ in range(4)]
@@ -74,38 +84,103 @@ def stack(quick: bool) -> Task:
     def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
-    return model, loss_fn, list(zip(tokens, labels, strict=True)), None
+    return Task(model, loss_fn, list(zip(tokens, labels, strict=True)))
 
 
-def minilm(quick: bool) -> Task:
+def minilm() -> Task:
     from tagging import batches, build_model, load_data, loss_fn
 
     data = load_data()
-    sentences = data.dev[: 12 if quick else 192]
     model = build_model(0, len(data.tags)).eval()
-    return model, loss_fn, list(batches(sentences, 4 if quick else 16)), "encoder.*"
+    return Task(model, loss_fn, list(batches(data.dev[:48], 4)), "encoder.*")
 
 
-def contenders(task: Task) -> dict[str, Work]:
-    model, loss_fn, batches, targets = task
-    layers = linear_targets(model, targets)
+def smollm2() -> Task:
+    from smollm2 import TARGETS, load_smollm2
+
+    model, _ = load_smollm2()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 40_000, (12, 2, 32), generator=generator)
+
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        loss: Tensor = model(input_ids=batch, labels=batch).loss
+        return loss
+
+    return Task(model.eval(), loss_fn, list(tokens), TARGETS, "lm_head")
+
+
+MODELS: dict[str, Callable[[], Task]] = {
+    "stack": lambda: stack(192, 24, 16, 12),
+    "small": lambda: stack(12, 4, 3, 2),
+    "minilm": minilm,
+    "smollm2": smollm2,
+}
+
+
+def one_pass(task: Task) -> Work:
+    layers = linear_targets(task.model, task.targets)
     weights = [layer.get_parameter("weight") for layer in layers.values()]
 
-    def one_pass() -> None:
-        for batch in batches:
-            torch.autograd.grad(loss_fn(model, batch), weights)
+    def work() -> None:
+        for batch in task.batches:
+            torch.autograd.grad(task.loss_fn(task.model, batch), weights)
+
+    return work
+
+
+def estimates(task: Task, curvature: ModuleType, *, exact: bool) -> dict[str, Work]:
+    model, loss_fn, batches, targets, output = task
 
     def drawn() -> dict[str, Any]:
         return {"samples": 1, "generator": torch.Generator().manual_seed(0)}
 
-    return {
-        PASS: one_pass,
-        "empirical_fisher": lambda: empirical_fisher(model, loss_fn, batches, targets),
-        "gauss_newton, 1 vector": lambda: gauss_newton(model, loss_fn, batches, targets, **drawn()),
-        "hutchinson, 1 vector": lambda: hutchinson_outputs(
+    works: dict[str, Work] = {
+        "empirical_fisher": lambda: curvature.empirical_fisher(model, loss_fn, batches, targets),
+        "gauss_newton": lambda: curvature.gauss_newton(
+            model, loss_fn, batches, targets, output=output, **drawn()
+        ),
+        "hutchinson": lambda: curvature.hutchinson_outputs(
             model, loss_fn, batches, targets, **drawn()
         ),
     }
+    if exact:
+        works["exact_hessian"] = lambda: curvature.exact_hessian_diagonal(
+            model, loss_fn, batches, targets
+        )
+    return works
+
+
+def contenders(task: Task, before: str | None, *, exact: bool) -> dict[str, Work]:
+    works = {PASS: one_pass(task)}
+    if before is not None:
+        other = importlib.import_module(f"{before}.curvature")
+        for name, work in estimates(task, other, exact=exact).items():
+            works[f"{name}, before"] = work
+    ours = importlib.import_module("minirank.curvature")
+    return works | estimates(task, ours, exact=exact)
+
+
+def peak_megabytes(work: Work) -> float:
+    """The largest sum of the tensors that live together and that `work` made."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        work()
+    changes = [
+        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
+    live = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak / 2**20
+
+
+def memory_table(works: dict[str, Work]) -> dict[str, float]:
+    peaks = {name: peak_megabytes(work) for name, work in works.items()}
+    print(f"\n{'peak of the memory':<35}{'MB':>9}   ratio to {PASS}")
+    for name, peak in peaks.items():
+        print(f"  {name:<33}{peak:>9.1f}   {peak / peaks[PASS]:.2f}")
+    return peaks
 
 
 def profiled(work: Work, rows: int) -> list[tuple[str, float, int]]:
@@ -129,52 +204,32 @@ def profiled(work: Work, rows: int) -> list[tuple[str, float, int]]:
     return sorted(shares, key=lambda share: -share[1])[:rows]
 
 
-def growth_megabytes(make: Callable[[], Task], name: str) -> float:
-    """By how much one run of a contender raises the peak of this process."""
-    torch.set_num_threads(1)
-    work = contenders(make())[name]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    work()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-
-
-def memory_table(make: Callable[[], Task]) -> dict[str, float]:
-    """{contender: megabytes}, each from a process of its own, since a peak does not come down."""
-    context = multiprocessing.get_context("spawn")
-    growth = {}
-    print("growth of the process's peak memory")
-    for name in contenders(make()):
-        with context.Pool(1) as pool:
-            growth[name] = pool.apply(growth_megabytes, (make, name))
-        print(f"  {name:<26}{growth[name]:>8.1f} MB", flush=True)
-    return growth
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=["stack", "minilm"], default="stack")
+    parser.add_argument("--model", choices=list(MODELS), default="stack")
+    parser.add_argument("--before", help="a package: another version of minirank")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--rows", type=int, default=16, help="functions in each profile")
-    parser.add_argument("--memory", action="store_true", help="measure peaks as well")
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--rows", type=int, default=0, help="functions in each profile")
+    parser.add_argument("--quick", action="store_true", help="--model small, to see that it runs")
     parser.add_argument("--out", help="write the figures to this JSON file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    make = partial({"stack": stack, "minilm": minilm}[arguments.model], arguments.quick)
-    results: dict[str, Any] = {"options": vars(arguments), "torch": torch.__version__}
-    if arguments.memory:
-        # Memory comes first, because a child process starts from its parent's peak.
-        results["memory_mb"] = memory_table(make)
-    works = contenders(make())
+    name = "small" if arguments.quick else arguments.model
+    task = MODELS[name]()
+    works = contenders(task, arguments.before, exact=name == "small")
+    print(f"{name}: {len(linear_targets(task.model, task.targets))} layers")
     repeats = 1 if arguments.quick else arguments.repeats
     seconds = interleaved(works, repeats, clock=time.process_time)
+    results: dict[str, Any] = {"options": vars(arguments), "torch": torch.__version__}
     results["passes"] = table("processor time", seconds, PASS)
+    first_two = task._replace(batches=task.batches[:2])
+    results["memory_mb"] = memory_table(contenders(first_two, arguments.before, exact=False))
     results["profile"] = {}
-    for name, work in works.items():
-        results["profile"][name] = rows = profiled(work, arguments.rows)
-        print(f"\n{name}: where its time goes")
+    for contender, work in works.items() if arguments.rows else ():
+        results["profile"][contender] = rows = profiled(work, arguments.rows)
+        print(f"\n{contender}: where its time goes")
         for function, share, calls in rows:
             print(f"  {function:<46}{100 * share:>6.1f} %{calls:>8} calls")
     if arguments.out:
