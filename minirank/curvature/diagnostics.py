@@ -130,9 +130,8 @@ def _try_scaling(
     eps = torch.finfo(plain[0].dtype).eps
     # Up to half of the digits of a variable's own product, or 100 roundings of the largest one
     allowed = [max(eps**0.5 * size, 100 * eps * largest) for size in sizes]
-    rounding = 100 * max(differences)
-    if rounding <= largest and not _any_above(differences, allowed):
-        return _Trial(False, rounding, largest)
+    if not _any_above(differences, allowed):  # which is far below 1 % of the largest entry
+        return _Trial(samples_interact=False)
     if known is not None:  # Signs can cancel by chance, which leaves rounding alone.
         return _try_scaling(values, variables)
     nudged = product([v * NUDGE for v in vectors])
