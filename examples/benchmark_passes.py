@@ -8,8 +8,8 @@
 One pass is forward and backward with the gradients of all targets. An estimate is the empirical
 Fisher, one random vector of the sampled Gauss-Newton diagonal, or one of Hutchinson's; each counts
 its one-time checks. The default model is four transformer blocks of width 192 on 12 batches of 16
-sequences of 24 positions. MiniLM reads 12 batches of 4 sentences, and SmolLM2's
-first 6 of 30 blocks, with its head, 12 batches of 2 sequences of 32 tokens.
+sequences of 24 positions. MiniLM reads 12 batches of 4 sentences. Of SmolLM2 the first 6 of 30
+blocks, with its head, read 12 batches of 2 sequences of 32 tokens.
 
 With --before, another version of minirank takes its turns too: a copy of its folder under another
 name, which can be imported.

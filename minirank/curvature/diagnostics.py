@@ -8,7 +8,9 @@ Both are tested by products vᵀ A, A being the derivative ∂values/∂variable
   little too. If they differ by more, the product with 0.83 v tells what rounding does: it should be
   0.83 times the product with v, whether samples interact or not.
 
-So a sound batch costs two products, or one beyond a product that the estimator takes anyway.
+So a sound batch costs two products, or one beyond a product that the estimator takes anyway. If
+that product is with random signs, it can hide an interaction: signs cancel by chance. So the first
+batch takes random numbers, which do not.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ def check_independent(
     """Raise ValueError if samples interact in ∂values/∂variables, or if it is mostly rounding.
 
     The first dimension of every tensor must count samples.
-    known: a product of random vectors, or of the vectors that matter; None: one is taken.
+    known: a product that was taken anyway; None: one with random numbers is taken.
     """
     trial = _try_scaling(values, variables, known)
     check_resolved(trial.rounding, trial.largest)
@@ -132,7 +134,7 @@ def _try_scaling(
     allowed = [max(eps**0.5 * size, 100 * eps * largest) for size in sizes]
     if not _any_above(differences, allowed):  # which is far below 1 % of the largest entry
         return _Trial(samples_interact=False)
-    if known is not None:  # Signs can cancel by chance, which leaves rounding alone.
+    if known is not None:  # Its terms may cancel by chance, which leaves rounding alone.
         return _try_scaling(values, variables)
     nudged = product([v * NUDGE for v in vectors])
     bounds = [rounding_bound(p, q) for p, q in zip(plain, nudged, strict=True)]

@@ -45,9 +45,13 @@ def empirical_fisher(
     diagonal where the predicted probabilities are how often each label occurs, and vanishes where
     the model fits the labels perfectly. Entries are never negative.
     Variance: none on `batches`; the standard errors are over batches, as samples of more such data.
-    Cost: one forward and one backward pass per batch; for one batch also two products with the
-    Hessian, to see that samples do not interact. (This is not checked for a model that FSDP2 has
-    sharded, which cannot be differentiated twice.)
+    Cost: one forward and one backward pass per batch, and a matrix product for each sample and
+    layer, as a backward pass has for the weights; for one batch also two products with the Hessian,
+    to see that samples do not interact. (This is not checked for a model that FSDP2 has sharded,
+    which cannot be differentiated twice.) All this took 1.6 training passes over 12 batches, see
+    the folder's docstring.
+    Memory: one pass, and the inputs of all layers and the gradients by their outputs; for the one
+    batch that is checked also the backward pass's graph and two more sets of such gradients.
 
     A sample is an entry of the first dimension of a layer's input, such as a sentence, whatever the
     loss is a mean over. If the loss is a mean over words, a batch of longer sentences has smaller

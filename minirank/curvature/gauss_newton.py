@@ -69,8 +69,10 @@ def gauss_newton(
     with the residuals, and is zero for a network that is linear in W. Entries are never negative.
     Variance: none if exact. With random vectors ξ, the estimate is unbiased for the target.
     Cost: for each batch a forward pass and four products with H_y; and one backward pass for each
-    entry of a sample's output (positions · C), or for each vector. Memory: `chunk_size` times one
-    backward pass.
+    entry of a sample's output (positions · C), or for each vector. One more backward pass, in the
+    first pass over the batches, sees that samples do not interact (two if exact, and for the first
+    batch). One vector took 1.8 training passes over 12 batches, see the folder's docstring. Memory:
+    `chunk_size` times one backward pass.
 
     Args:
         model, loss_fn, batches, targets, batch_weight, independent: as for
