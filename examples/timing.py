@@ -10,20 +10,24 @@ Work = Callable[[], object]
 
 
 def interleaved(
-    contenders: Mapping[str, Work], repeats: int, after: Mapping[str, Work] | None = None
+    contenders: Mapping[str, Work],
+    repeats: int,
+    after: Mapping[str, Work] | None = None,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """{contender: seconds of each repeat}. The contenders take turns.
 
     The first round is not counted. after[contender] runs after the contender's turn and is not
-    timed.
+    timed. With clock=time.process_time, what other processes do counts less.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(repeats + 1):
         for name, work in contenders.items():
-            start = time.perf_counter()
+            start = clock()
             work()
             if repeat:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
             if after:
                 after[name]()
     return seconds

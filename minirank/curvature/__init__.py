@@ -34,6 +34,10 @@ model is measured in eval mode and left unchanged.
 | `empirical_fisher`           | one forward and one backward pass                              |
 | `input_second_moment`        | one forward pass                                               |
 
+In training passes (forward, and backward with the gradients of all targets), on four transformer
+blocks of width 192 and 12 batches, checks included: `empirical_fisher` 1.6, and with one random
+vector `gauss_newton` 1.8 and `hutchinson_outputs` 4.1 (examples/benchmark_passes.py).
+
 Which one: `exact_hessian_diagonal` for small models, `hutchinson_outputs` for larger ones,
 `gauss_newton` where no entry may be negative. The last two are cheap, but only stand-ins.
 

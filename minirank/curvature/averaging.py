@@ -36,12 +36,12 @@ class DiagonalAverage:
         self.weights[name] += weight
         share = weight / self.weights[name]
         mean = self.means[name]
-        if mean is not None:
-            self.means[name] = (
-                mean * (1 - share) if diagonal is None else mean + (diagonal - mean) * share
-            )
-        elif diagonal is not None:
-            self.means[name] = diagonal * share
+        if mean is None:
+            self.means[name] = None if diagonal is None else diagonal * share
+        elif diagonal is None:
+            mean.mul_(1 - share)
+        else:
+            mean.lerp_(diagonal, share)
 
     def unreached(self) -> list[str]:
         """The layers that no batch reached so far."""

@@ -4,8 +4,13 @@ Both are tested by products vᵀ A, A being the derivative ∂values/∂variable
 
 - If samples do not interact, A has one block per sample. Then scaling each sample's part of v
   scales that sample's part of the product.
-- In exact arithmetic, 0.83 v gives 0.83 times the product. How far it is off tells what rounding
-  does.
+- In exact arithmetic, both ways of scaling give the same. If they differ by little, rounding is
+  little too. If they differ by more, the product with 0.83 v tells what rounding does: it should be
+  0.83 times the product with v, whether samples interact or not.
+
+So a sound batch costs two products, or one beyond a product that the estimator takes anyway. If
+that product is with random signs, it can hide an interaction: signs cancel by chance. So the first
+batch takes random numbers, which do not.
 """
 
 from __future__ import annotations
@@ -19,12 +24,27 @@ from torch import Tensor
 NUDGE = 0.83  # any factor that is not a power of two, which would not round
 
 
-def check_independent(values: Sequence[Tensor], variables: Sequence[Tensor]) -> None:
+class Product(NamedTuple):
+    """A product vᵀ ∂values/∂variables that is known already."""
+
+    vectors: Sequence[Tensor]  # v, one per value, of its shape
+    result: Sequence[Tensor]  # one per variable, of its shape
+
+
+def first_product(vectors: Sequence[Tensor], results: Sequence[Tensor]) -> Product:
+    """The first of the products that `vector_jacobian_products` gives for K vectors."""
+    return Product([v[0] for v in vectors], [result[0] for result in results])
+
+
+def check_independent(
+    values: Sequence[Tensor], variables: Sequence[Tensor], known: Product | None = None
+) -> None:
     """Raise ValueError if samples interact in ∂values/∂variables, or if it is mostly rounding.
 
     The first dimension of every tensor must count samples.
+    known: a product that was taken anyway; None: one with random numbers is taken.
     """
-    trial = _try_scaling(values, variables)
+    trial = _try_scaling(values, variables, known)
     check_resolved(trial.rounding, trial.largest)
     if trial.samples_interact:
         _refuse(
@@ -61,7 +81,7 @@ def rounding_bound(product: Tensor, nudged: Tensor) -> float:
 
     Where terms cancel, as in a saturated softmax, the error can be far above machine precision.
     """
-    return 100 * float((nudged - NUDGE * product).abs().max())
+    return 100 * _largest(nudged - NUDGE * product)
 
 
 class _Trial(NamedTuple):
@@ -70,51 +90,72 @@ class _Trial(NamedTuple):
     largest: float = 0.0  # the largest |entry| of all products
 
 
-def _try_scaling(values: Sequence[Tensor], variables: Sequence[Tensor]) -> _Trial:
-    """Compare products with random vectors, with the same vectors scaled by sample, and nudged."""
+def _try_scaling(
+    values: Sequence[Tensor], variables: Sequence[Tensor], known: Product | None = None
+) -> _Trial:
+    """Compare products with random vectors, and with the same vectors scaled by sample. If these
+    leave a doubt, another product tells rounding from interactions."""
     lengths = _first_dimensions(values, variables)
     if not variables:
         return _Trial(samples_interact=False)
     if len(lengths) > 1:
         return _Trial(samples_interact=True)
-    values_with_graph = [value for value in values if value.requires_grad]
-    if not values_with_graph:  # the derivative is zero
+    with_graph = [index for index, value in enumerate(values) if value.requires_grad]
+    if not with_graph:  # the derivative is zero
         return _Trial(samples_interact=False)
+
+    def product(vectors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return torch.autograd.grad(
+            [values[index] for index in with_graph],
+            variables,
+            vectors,
+            retain_graph=True,
+            materialize_grads=True,
+        )
 
     (n,) = lengths
     generator = torch.Generator().manual_seed(0)
     # Scales that all differ try every pair of samples.
     scales = torch.rand(n, generator=generator, device=generator.device) + 0.5
-    vectors = [
-        torch.randn(value.shape[1:], generator=generator, device=generator.device)
-        .to(value)
-        .expand_as(value)
-        for value in values_with_graph
+    if known is None:
+        vectors = [_same_for_all_samples(values[index], generator) for index in with_graph]
+        plain = product(vectors)
+    else:
+        vectors, plain = [known.vectors[index] for index in with_graph], known.result
+    scaled = product([v * _per_sample(scales, v) for v in vectors])
+    differences = [
+        _largest(torch.addcmul(s, p, _per_sample(scales, p), value=-1))
+        for p, s in zip(plain, scaled, strict=True)
     ]
-    plain, scaled, nudged = (
-        torch.autograd.grad(
-            values_with_graph, variables, v, retain_graph=True, materialize_grads=True
-        )
-        for v in (
-            vectors,
-            [_scale_samples(v, scales) for v in vectors],
-            [v * NUDGE for v in vectors],
-        )
-    )
-    largest = max(float(product.abs().max()) for product in plain)
-    rounding = [rounding_bound(p, q) for p, q in zip(plain, nudged, strict=True)]
-    samples_interact = n > 1 and any(
-        float((_scale_samples(p, scales) - s).abs().max()) > _allowed_difference(p, largest, r)
-        for p, s, r in zip(plain, scaled, rounding, strict=True)
-    )
-    return _Trial(samples_interact, max(rounding), largest)
+    sizes = [_largest(p) for p in plain]
+    largest = max(sizes)
+    eps = torch.finfo(plain[0].dtype).eps
+    # Up to half of the digits of a variable's own product, or 100 roundings of the largest one
+    allowed = [max(eps**0.5 * size, 100 * eps * largest) for size in sizes]
+    if not _any_above(differences, allowed):  # which is far below 1 % of the largest entry
+        return _Trial(samples_interact=False)
+    if known is not None:  # Its terms may cancel by chance, which leaves rounding alone.
+        return _try_scaling(values, variables)
+    nudged = product([v * NUDGE for v in vectors])
+    bounds = [rounding_bound(p, q) for p, q in zip(plain, nudged, strict=True)]
+    allowed = [max(pair) for pair in zip(allowed, bounds, strict=True)]
+    return _Trial(n > 1 and _any_above(differences, allowed), max(bounds), largest)
 
 
-def _allowed_difference(product: Tensor, largest: float, rounding: float) -> float:
-    """Up to half of the digits of this variable's own product, or what rounding explains."""
-    eps: float = torch.finfo(product.dtype).eps
-    half_of_the_digits: float = eps**0.5 * float(product.abs().max())
-    return max(half_of_the_digits, 100 * eps * largest, rounding)
+def _any_above(values: Sequence[float], limits: Sequence[float]) -> bool:
+    return any(value > limit for value, limit in zip(values, limits, strict=True))
+
+
+def _same_for_all_samples(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers of the shape of `value`, (n, …), the same for all n."""
+    one = torch.randn(value.shape[1:], generator=generator, device=generator.device)
+    return one.to(value).expand_as(value)
+
+
+def _largest(x: Tensor) -> float:
+    """The largest |entry|; NaN if there is one."""
+    low, high = x.detach().aminmax()
+    return float(torch.maximum(-low, high))
 
 
 def _refuse(values: Sequence[Tensor], variables: Sequence[Tensor], way_out: str) -> None:
@@ -130,6 +171,6 @@ def _first_dimensions(values: Sequence[Tensor], variables: Sequence[Tensor]) -> 
     return {tensor.shape[0] if tensor.ndim > 1 else 1 for tensor in (*variables, *values)}
 
 
-def _scale_samples(x: Tensor, scales: Tensor) -> Tensor:
-    """x: (n, …). scales: (n,)."""
-    return x * scales.to(x).view(-1, *[1] * (x.ndim - 1))
+def _per_sample(scales: Tensor, x: Tensor) -> Tensor:
+    """The n scales in the shape that multiplies the samples of x, (n, …)."""
+    return scales.to(x).view(-1, *[1] * (x.ndim - 1))

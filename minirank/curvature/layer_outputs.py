@@ -47,7 +47,8 @@ def shifted_outputs(layers: Mapping[str, nn.Module]) -> Iterator[Calls]:
     """Record every call of the layers; its output gets a shift of zeros that requires gradients."""
 
     def zeros(name: str, x: Tensor, output: Tensor) -> Tensor:
-        return torch.zeros_like(output, requires_grad=True)
+        zero = output.detach().new_zeros(())
+        return zero.expand(output.shape).requires_grad_()  # in the memory of one number
 
     with _recorded_calls(layers, zeros) as calls:
         yield calls
@@ -135,6 +136,11 @@ def all_shifts(calls: Calls) -> list[Tensor]:
     return [call.shift for layer_calls in calls.values() for call in layer_calls]
 
 
+def several_samples(calls: Calls) -> bool:
+    """Whether any call has more than one sample, so that samples could interact."""
+    return any(shift.ndim > 1 and shift.shape[0] > 1 for shift in all_shifts(calls))
+
+
 def in_call_order(per_layer: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
     """{name: one tensor per call} as one list, in the order of `all_shifts`."""
     return [tensor for of_calls in per_layer.values() for tensor in of_calls]
@@ -206,8 +212,10 @@ def vector_jacobian_products(
         )
     filled = []
     for product, variable in zip(products, variables, strict=True):
-        zeros = variable.new_zeros(count, *variable.shape)
-        filled.append(zeros if product is None else product if count > 1 else product[None])
+        if product is None:
+            filled.append(variable.new_zeros(count, *variable.shape))
+        else:
+            filled.append(product if count > 1 else product[None])
     return filled
 
 
@@ -249,7 +257,7 @@ def stack_positions(per_call: Sequence[Tensor], independent: bool, batched: bool
     for x in per_call:
         n = x.shape[first] if independent and x.ndim > first + 1 else 1
         parts.append(x.reshape(*x.shape[:first], n, -1, x.shape[-1]))
-    return torch.cat(parts, -2)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 
 def stacked_inputs(layer_calls: Sequence[Call], independent: bool) -> Tensor:

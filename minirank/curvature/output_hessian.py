@@ -28,7 +28,11 @@ HalfHessian = Callable[[Tensor], Tensor]  # ξ → S ξ, both (K, n, T, C)
 
 @contextmanager
 def shifted_output(module: nn.Module) -> Iterator[list[Call]]:
-    """Record every call of the module: its output (as `x`), and a shift of zeros added to it."""
+    """Record every call of the module: its output (as `x`), and a shift of zeros added to it.
+
+    What follows the module sees the output as data: the loss depends on what came before it by the
+    shift alone. So derivatives of the loss end here, and the output's own graph is whole.
+    """
     calls: list[Call] = []
 
     def hook(module: nn.Module, args: Any, output: Any) -> Tensor:
@@ -39,7 +43,7 @@ def shifted_output(module: nn.Module) -> Iterator[list[Call]]:
                 'output="classifier" or output="lm_head"'
             )
         calls.append(Call(output, torch.zeros_like(output, requires_grad=True)))
-        return output + calls[-1].shift
+        return output.detach() + calls[-1].shift
 
     handle = module.register_forward_hook(hook)
     try:

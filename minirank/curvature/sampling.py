@@ -6,6 +6,7 @@ batches. The user's argument `samples` counts probes. Elsewhere "sample" means a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -104,7 +105,7 @@ def _one_pass(
             if probed is None:
                 diagonals.add(name, None, weight * count)
                 continue
-            diagonals.add(name, probed.total / count, weight * count)
+            diagonals.add(name, probed.total.div_(count), weight * count)
             weighted = probed.traces * weight
             trace_sums[name] = trace_sums[name] + weighted if name in trace_sums else weighted
     if weight_sum == 0:
@@ -118,8 +119,16 @@ def _one_pass(
 def random_signs(like: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` vectors of ±1 with equal chance, (count, *like.shape), drawn on the generator's
     device."""
-    bits = torch.randint(0, 2, (count, *like.shape), generator=generator, device=generator.device)
-    return (2 * bits - 1).to(like)
+    shape = (count, *like.shape)
+    number = math.prod(shape)
+    # Each of the eight bits of a random byte is a sign.
+    byte, bit = (torch.arange(size, device=like.device) for size in (256, 8))
+    signs_of_byte = ((byte[:, None] >> bit & 1) * 2 - 1).to(like)
+    random_bytes = torch.randint(
+        0, 256, (-(-number // 8),), generator=generator, device=generator.device
+    )
+    signs = signs_of_byte.index_select(0, random_bytes.to(like.device))
+    return signs.flatten()[:number].view(shape)
 
 
 def check_sampling(

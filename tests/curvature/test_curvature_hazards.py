@@ -271,9 +271,11 @@ def test_a_layer_that_casts_its_input():
     torch.testing.assert_close(exact, reference, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("block", [1, 100, 10**6])
-def test_outer_products_in_blocks_of_samples(block, monkeypatch):
+@pytest.mark.parametrize(("block", "large"), [(1, 43), (100, 43), (10**6, 43), (1, 42)])
+def test_outer_products_in_blocks_of_samples(block, large, monkeypatch):
+    """The weight has 42 numbers: from large=42 on, samples are taken one by one."""
     monkeypatch.setattr("minirank.curvature.outer_products.BLOCK", block)
+    monkeypatch.setattr("minirank.curvature.outer_products.LARGE", large)
     generator = seeded()
     u, v = torch.randn(2, 4, 5, 3, 6, generator=generator, dtype=torch.float64)
     x = torch.randn(5, 3, 7, generator=generator, dtype=torch.float64)
@@ -283,6 +285,10 @@ def test_outer_products_in_blocks_of_samples(block, monkeypatch):
         total, traces = outer_products(u, v, x, other)
         torch.testing.assert_close(total, each.sum(0), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(traces, each.sum((1, 2)), rtol=1e-12, atol=1e-12)
+    each = torch.einsum("knti,ntj->knij", u, x).square().sum(1)
+    total, traces = outer_products(u, u, x, x)
+    torch.testing.assert_close(total, each.sum(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(traces, each.sum((1, 2)), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -235,7 +235,7 @@ def test_batches_of_unequal_size_weigh_as_told(estimate):
 
 @pytest.mark.parametrize("independent", [True, False])
 def test_independence_is_checked_on_every_batch_of_the_first_pass_alone(independent, monkeypatch):
-    """Each check costs three Hessian-vector products."""
+    """Each check costs a Hessian-vector product."""
     checks = []
     monkeypatch.setattr(hutchinson, "check_independent", lambda *tensors: checks.append(tensors))
     options = {"samples": 6, "chunk_size": 2, "independent": independent, "generator": seeded()}

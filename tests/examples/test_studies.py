@@ -250,6 +250,27 @@ def test_the_curvature_benchmark_runs(tmp_path):
     assert max(errors) < 1e-12
 
 
+def test_the_benchmark_of_passes_runs(tmp_path):
+    out = tmp_path / "passes.json"
+    text = run(
+        "benchmark_passes.py",
+        "--quick",
+        "--before",
+        "minirank",
+        "--rows",
+        1,
+        "--out",
+        out,
+        cwd=tmp_path,
+    )
+    assert "hutchinson.py: hutchinson_outputs              100.0 %" in text
+    figures = json.loads(out.read_text())
+    assert figures["passes"]["hutchinson"]["ratio"] > 1
+    assert figures["memory_mb"]["hutchinson, before"] == pytest.approx(
+        figures["memory_mb"]["hutchinson"], rel=0.05
+    )
+
+
 def test_the_benchmark_of_estimates_runs(tmp_path):
     text = run("benchmark_estimates.py", "--small", "--seeds", 2, cwd=tmp_path)
     assert "Hutchinson, outputs" in text
