@@ -36,10 +36,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from size_formulas import (
+    LLAMAS,
+    Llama,
+    adapter_parameters,
+    bytes_table,
+    flops_table,
+    matrix_entries,
+    moment_bytes,
+    score_flops,
+    shaplora_flops,
+    training_flops,
+    units,
+)
 from smollm2 import Batch, batches, load_smollm2, load_text, loss_fn, manual_pages, tiny_llama
 from torch import Tensor, nn
 
@@ -202,30 +216,28 @@ def timed_repeats(work: Callable[[], None], repeats: int) -> Facts:
     return {"median_seconds": statistics.median(seconds)}
 
 
-def score(lab: Lab, curvature_name: str) -> Work:
-    model, s = lab.model(), lab.settings
-    generator = torch.Generator().manual_seed(0)
-
-    def gauss_newton(*arguments: Any) -> Any:
-        return curvature.gauss_newton(
-            *arguments, output="lm_head", samples=s.vectors, generator=generator
-        )
-
-    def hutchinson(*arguments: Any) -> Any:
-        return curvature.hutchinson_outputs(*arguments, samples=s.vectors, generator=generator)
-
-    functions: dict[str, Any] = {
+def curvatures(s: Settings, generator: torch.Generator) -> dict[str, Any]:
+    return {
         "input moment": curvature.input_second_moment,
         "Fisher": curvature.empirical_fisher,
-        "Gauss-Newton": gauss_newton,
-        "Hutchinson": hutchinson,
+        "Gauss-Newton": partial(
+            curvature.gauss_newton, output="lm_head", samples=s.vectors, generator=generator
+        ),
+        "Hutchinson": partial(
+            curvature.hutchinson_outputs, samples=s.vectors, generator=generator
+        ),
     }
+
+
+def score(lab: Lab, curvature_name: str) -> Work:
+    model = lab.model()
+    function = curvatures(lab.settings, torch.Generator().manual_seed(0))[curvature_name]
     allocator = SensitivityLoRA(
         model,
         loss_fn,
         lab.score_batches(),
         targets=TARGETS,
-        curvature=functions[curvature_name],
+        curvature=function,
         progress=False,
     )
 
@@ -485,14 +497,16 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def import_all() -> None:
+def import_first(name: str) -> None:
     """torch and PEFT import a part of themselves at the first step and the first adapter."""
-    from peft import LoraConfig, get_peft_model
-
     model: Any = nn.Sequential(nn.Linear(2, 2))
-    model = get_peft_model(model, LoraConfig(target_modules=["0"]))
-    model(torch.ones(1, 2)).sum().backward()
-    optimizer_for(model).step()
+    if name.endswith(": PEFT"):
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(target_modules=["0"]))
+    if name.startswith("train: ") or name == "resize":
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer_for(model).step()
 
 
 def measured(make_work: Callable[[], Work]) -> Facts:
@@ -511,7 +525,7 @@ def measured(make_work: Callable[[], Work]) -> Facts:
 
 
 def run_stage(name: str, lab: Lab, options: argparse.Namespace) -> Facts:
-    import_all()
+    import_first(name)
     if name == FIRST:
         return measured(lambda: load_model(lab, options.text, quick=options.quick))
     return measured(lambda: STAGES[name](lab))
@@ -571,10 +585,118 @@ def stage_table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def show(content: dict[str, Any], lab: Lab) -> None:
+class Prediction(NamedTuple):
+    """What size_formulas.py says of a stage."""
+
+    flops: float
+    bytes: float | None  # None: there is no formula
+
+
+def predictions(llama: Llama, settings: dict[str, Any]) -> dict[str, Prediction]:
+    accumulators = 12 * matrix_entries(llama)
+    found = {
+        f"score: {name}": Prediction(
+            flops, moment_bytes(llama) if name == "input moment" else accumulators
+        )
+        for name, flops in score_flops(llama, settings).items()
+    }
+    unit = units(llama, settings["batch"], settings["length"])
+    both = unit["forward"] + unit["backward"]
+    found["forward and backward"] = Prediction(settings["passes"] * both, None)
+    found["score: ShapLoRA"] = Prediction(shaplora_flops(llama, settings), None)
+    steps = settings["steps"] * training_flops(llama, settings)
+    gradients_and_adam = 12 * adapter_parameters(llama, settings["rank"])
+    for name in ("uniform", "allocated", "PEFT", "L1RA"):
+        found[f"train: {name}"] = Prediction(steps, gradients_and_adam)
+    return found
+
+
+def prediction_table(content: dict[str, Any], llama: Llama) -> str:
+    """Predicted and measured seconds and bytes. The speed is that of the plain forward pass."""
+    settings, stages = content["settings"], content["stages"]
+    if "forward" not in stages:
+        return "no prediction without the stage 'forward'"
+    seconds = medians(stages["forward"])["median_seconds"]
+    speed = units(llama, settings["batch"], settings["length"])["forward"] / seconds
+    lines = [
+        f"A plain forward pass computes {speed / 1e9:.1f} GFLOP/s.",
+        f"{'stage':<22}{'TFLOPs':>8}{'s, formula':>12}{'CPU s':>8}{'ratio':>7}"
+        f"{'MB, formula':>14}{'needed MB':>11}{'the rest':>10}",
+    ]
+    for name, predicted in predictions(llama, settings).items():
+        if not stages.get(name):
+            continue
+        figures = medians(stages[name])
+        expected, needed = predicted.flops / speed, figures["peak_bytes"] - figures["before_bytes"]
+        of_bytes = f"{'':>14}{needed / 1e6:>11,.0f}"
+        if predicted.bytes is not None:
+            of_bytes = (
+                f"{predicted.bytes / 1e6:>14,.1f}{needed / 1e6:>11,.0f}"
+                f"{(needed - predicted.bytes) / 1e6:>10,.0f}"
+            )
+        lines.append(
+            f"{name:<22}{predicted.flops / 1e12:>8.2f}{expected:>12.2f}"
+            f"{figures['cpu_seconds']:>8.2f}{figures['cpu_seconds'] / expected:>7.2f}{of_bytes}"
+        )
+    return "\n".join(lines)
+
+
+# ---- are the formulas right? -------------------------------------------------------------------
+
+SMALL = Llama(64, 96, 2, 4, 2, 256, tied=True)
+SMALL_SETTINGS = Settings(16, 2, 2, 1, 2, 2, 4, 2, 18, 2)
+
+
+def small_llama() -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=SMALL.vocab,
+        hidden_size=SMALL.hidden,
+        intermediate_size=SMALL.mlp,
+        num_hidden_layers=SMALL.layers,
+        num_attention_heads=SMALL.heads,
+        num_key_value_heads=SMALL.kv_heads,
+        tie_word_embeddings=SMALL.tied,
+        attn_implementation="eager",
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def counted_flops() -> dict[str, tuple[float, float]]:
+    """{curvature: FLOPs of matrix products that torch counts, and those of the formula}."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    s, model = SMALL_SETTINGS, small_llama()
+    generator = torch.Generator().manual_seed(0)
+    sequences = torch.randint(SMALL.vocab, (s.batch * s.score_batches, s.length))
+    formulas = score_flops(SMALL, s._asdict())
+    pairs = {}
+    for name, function in curvatures(s, generator).items():
+        with FlopCounterMode(display=False) as counter:
+            function(model, loss_fn, batches(sequences, s.batch), TARGETS)
+        pairs[name] = float(counter.get_total_flops()), formulas[name]
+    return pairs
+
+
+def count_table() -> str:
+    lines = ["FLOPs of matrix products that torch counts on a small Llama, beside the formula:"]
+    for name, (counted, formula) in counted_flops().items():
+        lines.append(f"  {name:<14}{counted / 1e6:>9.1f} M{formula / 1e6:>9.1f} M  "
+                     f"ratio {counted / formula:.3f}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def show(content: dict[str, Any], *, quick: bool) -> None:
     settings = ", ".join(f"{key} {value}" for key, value in content["settings"].items())
     print(f"torch {content['torch']}, one thread; {settings}\n")
-    print(stage_table(content))
+    print(stage_table(content), "\n")
+    if not quick:  # the tiny Llama of --quick is not one of LLAMAS
+        print(prediction_table(content, LLAMAS["SmolLM2-135M"]), "\n")
+    print(count_table(), "\n")
+    print(bytes_table(content["settings"]["rank"]), "\n")
+    print(flops_table(content["settings"]))
 
 
 def main() -> None:
@@ -603,7 +725,7 @@ def main() -> None:
     content = stored(options.out, settings)
     if not options.show:
         run_missing(content, lab, options)
-    show(content, lab)
+    show(content, quick=options.quick)
 
 
 def run_missing(content: dict[str, Any], lab: Lab, options: argparse.Namespace) -> None:
