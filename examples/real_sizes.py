@@ -223,9 +223,7 @@ def curvatures(s: Settings, generator: torch.Generator) -> dict[str, Any]:
         "Gauss-Newton": partial(
             curvature.gauss_newton, output="lm_head", samples=s.vectors, generator=generator
         ),
-        "Hutchinson": partial(
-            curvature.hutchinson_outputs, samples=s.vectors, generator=generator
-        ),
+        "Hutchinson": partial(curvature.hutchinson_outputs, samples=s.vectors, generator=generator),
     }
 
 
@@ -745,9 +743,7 @@ def run_missing(content: dict[str, Any], lab: Lab, options: argparse.Namespace) 
     chosen.sort(key=names.index)
     for count, name in enumerate(chosen, 1):
         while len(runs.setdefault(name, [])) < options.repeats:
-            figures = (
-                run_stage(name, lab, options) if options.quick else run_apart(name, options)
-            )
+            figures = run_stage(name, lab, options) if options.quick else run_apart(name, options)
             runs[name].append(figures)
             write(options.out, content)
             print(

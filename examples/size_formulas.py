@@ -138,8 +138,7 @@ def score_flops(llama: Llama, settings: Mapping[str, Any]) -> dict[str, float]:
     """{curvature: FLOPs}, with the settings of real_sizes.py."""
     unit = units(llama, settings["batch"], settings["length"])
     return {
-        name: settings["score_batches"] * flops(work, unit)
-        + flops(WORK_ONCE[name], unit)
+        name: settings["score_batches"] * flops(work, unit) + flops(WORK_ONCE[name], unit)
         for name, work in score_work(settings["vectors"]).items()
     }
 
