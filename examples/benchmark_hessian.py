@@ -35,6 +35,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from minirank.curvature import exact_hessian_diagonal, hessian
+from minirank.curvature.objective import Objective
 
 Case = tuple[int, nn.Module, Batch]  # the size that grows, the model, the batch
 STEPS = {  # function of hessian.py → what it does
@@ -112,7 +113,7 @@ def stopwatch(seconds: dict[str, float], name: str, owner: Any, attribute: str) 
 def profile(model: nn.Module, batch: Batch) -> dict[str, float]:
     """{step: processor seconds} of one diagonal; "the rest" is what no step takes."""
     seconds = dict.fromkeys(STEPS.values(), 0.0)
-    owners = {"loss": hessian.Objective, "einsum": torch}
+    owners = {"loss": Objective, "einsum": torch}
     with ExitStack() as stack:
         for attribute, name in STEPS.items():
             owner = owners.get(attribute, hessian)

@@ -65,6 +65,7 @@ from minirank import (
     UniformRanks,
     curvature,
     export_peft,
+    linear_targets,
     load_adapter,
     lora_layers,
     merge,
@@ -73,6 +74,8 @@ from minirank import (
     unmerge,
     wrap,
 )
+from minirank.allocators.sensitivity import matrix_metrics
+from minirank.layers.linear import linear_shape
 
 TARGETS = "model.layers.*"  # all linear layers but the output head
 SCALING = 2.0
@@ -250,6 +253,17 @@ def score(lab: Lab, curvature_name: str) -> Work:
         if curvature_name == "Fisher":
             torch.save(scores, lab.folder / "scores.pt")
         return {}
+
+    return work
+
+
+def metrics(lab: Lab) -> Work:
+    """Eqs 8-10 of diagonals like those of the Fisher. They are a part of three score stages."""
+    modules = linear_targets(lab.model(), TARGETS).values()
+    diagonals = [torch.rand(shape) for module in modules if (shape := linear_shape(module))]
+
+    def work() -> None:
+        matrix_metrics(diagonals)
 
     return work
 
@@ -456,6 +470,7 @@ STAGES: dict[str, Callable[[Lab], Work]] = {
     "score: Fisher": lambda lab: score(lab, "Fisher"),
     "score: Gauss-Newton": lambda lab: score(lab, "Gauss-Newton"),
     "score: Hutchinson": lambda lab: score(lab, "Hutchinson"),
+    "metrics": metrics,
     "allocate": allocate,
     "wrap: uniform": wrap_uniform,
     "wrap: allocated": wrap_allocated,

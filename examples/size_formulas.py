@@ -25,14 +25,15 @@ assumes. After a change of the curvatures these two are to be changed as well:
 `real_sizes.count_table` says whether they hold.
 
 real_sizes.py compares these with what it measures. They leave out all work that is not a matrix
-product (norms, softmax, the loss over V columns, Adam), and all memory for what is between: logits,
-a copy of what each layer reads, and what the C library keeps.
+product (norms, softmax, the loss over V columns, Adam, the squares themselves, and Eqs 8-10 of
+Sensitivity-LoRA, which sort N numbers: the stage "metrics"), and all memory for what is between:
+logits, graphs, a copy of what each layer reads, and what the C library keeps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Llama(NamedTuple):
@@ -131,10 +132,11 @@ def units(llama: Llama, sequences: int, length: int) -> Mapping[str, float]:
 
 
 def flops(work: Work, unit: Mapping[str, float]) -> float:
-    return sum(count * unit[name] for name, count in work._asdict().items())
+    total: float = sum(count * unit[name] for name, count in work._asdict().items())
+    return total
 
 
-def score_flops(llama: Llama, settings: Mapping[str, Any]) -> dict[str, float]:
+def score_flops(llama: Llama, settings: Mapping[str, int]) -> dict[str, float]:
     """{curvature: FLOPs}, with the settings of real_sizes.py."""
     unit = units(llama, settings["batch"], settings["length"])
     return {
@@ -143,7 +145,7 @@ def score_flops(llama: Llama, settings: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def training_flops(llama: Llama, settings: Mapping[str, Any]) -> float:
+def training_flops(llama: Llama, settings: Mapping[str, int]) -> float:
     """Of one step: both passes, and 6 τ P for the adapters."""
     unit = units(llama, settings["train_batch"], settings["length"])
     tokens = settings["train_batch"] * settings["length"]
@@ -151,7 +153,7 @@ def training_flops(llama: Llama, settings: Mapping[str, Any]) -> float:
     return unit["forward"] + unit["backward"] + 6 * tokens * P
 
 
-def shaplora_flops(llama: Llama, settings: Mapping[str, Any]) -> float:
+def shaplora_flops(llama: Llama, settings: Mapping[str, int]) -> float:
     """Of all coalitions on one batch, and two forward passes more."""
     unit = units(llama, settings["batch"], settings["length"])
     tokens = settings["batch"] * settings["length"]
@@ -179,7 +181,7 @@ def bytes_table(rank: int) -> str:
     return "\n".join(lines)
 
 
-def flops_table(settings: Mapping[str, Any]) -> str:
+def flops_table(settings: Mapping[str, int]) -> str:
     """TFLOPs of a forward pass of a batch, and all other work in such passes."""
     lines = [f"{'in forward passes':<28}" + "".join(f"{name:>15}" for name in LLAMAS)]
     forward = {

@@ -28,7 +28,7 @@ def test_every_stage_runs_and_a_second_call_measures_only_what_is_asked(tmp_path
     arguments = ("real_sizes.py", "--quick", "--out", out, "--work", tmp_path / "work")
     text = run(*arguments, cwd=tmp_path)
     first = json.loads(out.read_text())["stages"]
-    assert len(first) == 26
+    assert len(first) == 27
     for name, (figures,) in first.items():
         assert figures["peak_bytes"] >= figures["before_bytes"] > 0, name
         assert figures["wall_seconds"] > 0, name
