@@ -664,6 +664,7 @@ def small_llama() -> nn.Module:
     import transformers
 
     torch.manual_seed(0)
+    eager: dict[str, Any] = {"attn_implementation": "eager"}  # its products can be counted
     config = transformers.LlamaConfig(
         vocab_size=SMALL.vocab,
         hidden_size=SMALL.hidden,
@@ -672,9 +673,11 @@ def small_llama() -> nn.Module:
         num_attention_heads=SMALL.heads,
         num_key_value_heads=SMALL.kv_heads,
         tie_word_embeddings=SMALL.tied,
-        attn_implementation="eager",
+        **eager,
     )
-    return transformers.LlamaForCausalLM(config).eval()
+    model: nn.Module = transformers.LlamaForCausalLM(config)
+    model.eval()
+    return model
 
 
 def counted_flops() -> dict[str, tuple[float, float]]:
