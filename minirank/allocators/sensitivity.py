@@ -92,7 +92,7 @@ def topk_mean(h: Tensor, fraction: float = 0.5) -> Tensor:
     tensor(6.5000)
     """
     k = max(1, math.floor(fraction * h.numel()))
-    return h.flatten().clamp(min=0).topk(k).values.mean()
+    return h.flatten().clamp(min=0).topk(k, sorted=False).values.mean()
 
 
 def effective_rank(h: Tensor, share: float = 0.85) -> Tensor:
@@ -189,11 +189,12 @@ def _matrix_metrics(
     diagonals: Iterable[Tensor], topk_fraction: float, local_rank: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Eqs 8–10 with `local_rank` for Eq 10: (3, n)."""
-    exact = [h.detach().double().cpu() for h in diagonals]
-    S_g = torch.stack([trace(h) for h in exact])
-    S_topk = torch.stack([topk_mean(h, topk_fraction) for h in exact])
-    S_er = torch.stack([local_rank(h) for h in exact])
-    return torch.stack([S_g, S_topk, S_er])
+
+    def of_one(diagonal: Tensor) -> Tensor:
+        h = diagonal.detach().double().cpu()
+        return torch.stack([trace(h), topk_mean(h, topk_fraction), local_rank(h)])
+
+    return torch.stack([of_one(diagonal) for diagonal in diagonals], dim=1)
 
 
 # ---- the allocator -----------------------------------------------------------------------------
