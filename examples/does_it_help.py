@@ -88,6 +88,8 @@ def draw(files: list[Path], path: Path) -> None:
         axes.axvline(1.0, color="0.3", linewidth=1)
         if min(triple[0] for triple in ratios.values() if triple is not None) < 0.3:
             axes.set_xscale("log")
+        else:
+            axes.locator_params(axis="x", nbins=5)  # labels of many digits would touch
         title = textwrap.fill(results.content["name"], 36)
         steps, seeds = results.content["settings"]["steps"], len(held_out_seeds(results))
         axes.set_title(f"{title}\n({steps} steps, {seeds} seeds)", fontsize=9)
