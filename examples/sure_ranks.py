@@ -11,7 +11,7 @@ from minirank import SensitivityLoRA, curvature
 BUDGET = 24
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 4))
-x = torch.randn(1600, 16)
+x = torch.randn(3200, 16)
 batches = list(zip(x.split(8), x[:, :4].argmax(1).split(8), strict=True))
 
 
@@ -35,7 +35,7 @@ allocator.score()
 print(f"\n{allocator.stability(BUDGET)}\n")
 
 # 3. The other way round: read only as many batches as it takes until, with 95 % confidence, at most
-#    so many ranks would change.
+#    so many ranks would change. (It warns if all batches do not suffice.)
 allocator = SensitivityLoRA(model, loss_fn, batches, **options)
 for max_moved in (1, 0):
     settled = allocator.settle(BUDGET, max_moved=max_moved)

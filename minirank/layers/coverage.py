@@ -193,13 +193,16 @@ def stacked_parameters(module: nn.Module) -> list[str]:
     >>> stacked_parameters(experts), stacked_parameters(nn.Conv1d(2, 2, 2))
     (['up'], [])
     """
-    if is_embedding(module) or _single_matrix(module) is not None:
-        return []
-    return [
+    stacks = [
         key
         for key, parameter in module._parameters.items()
-        if parameter is not None and _kind_of_parameter(module, key, parameter) == STACK
+        if parameter is not None
+        and parameter.ndim == 3
+        and _kind_of_parameter(module, key, parameter) == STACK
     ]
+    if not stacks or is_embedding(module) or _single_matrix(module) is not None:
+        return []
+    return stacks
 
 
 # ---- the matrices of one module -----------------------------------------------------------------

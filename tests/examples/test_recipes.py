@@ -112,8 +112,8 @@ def test_sure_ranks(printed):
     ]
     assert given == [24] * 5  # three curvatures, and two allocations that settled
     assert "with 95% confidence" in text
-    few, many = (int(n) for n in re.findall(r"read (\d+) of 200 batches", text))
-    assert 10 <= few < many < 200
+    few, many = (int(n) for n in re.findall(r"read (\d+) of 400 batches", text))
+    assert 10 <= few < many < 400
     rough, fine = (int(n) for n in re.findall(r"estimate to \d+%: (\d+) probes", text))
     assert 10 <= rough < fine < 1000
 
