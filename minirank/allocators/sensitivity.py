@@ -346,7 +346,10 @@ class SensitivityLoRA(ShareAllocator, SettlingAllocator[Groups]):
 
     def _require_groups(self, asked: str) -> int:
         if self.groups is None:
-            raise RuntimeError(f"{asked} needs scores by group: SensitivityLoRA(…, groups=10)")
+            raise RuntimeError(
+                f"{asked} needs scores of groups of batches: make it with "
+                "SensitivityLoRA(…, groups=10)"
+            )
         return self.groups
 
     def _looks(self) -> Generator[Groups, None, None]:

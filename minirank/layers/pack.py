@@ -72,7 +72,7 @@ def pack_attention(model: nn.Module) -> list[str]:
     if lost:
         raise ValueError(
             f"the adapters of {quoted_names(lost)} are not merged, and would be lost: merge(model) "
-            "first, to keep them in the weights, or unwrap(model), to drop them. (save_adapter "
+            "first, to keep them in the weights. unwrap(model) now would drop them. (save_adapter "
             "keeps them in a file, for the unpacked model)"
         )
     fixed = modules_in_wrappers(model)
