@@ -606,7 +606,7 @@ class Prediction(NamedTuple):
 
 
 def predictions(llama: Llama, settings: dict[str, Any]) -> dict[str, Prediction]:
-    accumulators = 12 * matrix_entries(llama)
+    accumulators = 8 * matrix_entries(llama)
     found = {
         f"score: {name}": Prediction(
             flops, moment_bytes(llama) if name == "input moment" else accumulators

@@ -9,8 +9,7 @@ tokens of a batch, T those of a sequence, K random vectors, V the vocabulary, d 
     N             Σ d_out d_in
     P             Σ r (d_out + d_in), the parameters of the adapters
     training      bytes(W) + 4 P (adapters) + 4 P (gradients) + 8 P (Adam)
-    accumulators  input moment: 4 Σ d_in; the others: 4 N for the mean, 4 N for a batch, and
-                  8 N for the metrics in float64 when the batch's are gone
+    accumulators  input moment: 4 Σ d_in; the others: 4 N for the mean and 4 N for a batch
     linear        l = 2 τ (N + V d) FLOPs
     attention     a = 4 τ T · heads · head size · layers
     forward       f = l + a
@@ -103,16 +102,16 @@ def score_work(vectors: int) -> dict[str, Work]:
     return {
         "input moment": Work(forward=1),
         "Fisher": Work(forward=1, backward=1, squares=1),
-        "Gauss-Newton": Work(forward=1, backward=5 + vectors, squares=vectors),
-        "Hutchinson": Work(forward=1, backward=1, products=3 + vectors, squares=2 * vectors),
+        "Gauss-Newton": Work(forward=1, backward=1 + vectors, squares=vectors),
+        "Hutchinson": Work(forward=1, backward=1, products=1 + vectors, squares=2 * vectors),
     }
 
 
 WORK_ONCE = {
     "input moment": Work(forward=0),
-    "Fisher": Work(forward=2, products=3),
-    "Gauss-Newton": Work(forward=2),
-    "Hutchinson": Work(forward=2),
+    "Fisher": Work(forward=2, products=2),
+    "Gauss-Newton": Work(forward=2, backward=1),
+    "Hutchinson": Work(forward=2, products=1),
 }
 
 
@@ -172,7 +171,7 @@ def bytes_table(rank: int) -> str:
         "of it adapters to Adam, GB": lambda llama: 16 * adapter_parameters(llama, rank) / 1e9,
         "input moment, MB": lambda llama: moment_bytes(llama) / 1e6,
         "other curvature, mean, GB": lambda llama: 4 * matrix_entries(llama) / 1e9,
-        "... with its metrics, GB": lambda llama: 12 * matrix_entries(llama) / 1e9,
+        "... while a batch is added": lambda llama: 8 * matrix_entries(llama) / 1e9,
     }
     lines = [f"{'':<28}" + "".join(f"{name:>15}" for name in LLAMAS)]
     for title, formula in rows.items():
