@@ -7,7 +7,7 @@ the way, and torch says nothing. Adapter dropout needs the layer's inputs. And a
 
 So a reading in training is noted here. The next steps of an optimizer that holds the adapter show
 what became of it, and one warning names the layers. A step without any gradient at all shows
-nothing, nor does one before which the weight was not read. (A compiled model notes nothing.)
+nothing, nor does one before which the weight was not read. (Compiled code notes no readings.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from ..checks import quoted_names, warn_caller
 STEPS_WITHOUT_GRADIENT = 3  # before the warning
 
 _names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # of layers that `wrap` made
-_called: WeakSet[nn.Module] = WeakSet()  # layers that have dropped inputs
 # {layer whose weight was read: steps after a reading that found no gradient}
 _read: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _read_again: WeakSet[nn.Module] = WeakSet()  # those of them that were read since the last such step
@@ -36,12 +35,6 @@ _watching: list[Any] = []  # the handle of the hook on all optimizers, from the 
 def note_name(layer: nn.Module, name: str) -> None:
     """Remember how to call this LoRA layer in a warning."""
     _names[layer] = name
-
-
-def note_call(layer: nn.Module) -> None:
-    """Dropout has had its effect in this layer."""
-    if not torch.compiler.is_compiling():
-        _called.add(layer)
 
 
 def note_read(layer: nn.Module) -> None:
@@ -70,7 +63,7 @@ def _judge_readings(optimizer: Optimizer, args: object, kwargs: object) -> None:
             continue
         if up.grad is not None:
             _settle(layer)
-            if getattr(layer, "dropout", 0) and layer not in _called:
+            if getattr(layer, "dropout", 0) and not getattr(layer, "has_dropped", False):
                 undropped.append(layer)
         elif layer not in _read_again:
             continue

@@ -178,3 +178,13 @@ def test_a_compiled_model_is_silent(dropout):
 def test_dropout_breaks_no_graph():
     model = made(["0"], 0.5, nn.Sequential(nn.Linear(4, 4)))
     assert trained(model, torch.compile(model, backend="eager", fullgraph=True)) == []
+
+
+def test_calls_by_a_compiled_model_count():
+    model = made(["called"], 0.5)
+    compiled = torch.compile(model, backend="eager")
+
+    def forward(x):
+        return compiled(x) + 0.01 * model.called.weight.norm()
+
+    assert trained(model, forward) == []
