@@ -197,8 +197,7 @@ def _with_columns(y: Tensor, calls: Calls) -> Tensor:
         )
     if y.ndim > 1:
         return y
-    several_samples = any(shift.ndim > 1 for shift in all_shifts(calls))
-    return y[:, None] if several_samples else y[None]
+    return y[:, None] if several_samples(calls) else y[None]
 
 
 def _check_all_through_output(forward: _Forward) -> None:

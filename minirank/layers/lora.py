@@ -29,7 +29,7 @@ from .linear import (
 )
 from .merge import Mergeable
 from .pretrained import calling_save_pretrained, untied, warn_that_from_pretrained_cannot_read_it
-from .read_weights import note_call, note_read
+from .read_weights import note_read
 from .replaced import note_replaced, successors
 
 # The axis of each parameter that counts ranks, from the end: a stack has one more axis
@@ -96,6 +96,7 @@ class LoRALinear(Mergeable):
     # Names the present ranks: another object as soon as the layer gets other parameters. It keeps
     # its identity beside whoever holds it when both are copied or pickled together.
     ranks_token: object
+    has_dropped = False  # whether dropout has had its effect here; compiled calls tell it, too
     told_of_save_pretrained = False  # whether the user has been warned, once for all of the model
 
     def __init__(
@@ -301,9 +302,9 @@ class LoRALinear(Mergeable):
         self.require_averaged()
         if x.dtype != A.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(A.dtype)
-        if self.dropout:
-            note_call(self)
-            x = F.dropout(x, self.dropout, self.training)
+        if self.dropout and self.training:
+            self.has_dropped = True
+            x = F.dropout(x, self.dropout)
         if self.feature_dim != -1:
             return y + self._update_of_channels(x).to(y.dtype)
         h = F.linear(x, A)  # (…, r)

@@ -6,7 +6,8 @@ the way, and torch says nothing. Adapter dropout needs the layer's inputs. And a
 `weight.data` or detaches the weight gets W + ΔW, but gives the adapter no gradient.
 
 So a reading in training is noted here. The next steps of an optimizer that holds the adapter show
-what became of it, and one warning names the layers. (A compiled model notes nothing.)
+what became of it, and one warning names the layers. A step without any gradient at all shows
+nothing, nor does one before which the weight was not read. (Compiled code notes no readings.)
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..checks import quoted_names, warn_caller
 
 STEPS_WITHOUT_GRADIENT = 3  # before the warning
 
 _names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # of layers that `wrap` made
-_called: WeakSet[nn.Module] = WeakSet()  # layers that have dropped inputs
-# {layer whose weight was read: steps since then that found no gradient}
+# {layer whose weight was read: steps after a reading that found no gradient}
 _read: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_read_again: WeakSet[nn.Module] = WeakSet()  # those of them that were read since the last such step
 _settled: WeakSet[nn.Module] = WeakSet()  # nothing is wrong there, or it was said
 _watching: list[Any] = []  # the handle of the hook on all optimizers, from the first note on
 
@@ -36,26 +37,25 @@ def note_name(layer: nn.Module, name: str) -> None:
     _names[layer] = name
 
 
-def note_call(layer: nn.Module) -> None:
-    """Dropout has had its effect in this layer."""
-    if not torch.compiler.is_compiling():
-        _called.add(layer)
-
-
 def note_read(layer: nn.Module) -> None:
     """Remember that the weight of this LoRA layer was read, in training."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or layer in _settled:
         return
     _read.setdefault(layer, 0)
+    _read_again.add(layer)
     if not _watching:
-        _watching.append(register_optimizer_step_pre_hook(_judge_readings))
+        # After the step, which may take the gradients by itself, from a closure.
+        _watching.append(register_optimizer_step_post_hook(_judge_readings))
 
 
 def _judge_readings(optimizer: Optimizer, args: object, kwargs: object) -> None:
     """Warn of the layers that this optimizer trains, and whose weight was read in vain."""
     if not _read:
         return
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if all(parameter.grad is None for parameter in parameters):
+        return
+    held = {id(parameter) for parameter in parameters}
     undropped, detached = [], []
     for layer, steps in list(_read.items()):
         up: nn.Parameter | None = layer._parameters.get("lora_B")
@@ -63,10 +63,13 @@ def _judge_readings(optimizer: Optimizer, args: object, kwargs: object) -> None:
             continue
         if up.grad is not None:
             _settle(layer)
-            if getattr(layer, "dropout", 0) and layer not in _called:
+            if getattr(layer, "dropout", 0) and not getattr(layer, "has_dropped", False):
                 undropped.append(layer)
+        elif layer not in _read_again:
+            continue
         elif steps + 1 < STEPS_WITHOUT_GRADIENT:
             _read[layer] = steps + 1
+            _read_again.discard(layer)
         else:
             _settle(layer)
             detached.append(layer)
@@ -87,6 +90,7 @@ def _judge_readings(optimizer: Optimizer, args: object, kwargs: object) -> None:
 
 def _settle(layer: nn.Module) -> None:
     del _read[layer]
+    _read_again.discard(layer)
     _settled.add(layer)
 
 

@@ -72,6 +72,18 @@ def test_exact_equals_the_reference(loss, case):
         assert float(h.max()) > 1e-6
 
 
+def test_a_convolution_without_samples_is_one_sample():
+    last = nn.AdaptiveAvgPool1d(1), nn.Flatten(-2)
+    model = build(lambda: nn.Sequential(nn.Conv1d(3, 4, 1), nn.Tanh(), *last))
+
+    def loss_fn(model, x):
+        return model(x).square().sum()
+
+    x = torch.randn(3, 5, dtype=torch.float64)
+    found = gauss_newton(model, loss_fn, [x], batch_weight=lambda x: 1)
+    assert_equals(found, gauss_newton(model, loss_fn, [x[None]]), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(
     "options", [{"chunk_size": 1}, {"chunk_size": 100}, {"independent": False}]
 )

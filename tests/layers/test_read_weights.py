@@ -85,6 +85,42 @@ def test_a_weight_that_is_read_without_its_gradient_is_named():
     assert model.called.lora_B.any()
 
 
+def test_a_reading_before_steps_of_other_layers_is_no_reason_to_warn():
+    model = made(["read", "idle"])
+    _ = model.idle.weight.norm()  # for a report before training, say
+    assert trained(model) == []
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_gradients_from_a_closure_count(detach):
+    model = made(model=Reader(detach=detach))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+
+    def closure():
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            optimizer.step(closure)
+    assert len(caught) == detach
+
+
+def test_steps_without_any_gradient_show_nothing():
+    model = made()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(STEPS):
+            model(torch.ones(8, 4))
+            optimizer.step()
+    assert trained(model) == []
+
+
 def test_the_gates_of_other_methods_reach_a_weight_that_is_read():
     model = made(gate=1.0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -142,3 +178,13 @@ def test_a_compiled_model_is_silent(dropout):
 def test_dropout_breaks_no_graph():
     model = made(["0"], 0.5, nn.Sequential(nn.Linear(4, 4)))
     assert trained(model, torch.compile(model, backend="eager", fullgraph=True)) == []
+
+
+def test_calls_by_a_compiled_model_count():
+    model = made(["called"], 0.5)
+    compiled = torch.compile(model, backend="eager")
+
+    def forward(x):
+        return compiled(x) + 0.01 * model.called.weight.norm()
+
+    assert trained(model, forward) == []
