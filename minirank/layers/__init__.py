@@ -66,10 +66,10 @@ The wrappers of torch.compile, DataParallel and DistributedDataParallel have no 
 that files are the same with and without them. Names that have their part ("_orig_mod.encoder.fc",
 "module.encoder.fc") are understood, in arguments and in files.
 
-An nn.Conv1d, Conv2d or Conv3d with kernel 1, stride 1, one group and no padding is a linear layer
-over its channels, which lie in dimension 1. Its positions count as tokens do: they are averaged in
-the input second moment and are positions of a sample in the other curvatures. An input without
-samples, (channels, …), is one sample. Other convolutions are left out.
+An nn.Conv1d, Conv2d or Conv3d with kernel 1, stride 1, one group, no padding and torch's own
+forward is a linear layer over its channels, which lie in dimension 1. Its positions count as tokens
+do: they are averaged in the input second moment and are positions of a sample in the other
+curvatures. An input without samples, (channels, …), is one sample. Other convolutions are left out.
 
 Packed layers (bitsandbytes, torchao, quanto, HQQ; `linear_shape` says what counts) are targets like
 any other, and are never called by a probe. Their adapters are float32 unless `dtype=` says

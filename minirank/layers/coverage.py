@@ -35,7 +35,7 @@ REASONS = {
     "attention out_proj": "never called; see unpack_attention",
     STACK: "a 3-D parameter; adapted if named",
     "bare matrix": "a parameter, not a layer",
-    "convolution": "a kernel above 1, strides, groups or padding",
+    "convolution": "a kernel above 1, strides, groups, padding, own forward",
     "recurrent weight": "not linear",
     "packed layer": "quantised",
     "tied head": "an embedding's weight; adapted if named",

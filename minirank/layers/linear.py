@@ -36,7 +36,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     - or of shape (d_in, nf), with an attribute `nf`: transformers' Conv1D, which stores the
       transpose;
     - or of shape (out_channels, in_channels, 1, …) in an nn.Conv1d, Conv2d or Conv3d with stride 1,
-      one group and no padding: a linear layer over the channels, at every position by itself.
+      one group, no padding and torch's own forward: a linear layer over the channels, at every
+      position by itself.
 
     Or the weight lies packed (quantised), and the module is taken at its word. It must
 
@@ -92,10 +93,14 @@ def _plain_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _is_pointwise(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
-    """Whether a convolution with a kernel of size 1 takes every position once, as it is."""
+    """Whether a convolution with a kernel of size 1 takes every position once, as it is.
+
+    A subclass with a forward of its own may do more, as move axes, or normalise the outputs.
+    """
     padding = module.padding  # a string, or a number for each dimension
     unpadded = isinstance(padding, str) or not any(padding)
-    return unpadded and all(step == 1 for step in module.stride)
+    own_forward = type(module).forward not in (kind.forward for kind in CONVOLUTIONS)
+    return unpadded and not own_forward and all(step == 1 for step in module.stride)
 
 
 def weight_place(module: nn.Module) -> tuple[torch.dtype, torch.device]:

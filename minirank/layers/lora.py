@@ -143,8 +143,8 @@ class LoRALinear(Mergeable):
         if shape is None:
             raise TypeError(
                 "expected an nn.Linear-like module with a 2-D floating-point weight, or a "
-                "convolution with kernel 1, stride 1, one group and no padding, got a "
-                f"{type(base).__name__}"
+                "convolution with kernel 1, stride 1, one group, no padding and torch's own "
+                f"forward, got a {type(base).__name__}"
             )
         reason = why_no_backward(base)
         if reason is not None:

@@ -265,8 +265,8 @@ def explain_no_match(model: nn.Module, pattern: str, *, globs: bool = False) -> 
             return f"{what}; for those inside it: {inside}"
         if isinstance(module, CONVOLUTIONS):
             return (
-                f"{what}: of convolutions, only those with kernel 1, stride 1, one group and no "
-                "padding are linear layers, over their channels"
+                f"{what}: of convolutions, only those with kernel 1, stride 1, one group, no "
+                "padding and torch's own forward are linear layers, over their channels"
             )
         stacked = [name for name in stacks if name.startswith(f"{pattern}.")]
         if stacked:

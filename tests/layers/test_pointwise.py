@@ -168,26 +168,33 @@ def test_targets_find_them_and_name_why_others_are_left_out():
         wrap(model, {"stem": 1})
     part = coverage(model, POINTWISE)
     assert (part.reached, part.total) == (4 * 6 + 6 * 4 + 4 * 3, 60 + 4 * 2 * 9)
-    assert "1 × convolution (a kernel above 1, strides, groups or padding): stem" in str(part)
+    assert "1 × convolution (a kernel above 1, strides, groups, padding, own forward): stem" in str(
+        part
+    )
     assert coverage(model, ["head"]).left_out[1][:3] == ("linear layer", 2, 48)
 
 
-def test_a_subclass_with_another_forward_is_tried():
+def test_a_subclass_with_a_forward_of_its_own_is_no_linear_layer():
+    class Transposed(nn.Conv1d):
+        def forward(self, x):
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+    class Normed(nn.Conv2d):
+        def forward(self, x):
+            return F.relu(F.layer_norm(super().forward(x), (2, 2)))
+
+    model = nn.ModuleDict({"a": Transposed(5, 5, 1), "b": Normed(3, 5, 1), "c": nn.Conv2d(3, 5, 1)})
+    assert list(linear_targets(model, "*")) == ["c"]
+    with pytest.raises(ValueError, match="'a'"):
+        wrap(model, {"a": 2})
+
+
+def test_a_subclass_with_another_weight_is_adapted_and_not_merged():
     class Standardized(nn.Conv2d):
         def _conv_forward(self, x, weight, bias):
             return super()._conv_forward(x, weight - weight.mean(), bias)
 
-    class Same(nn.Conv2d):
-        def forward(self, x):
-            return F.conv2d(x, self.weight, self.bias)
-
-    class Blurred(nn.Conv2d):
-        def forward(self, x):
-            y = super().forward(x)
-            return (y + y.roll(1, -1)) / 2
-
-    kinds = (nn.Conv2d, Same, Standardized, Blurred)
-    assert [applies_weight(kind(3, 5, 1)) for kind in kinds] == [True, True, False, False]
+    assert [applies_weight(kind(3, 5, 1)) for kind in (nn.Conv2d, Standardized)] == [True, False]
     model = nn.Sequential(Standardized(3, 5, 1))
     x = torch.ones(1, 3, 2, 2)
     layer = randomized(wrap(model, {"0": 2}))["0"]
