@@ -19,8 +19,10 @@ backward pass. (PEFT's target_parameters does the same.) In half precision the s
 float32, then rounded: changes of less than half a step of W's type are lost until they have grown.
 `merge` before inference.
 
-The adapter's name reads as a tensor, so that model.get_submodule(name) and functional_call of
-torch.func do not find it: take lora_layers(model)[name].
+The adapter's name reads as a tensor, so that model.get_submodule(name), functional_call of
+torch.func and torch.export do not find it: take lora_layers(model)[name], and unwrap to export.
+Gradient checkpointing (use_reentrant=False) works around the module that holds the stack, as in
+transformers, and not inside its forward: there only the first expert would make W + ΔW.
 
 Which way round the weights lie is read from the module's attribute `is_transposed`, which
 transformers' classes have. Where it is missing it has to be set: shapes alone do not tell.
