@@ -88,6 +88,9 @@ def merge(model: nn.Module, *, untie: bool = False) -> list[str]:
     The sum is computed in float32 or better and rounded once, to W's dtype. A merged layer does
     not train, and its state_dict is refused, until `unmerge` or `unwrap`.
 
+    W is set aside, so merging takes new memory of W's size. A hook of yours on the base, which
+    changes its input or output, is no part of W: then the merged model computes something else.
+
     Args:
         model: holds LoRA layers, or is one.
         untie: merge weights that are tied to another module, too. The other module keeps W, so
