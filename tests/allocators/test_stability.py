@@ -452,12 +452,13 @@ def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match="batches is empty"):
         allocator(model, [], groups=4).score()
     with pytest.raises(
-        RuntimeError, match=r"needs scores by group: SensitivityLoRA\(…, groups=10\)"
+        RuntimeError,
+        match=r"needs scores of groups of batches: make it with SensitivityLoRA\(…, groups=10\)",
     ):
         allocator(model, batches).stability(12)
     with pytest.raises(RuntimeError, match=r"stability needs scores: call score\(\) first"):
         allocator(model, batches, groups=10).stability(12)
-    with pytest.raises(RuntimeError, match="settle needs scores by group"):
+    with pytest.raises(RuntimeError, match="settle needs scores of groups of batches"):
         allocator(model, batches).settle(12)
     one = allocator(model, batches, groups=4)
     with pytest.raises(TypeError, match="confidense"):
