@@ -26,7 +26,7 @@ ARMS = {
     LARGEST: ("D", "0.6", "uniform, largest (more parameters)"),
     "random": ("x", "0.4", "random ranks"),
     "proxy": ("v", "C3", "Sensitivity-LoRA, default"),
-    "fisher": ("<", "C1", "Sensitivity-LoRA on the Fisher"),
+    "fisher": (">", "C1", "Sensitivity-LoRA on the Fisher"),
     "fisher after warm-up": ("^", "C1", "Sensitivity-LoRA on the Fisher, warm"),
     "eva": ("P", "C5", "EVA"),
     "l1ra, from the budget": ("d", "C6", "L1RA from the budget"),
