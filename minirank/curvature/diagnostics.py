@@ -31,9 +31,9 @@ class Product(NamedTuple):
     result: Sequence[Tensor]  # one per variable, of its shape
 
 
-def first_product(vectors: Sequence[Tensor], results: Sequence[Tensor]) -> Product:
-    """The first of the products that `vector_jacobian_products` gives for K vectors."""
-    return Product([v[0] for v in vectors], [result[0] for result in results])
+def several_samples(variables: Sequence[Tensor]) -> bool:
+    """Whether any of them has more than one sample, so that samples could interact."""
+    return any(variable.ndim > 1 and variable.shape[0] > 1 for variable in variables)
 
 
 def check_independent(
@@ -52,6 +52,35 @@ def check_independent(
             variables,
             "pass independent=False, which assumes nothing, or use hessian_diagonal_reference",
         )
+
+
+class IndependenceCheck:
+    """`check_independent` of one batch after another, beside products with random signs.
+
+    The first batch with several samples is checked by random numbers instead, since signs could
+    hide an interaction there: they can cancel by chance.
+    """
+
+    def __init__(self) -> None:
+        self._checked_by_random_numbers = False
+
+    def of_batch(
+        self,
+        values: Sequence[Tensor],
+        variables: Sequence[Tensor],
+        vectors: Sequence[Tensor],
+        products: Sequence[Tensor],
+    ) -> None:
+        """Raise ValueError as `check_independent`.
+
+        vectors, products: what `vector_jacobian_products` took and gave, for K vectors. The first
+        of them is the known product.
+        """
+        known = None
+        if self._checked_by_random_numbers:
+            known = Product([v[0] for v in vectors], [product[0] for product in products])
+        check_independent(values, variables, known)
+        self._checked_by_random_numbers |= several_samples(variables)
 
 
 def check_independent_gradients(values: Sequence[Tensor], variables: Sequence[Tensor]) -> None:

@@ -12,14 +12,13 @@ from ..layers.targets import Targets
 from ..measure import LossFn, batch_length
 from ..placement import is_sharded
 from .averaging import check_tolerance
-from .diagnostics import check_independent_gradients
+from .diagnostics import check_independent_gradients, several_samples
 from .estimate import Estimate
 from .layer_outputs import (
     Call,
     all_shifts,
     in_call_order,
     output_gradients,
-    several_samples,
     shifted_outputs,
     stack_positions,
     stacked_inputs,
@@ -90,10 +89,11 @@ def empirical_fisher(
         with shifted_outputs(layers) as calls:
             loss = objective.loss(batch)
         # The first batch in which samples could interact must show that they do not.
-        check = several_samples(calls) and not independence_checked and not sharded
+        shifts = all_shifts(calls)
+        check = several_samples(shifts) and not independence_checked and not sharded
         gradients = output_gradients(loss, calls, differentiable=check)
         if check:
-            check_independent_gradients(in_call_order(gradients), all_shifts(calls))
+            check_independent_gradients(in_call_order(gradients), shifts)
             independence_checked = True
         return {
             name: _mean_square(layer_calls, gradients[name]) if layer_calls else None

@@ -24,13 +24,12 @@ from ..layers.names import named_modules, plain_name
 from ..layers.targets import Targets
 from ..measure import LossFn, batch_length
 from .averaging import check_tolerance
-from .diagnostics import check_independent, first_product
+from .diagnostics import IndependenceCheck, check_independent, several_samples
 from .estimate import Estimate
 from .layer_outputs import (
     Calls,
     all_shifts,
     by_layer,
-    several_samples,
     shifted_outputs,
     stack_positions,
     stacked_inputs,
@@ -126,12 +125,11 @@ def gauss_newton(
 
     check_sampling(samples, tolerance, generator)
     assert generator is not None
-    checked_by_random_numbers = False
+    independence = IndependenceCheck()
 
     def probe_batch(
         batch: Any, count: int, first_pass: bool
     ) -> Mapping[str, ProbedDiagonal | None]:
-        nonlocal checked_by_random_numbers
         forward = _forward(objective, head, output, batch, independent)
         if first_pass:
             _check_all_through_output(forward)
@@ -139,10 +137,7 @@ def gauss_newton(
         S_xi = forward.half(random_signs(forward.y, count, generator))
         gradients = vector_jacobian_products([forward.y], shifts, [S_xi])
         if first_pass and independent:
-            # In one batch, signs could hide an interaction: they can cancel by chance.
-            known = first_product([S_xi], gradients) if checked_by_random_numbers else None
-            check_independent([forward.y], shifts, known)
-            checked_by_random_numbers |= several_samples(forward.calls)
+            independence.of_batch([forward.y], shifts, [S_xi], gradients)
         return _squares(forward, gradients)
 
     return mean_over_probes(
@@ -197,7 +192,7 @@ def _with_columns(y: Tensor, calls: Calls) -> Tensor:
         )
     if y.ndim > 1:
         return y
-    return y[:, None] if several_samples(calls) else y[None]
+    return y[:, None] if several_samples(all_shifts(calls)) else y[None]
 
 
 def _check_all_through_output(forward: _Forward) -> None:

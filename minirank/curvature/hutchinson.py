@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..layers.targets import Targets
 from ..measure import LossFn, batch_length
-from .diagnostics import check_independent, first_product
+from .diagnostics import IndependenceCheck, check_independent
 from .estimate import Estimate
 from .layer_outputs import (
     Call,
@@ -33,7 +33,6 @@ from .layer_outputs import (
     loss_gradients,
     output_gradients,
     recurrence_jacobian,
-    several_samples,
     shifted_outputs,
     shifted_weights,
     stack_positions,
@@ -179,12 +178,11 @@ def hutchinson_outputs(
     layers = curvature_targets(model, targets)
     check_sampling(samples, tolerance, generator)
     objective = Objective(model, loss_fn, batches, layers, batch_weight)
-    checked_by_random_numbers = False
+    independence = IndependenceCheck()
 
     def probe_batch(
         batch: Any, count: int, first_pass: bool
     ) -> Mapping[str, ProbedDiagonal | None]:
-        nonlocal checked_by_random_numbers
         check = independent and first_pass
         with shifted_outputs(layers) as calls:
             loss = objective.loss(batch)
@@ -194,10 +192,7 @@ def hutchinson_outputs(
         signs = [random_signs(shift, count, generator) for shift in shifts]
         products = vector_jacobian_products(flat_gradients, shifts, signs)
         if check:
-            # In one batch, signs could hide an interaction: they can cancel by chance.
-            known = first_product(signs, products) if checked_by_random_numbers else None
-            check_independent(flat_gradients, shifts, known)
-            checked_by_random_numbers |= several_samples(calls)
+            independence.of_batch(flat_gradients, shifts, signs, products)
         v, Hv = by_layer(signs, calls), by_layer(products, calls)
         probed: dict[str, ProbedDiagonal | None] = dict.fromkeys(layers)
         for name, layer_calls in calls.items():

@@ -136,11 +136,6 @@ def all_shifts(calls: Calls) -> list[Tensor]:
     return [call.shift for layer_calls in calls.values() for call in layer_calls]
 
 
-def several_samples(calls: Calls) -> bool:
-    """Whether any call has more than one sample, so that samples could interact."""
-    return any(shift.ndim > 1 and shift.shape[0] > 1 for shift in all_shifts(calls))
-
-
 def in_call_order(per_layer: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
     """{name: one tensor per call} as one list, in the order of `all_shifts`."""
     return [tensor for of_calls in per_layer.values() for tensor in of_calls]

@@ -14,7 +14,12 @@ from helpers.estimators import coverage_of_traces, seeded
 from torch import nn
 
 from minirank import reference, testing
-from minirank.curvature import exact_hessian_diagonal, hutchinson_outputs, hutchinson_weights
+from minirank.curvature import (
+    diagnostics,
+    exact_hessian_diagonal,
+    hutchinson_outputs,
+    hutchinson_weights,
+)
 from minirank.curvature.sampling import random_signs
 
 # torch.func.hessian's own, in torch 2.13
@@ -237,7 +242,7 @@ def test_batches_of_unequal_size_weigh_as_told(estimate):
 def test_independence_is_checked_on_every_batch_of_the_first_pass_alone(independent, monkeypatch):
     """Each check costs a Hessian-vector product."""
     checks = []
-    monkeypatch.setattr(hutchinson, "check_independent", lambda *tensors: checks.append(tensors))
+    monkeypatch.setattr(diagnostics, "check_independent", lambda *tensors: checks.append(tensors))
     options = {"samples": 6, "chunk_size": 2, "independent": independent, "generator": seeded()}
     hutchinson_outputs(build(mlp), classify, pairs((5,), (4, 2, 3)), **options)
     assert len(checks) == (3 if independent else 0)
